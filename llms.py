@@ -1,0 +1,302 @@
+"""The model: loading, the tiny one, sampling, log-probabilities, saving.
+
+Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities go in and out. What a right
+answer is, what an advantage is, what β and ε are, is not known here.
+
+    load(name)                    a causal language model and its tokenizer, from the hub or from a folder
+    build_tiny(folder, corpus)    the model that needs no download, trained on the spot
+    encode(tokenizer, messages)   a prompt's token ids
+    sample(...)                   completions, with the log-probability of each token as it was drawn
+    token_logprobs(...)           log π of given tokens, with gradient
+    frozen_copy(model)            the reference
+    save(model, tokenizer, ...)   a plain Hugging Face folder
+
+How a batch lies in memory (prompt left-padded, completion right-padded, so that all completions start in one column):
+
+    ids        [pad pad  q   q  | o   o   o  <e> pad]     [N, P + T]
+    attention  [ 0   0   1   1  | 1   1   1   1   0 ]     [N, P + T]   by length, never by `id != pad`
+    mask                        [ 1   1   1   1   0 ]     [N, T]       |o_i| = 4: the end token counts, padding does not
+"""
+
+import copy
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import transformers  # noqa: E402  (the line above must come first)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+LOGITS_AT_ONCE = 2**24  # numbers: log-probabilities are computed in chunks of positions whose logits are no more than this
+
+
+class ModelError(ValueError):
+    """What is wrong with a model, in one line for the person who named it."""
+
+
+# ---- loading and saving --------------------------------------------------------------------------------------------
+
+
+def load(name):
+    """A causal language model in fp32 and its tokenizer, from a folder or from the Hugging Face hub.
+
+    The weights stay in fp32 (a step of 1e-6 is lost in bf16); `compute` says in which precision they are used. Dropout is
+    set to 0: the policy that is scored must be the one that sampled. The model is on the GPU if there is one.
+    """
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"no such model folder: {name}")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        for key in vars(config):
+            if "dropout" in key or "pdrop" in key:
+                setattr(config, key, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(explain(name, error)) from error
+    if torch.cuda.is_available():
+        model.cuda()
+    return model.eval(), tokenizer
+
+
+def explain(name, error):
+    """Why a model could not be loaded, and what to do about it, in one line."""
+    causes, cause = "", error
+    while cause is not None:
+        causes, cause = f"{causes} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
+    if "GatedRepo" in causes or "gated repo" in causes:
+        return f"{name} is gated: accept its terms on its page, then set the environment variable HF_TOKEN to your access token"
+    if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
+        return f"unknown model: {name} is neither a folder nor on the Hugging Face hub (a private one needs HF_TOKEN)"
+    if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
+        return f"{name} is not on this machine and the Hugging Face hub cannot be reached: offline, give a folder with the model, or use --model tiny"
+    return f"cannot load {name}: {str(error).strip().splitlines()[0]}"
+
+
+def save(model, tokenizer, folder):
+    """Write a plain Hugging Face folder, whole or not at all: it is complete before it gets its name."""
+    unfinished = Path(f"{folder}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def frozen_copy(model):
+    """A deep copy that no gradient and no update reaches: the reference."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+def compute(model):
+    """The precision of a forward pass: bf16 on a GPU (the weights themselves stay in fp32), fp32 on a CPU."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+# ---- prompts and batches -------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer, messages):
+    """Token ids of a prompt: through the checkpoint's chat template, or plain paragraphs where it has none."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer("\n\n".join(message["content"] for message in messages) + "\n\n")["input_ids"]
+
+
+def end_tokens(model, tokenizer):
+    """Every id that ends a completion: those of the checkpoint's generation config, and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def positions(attention):
+    """Each token's place in its own row, padding not counted: [N, P + T]."""
+    return (attention.cumsum(1) - 1).clamp(min=0)
+
+
+def batch(prompts, completions, device):
+    """ids and attention [N, P + T], mask [N, T] of lists of token ids, laid out as drawn at the top of this file."""
+    P, T = max(map(len, prompts)), max(map(len, completions))
+    ids, attention, mask = [], [], []
+    for prompt, completion in zip(prompts, completions):
+        left, right = P - len(prompt), T - len(completion)
+        ids.append([0] * left + prompt + completion + [0] * right)
+        attention.append([0] * left + [1] * (len(prompt) + len(completion)) + [0] * right)
+        mask.append([True] * len(completion) + [False] * right)
+    return (torch.tensor(rows, device=device) for rows in (ids, attention, mask))
+
+
+class Rollout(NamedTuple):
+    """N = Q·G sampled outputs, the G of one question in consecutive rows; laid out as drawn at the top of this file."""
+
+    ids: Tensor  # [N, P + T]
+    attention: Tensor  # [N, P + T]
+    mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
+    logp: Tensor  # [N, T]  log π of each token at the moment it was drawn, at the sampling temperature
+    entropy: Tensor  # [N, T]  of the distribution it was drawn from, in nats
+    truncated: Tensor  # [N]  True where no end token came within the limit
+    texts: list  # [N]  the completions, without their end token
+
+    def rows(self, index):
+        """ids, attention and mask of some of the rows, without the padding that only the others need."""
+        attention, mask = self.attention[index], self.mask[index]
+        P, T = attention.shape[1] - mask.shape[1], int(mask.sum(1).max())
+        columns = slice(int((attention[:, :P].sum(0) == 0).sum()), P + T)
+        return self.ids[index, columns], attention[:, columns], mask[:, :T]
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens, progress=""):
+    """Draw `group_size` completions for every prompt (a list of token ids) from softmax(logits / temperature).
+
+    Nothing else bends the distribution: no top-k, no top-p, nothing from the checkpoint's generation config but its end
+    tokens. Temperature 0 takes the most probable token (evaluation). At most `cache_tokens` tokens are kept in the
+    key-value cache at once, but at least one group; more prompts than that are sampled one wave after another.
+    """
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > getattr(model.config, "max_position_embeddings", longest):
+        limit = model.config.max_position_embeddings
+        raise ModelError(f"prompt and completion take up to {longest} tokens, the model reads {limit}: lower --max_new_tokens")
+    ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
+    at_once = max(1, cache_tokens // (longest * group_size))
+    outputs = []  # per completion: token ids, log-probabilities, entropies
+    with tqdm(total=len(prompts) * group_size, desc=progress, unit="output", leave=False, delay=2, disable=not progress) as bar:
+        for start in range(0, len(prompts), at_once):
+            wave = prompts[start : start + at_once]
+            outputs += sample_wave(model, wave, group_size, max_new_tokens, temperature, generator, ends, bar)
+
+    completions = [tokens.tolist() for tokens, _, _ in outputs]
+    ids, attention, mask = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
+    padded = [torch.zeros(mask.shape, device=model.device).masked_scatter(mask, torch.cat(column)) for column in list(zip(*outputs))[1:]]
+    truncated = ~torch.isin(torch.stack([tokens[-1] for tokens, _, _ in outputs]), ends)
+    texts = [tokenizer.decode(tokens if cut else tokens[:-1], skip_special_tokens=True) for tokens, cut in zip(completions, truncated)]
+    return Rollout(ids, attention, mask, *padded, truncated, texts)
+
+
+def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generator, ends, bar):
+    """Sample some prompts side by side: [(token ids, log-probabilities, entropies)] for each of their outputs in turn."""
+    rows = len(prompts) * group_size
+    ids, attention, _ = batch(prompts, [[]] * len(prompts), model.device)  # [Q, P]
+    drawn = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=model.device)
+    logp, entropy = torch.zeros(2, rows, max_new_tokens, device=model.device)
+    lengths = torch.full((rows,), max_new_tokens, device=model.device)
+    alive = torch.arange(rows, device=model.device)  # the rows that have not ended; only these are in the cache
+
+    with compute(model):
+        # the prompt is read once and its keys and values are shared out to the G outputs
+        cache = DynamicCache()
+        place = positions(attention)
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=place, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        cache.batch_repeat_interleave(group_size)
+        logits, attention, place = (x.repeat_interleave(group_size, 0) for x in (logits, attention, place[:, -1:]))
+
+        for t in range(max_new_tokens):
+            log_pi = torch.log_softmax(logits.float() / (temperature or 1), -1)  # [alive, V]
+            pi = log_pi.exp()
+            token = torch.multinomial(pi, 1, generator=generator) if temperature else log_pi.argmax(-1, keepdim=True)
+            drawn[alive, t] = token.squeeze(1)
+            logp[alive, t] = log_pi.gather(1, token).squeeze(1)
+            entropy[alive, t] = -torch.special.xlogy(pi, pi).sum(-1)
+            ended = torch.isin(token.squeeze(1), ends)
+            if ended.any():
+                lengths[alive[ended]] = t + 1
+                bar.update(int(ended.sum()))
+                keep = (~ended).nonzero().squeeze(1)
+                if len(keep) == 0:
+                    break
+                cache.batch_select_indices(keep)
+                alive, token, attention, place = alive[keep], token[keep], attention[keep], place[keep]
+            if t == max_new_tokens - 1:
+                bar.update(len(alive))
+                break
+            attention = torch.cat([attention, torch.ones_like(token)], 1)
+            place = place + 1
+            logits = model(input_ids=token, attention_mask=attention, position_ids=place, past_key_values=cache).logits[:, -1]
+    return [(drawn[i, :n], logp[i, :n], entropy[i, :n]) for i, n in enumerate(lengths.tolist())]
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+def token_logprobs(model, ids, attention, mask, temperature):
+    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of every completion token, fp32, [N, T]; 0 where mask is off.
+
+    The logits are never there all at once: N·T rows of 150,000 numbers would be most of a step's memory. The trunk gives
+    the hidden states, and the head is applied to a chunk of completion positions at a time, and again in the backward pass.
+    """
+    T = mask.shape[1]
+    with compute(model):
+        trunk = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False)
+        # position j predicts token j + 1: the first completion token comes from the last prompt position
+        hidden = trunk.last_hidden_state[:, -T - 1 : -1][mask]  # [tokens, D]
+        targets = ids[:, -T:][mask]  # [tokens]
+        head = model.get_output_embeddings()
+
+        def chunk_logprobs(hidden, targets):
+            logits = head(hidden).float() / temperature  # [chunk, V]
+            return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)  # [chunk]
+
+        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        chunks = zip(hidden.split(size), targets.split(size))
+        logp = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)
+
+
+# ---- the tiny model ------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+TINY = {"steps": 1000, "rows": 16, "learning_rate": 4e-3}  # the supervised warm-up
+
+
+def tiny_tokenizer(texts):
+    """Qwen2's byte-level BPE and chat template with a vocabulary of its own, of at most 640 tokens; each digit is a token."""
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 640, show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_tiny(folder, corpus):
+    """Build a Qwen2-architecture model of about half a million parameters, teach it a corpus [(messages, completion)] by
+    supervised learning on the completions, and save it: about a minute on two cores."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer([piece for messages, text in corpus for message in messages for piece in (message["role"], message["content"], "assistant", text)])
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(**shape, **ids, max_position_embeddings=1024, tie_word_embeddings=True))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    pairs = [(encode(tokenizer, messages), tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for messages, text in corpus]
+
+    for step in tqdm(range(TINY["steps"]), desc="building the tiny model, once", unit="step", leave=False):
+        rows = [pairs[(step * TINY["rows"] + row) % len(pairs)] for row in range(TINY["rows"])]
+        ids, attention, mask = batch(*zip(*rows), model.device)
+        loss = -token_logprobs(model, ids, attention, mask, temperature=1.0).sum() / mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = TINY["learning_rate"] * min(1.0, (step + 1) / 20) * (1 - step / TINY["steps"])
+        optimizer.step()
+        optimizer.zero_grad()
+    save(model, tokenizer, folder)

@@ -1,0 +1,929 @@
+"""GRPO by hand: DeepSeekMath (Shao et al. 2024, arXiv 2402.03300), Algorithm 1, on verifiable rewards.
+
+    python main.py                                        a tiny model learns arithmetic, any laptop, no download
+    python main.py --model Qwen/Qwen2.5-1.5B-Instruct     GSM8K on one 80 GB GPU
+    python main.py --resume runs/NAME                     go on from the newest checkpoint
+    python main.py --evaluate A [--against B]             test one model, or two on the same questions
+
+Read downwards: the constants, the advantages, the objective, one update, rewards, evaluation, what is written to disk,
+and Algorithm 1 with its line numbers. The names are the paper's:
+
+    paper             code                              shape
+    q                 problems[i]["question"]           Q questions per step
+    o_i, |o_i|        rollout.ids, mask.sum(1)          [N, P + T], [N]; N = Q·G outputs, T tokens the longest
+    r_i               rewards                           [Q, G]
+    Â_{i,t}           advantages                        [Q, G] from the rewards, [N] in the loss: one for all t (§4.1.2)
+    log π_θ, π_θold   logp, logp_old                    [N, T], of the sampled tokens
+    log π_ref         logp_ref                          [N, T]
+    G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA
+
+Where this leaves the paper, and the edit that goes back:
+1. the reward is a rule and not a network, so line 12 of Algorithm 1 has nothing to train;
+2. std(r) is unbiased and has 1e-4 added; a group of equal rewards gets exactly 0. The paper says neither way;
+3. π_θ, π_θold and π_ref are all read at the sampling temperature (TEMPERATURE = 1.0 makes no difference);
+4. the order of the questions, the warm-up, AdamW's betas and the clipping of the gradient are ours: the paper is silent.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+import evaluator
+import llms
+import rldatasets
+from plots import plot
+
+# ==== Constants =====================================================================================================
+# Each is also a flag of the same name (--group_size 8) with its comment as help. The values are for
+# Qwen2.5-1.5B-Instruct on GSM8K on one 80 GB GPU, the paper's (§4.2) wherever it gives one.
+
+# -- Model and data
+MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny (built here, no download; its own settings stand in TINY below)
+DATASET = "gsm8k"  # D: gsm8k, arithmetic, or a file or folder with rows like GSM8K's
+EVAL_DATASET = ""  # the questions to test on; empty: the test split of DATASET
+RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
+SEED = 0  # of the order of the questions and of all sampling
+# -- Algorithm 1
+ITERATIONS = 1  # I, outer iterations, each beginning with π_ref ← π_θ (paper: 1, in Figure 6 up to 2)
+STEPS = 467  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
+QUESTIONS_PER_STEP = 16  # questions per step; 16 × 64 outputs are the paper's batch of 1024
+GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
+MU = 1  # μ, updates per rollout (paper: 1): more reuse the samples and rely on the clip
+# -- Sampling
+TEMPERATURE = 1.0  # T, divides the logits in sampling and scoring alike: lower explores less
+MAX_NEW_TOKENS = 1024  # the longest output (paper: 1024); also the L of the constant denominator
+MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
+CACHE_TOKENS = 524288  # tokens in the key-value cache at once while sampling: lower it when sampling runs out of memory
+# -- Objective, eq. (3) and (4)
+EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO 0.2)
+EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
+BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 frees the policy and needs no reference
+KL = "k3"  # estimator of the KL: k3 is eq. (4); k1 has no gradient on average; k2 has that of the reverse KL
+DENOMINATOR = "sequence"  # what divides a token's term: sequence 1/|o_i| (paper), token 1/Σ|o| (DAPO), constant 1/L (Dr. GRPO)
+SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
+RATIO = "token"  # π_θ/π_θold per token (paper), or one per sequence (GSPO)
+MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the loss (DAPO's filter)
+DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
+# -- Rewards: the weight of each in r_i
+WEIGHT_CORRECTNESS = 2.0  # the answer is right
+WEIGHT_INTEGER = 0.5  # the answer is a whole number
+WEIGHT_STRICT_FORMAT = 0.5  # the asked form to the letter
+WEIGHT_SOFT_FORMAT = 0.5  # reasoning, then answer, on any lines
+WEIGHT_TAG_COUNT = 0.5  # the share of the four tags that stand there once
+# -- Optimisation
+LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
+WARMUP = 10  # updates over which the learning rate rises from 0
+SCHEDULE = "constant"  # after the warm-up: constant, linear or cosine (the last two fall to 0)
+ADAM_BETA1 = 0.9  # decay of AdamW's mean of the gradient
+ADAM_BETA2 = 0.99  # decay of AdamW's mean of its square: 0.999 remembers longer than most runs last
+WEIGHT_DECAY = 0.0  # of AdamW
+MAX_GRAD_NORM = 1.0  # the gradient's global norm is clipped here
+TOKEN_BUDGET = 8192  # tokens per micro-batch, padding included: memory only, the gradient is the same for any split
+# -- Evaluation
+EVAL_EVERY = 50  # steps between evaluations; there is always one before the first step and one after the last
+EVAL_QUESTIONS = 0  # how many test questions; 0: all of the split
+EVAL_SAMPLES = 0  # k: also draw k outputs per test question for pass@k and maj@k; 0: greedy only
+EVAL_TEMPERATURE = 0.7  # of those k outputs (paper, Figure 7: 0.7)
+# -- Bookkeeping
+SAVE_EVERY = 25  # steps between checkpoints
+SHOW_EVERY = 10  # steps between completions printed in full; 0: none
+# -- End of the constants
+
+# What differs for --model tiny; flags win over these, these over the block above.
+TINY = {
+    "DATASET": "arithmetic", "STEPS": 90, "QUESTIONS_PER_STEP": 16, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 4e-4, "SCHEDULE": "linear",
+    "TOKEN_BUDGET": 16384, "EVAL_EVERY": 10, "EVAL_QUESTIONS": 200, "SAVE_EVERY": 10,
+}  # fmt: skip
+
+
+class SettingsError(ValueError):
+    """What is wrong with the settings or the run folder, in one line."""
+
+
+# ==== The advantages, §4.1.2 ========================================================================================
+
+
+def group_advantages(rewards):
+    """Group-relative advantages: Â_i = (r_i - mean(r)) / std(r) over the G outputs of each question (§4.1.2).
+
+    rewards [Q, G] -> [Q, G], fp32 or wider. Rewards 1, 0, 0, 0 give 1.5, -0.5, -0.5, -0.5. The std is unbiased with 1e-4
+    added; where all rewards of a group are equal the result is exactly 0, not the rounding error over 1e-4.
+    """
+    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    advantages = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
+    if SCALE_BY_STD:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
+    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [Q, 1]
+    return advantages.masked_fill(all_equal, 0.0)
+
+
+# ==== The objective, eq. (3) and (4) ================================================================================
+
+
+def importance_ratio(logp, logp_old, mask):
+    """π_θ/π_θold: of each token, [N, T], or with RATIO = "sequence" the geometric mean of an output's (GSPO), [N, 1]."""
+    log_ratio = logp - logp_old  # [N, T]
+    if RATIO == "sequence":
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+    return log_ratio.exp()
+
+
+def kl_estimate(logp, logp_ref):
+    """D_KL[π_θ ‖ π_ref] of each sampled token, [N, T]: eq. (4), or one of Schulman's other two estimators (KL).
+
+    As a loss they differ: ∇k3 is on average the gradient of the forward KL[π_ref ‖ π_θ], ∇k2 that of the reverse KL,
+    and ∇k1 is on average zero.
+    """
+    d = logp_ref - logp  # log(π_ref / π_θ)
+    if KL == "k1":
+        return -d
+    if KL == "k2":
+        return d.square() / 2
+    return torch.expm1(d) - d  # π_ref/π_θ - log(π_ref/π_θ) - 1, never negative: expm1 is exact where exp(d) - 1 is not
+
+
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, num_tokens=None):
+    """Minus the objective of eq. (3), with the KL of eq. (4): a scalar that is to go down.
+
+    logp, logp_old, logp_ref  [N, T]         log π_θ, log π_θold, log π_ref of each sampled token; logp_ref unread if β = 0
+    advantages                [N] or [N, T]  Â_i for all tokens of output i, or Â_{i,t}
+    mask                      [N, T]         1 on the |o_i| tokens of output i, the end token included
+    num_sequences, num_tokens                of the whole update if these rows are only a micro-batch of it: the losses of
+                                             its micro-batches then add up to the loss of all, however it is split
+    """
+    mask = mask.bool()
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  |o_i|
+    num_sequences = len(mask) if num_sequences is None else num_sequences
+    num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
+    # whatever stands in padded cells, even nan, must not matter: 0 · nan would be nan
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    logp, logp_old, A = (torch.where(mask, x, 0.0) for x in (logp, logp_old, advantages))  # [N, T]
+
+    # eq. (3): min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ), ρ = π_θ / π_θold
+    ratio = importance_ratio(logp, logp_old, mask)  # [N, T]
+    clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
+    objective = torch.minimum(ratio * A, clipped * A)  # [N, T]
+    # eq. (3): - β D_KL, outside the min, D_KL by eq. (4)
+    if BETA:
+        objective = objective - BETA * kl_estimate(logp, torch.where(mask, logp_ref, 0.0))  # [N, T]
+    # eq. (3): 1/G Σ_i 1/|o_i| Σ_t, over the G outputs of all Q questions
+    if DENOMINATOR == "sequence":
+        weight = 1 / (num_sequences * lengths)  # [N, 1]
+    elif DENOMINATOR == "token":
+        weight = 1 / num_tokens
+    else:  # "constant"
+        weight = 1 / (num_sequences * MAX_NEW_TOKENS)
+    return -(objective * weight * mask).sum()
+
+
+# ==== One update: line 11 ===========================================================================================
+# Line 11 says "by maximising the GRPO objective (Equation 21)". Equation (21) is the objective's gradient coefficient,
+# Â + β (π_ref/π_θ - 1), and holds where π_θold = π_θ; what is maximised is eq. (3), whose gradient there is (21).
+
+
+def micro_batches(lengths, budget):
+    """Split rows into lists of row numbers, longest first, such that rows × longest stays within a budget of tokens."""
+    batches = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def score(model, rollout):
+    """log π of every sampled token under a model, without gradient: [N, T]."""
+    logp = torch.zeros_like(rollout.logp)
+    with torch.no_grad():
+        for rows in micro_batches(rollout.attention.sum(1).tolist(), TOKEN_BUDGET):
+            part = llms.token_logprobs(model, *rollout.rows(rows), TEMPERATURE)
+            logp[rows, : part.shape[1]] = part
+    return logp
+
+
+def learning_rate(update):
+    """The learning rate of the update-th optimizer step (counted from 0): a linear warm-up, then SCHEDULE."""
+    total = ITERATIONS * STEPS * MU
+    if update < WARMUP:
+        return LEARNING_RATE * (update + 1) / (WARMUP + 1)
+    left = (total - update) / max(1, total - WARMUP)  # 1 -> 0
+    factor = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[SCHEDULE]
+    return LEARNING_RATE * factor
+
+
+@torch.no_grad()
+def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
+    """What shows whether the update is healthy: sums over the tokens of some rows, and maxima ("max" in their name)."""
+    ratio, A, gap = importance_ratio(logp, logp_old, mask), advantages[:, None], (logp_old - logp_sampled).abs()
+    sums = {
+        "clip_low": ((ratio < 1 - EPSILON_LOW) & (A < 0) & mask).sum().item(),
+        "clip_high": ((ratio > 1 + EPSILON_HIGH) & (A > 0) & mask).sum().item(),
+        "ratio_max": ratio.max().item(),
+        "sampler_gap": (gap * mask).sum().item(),
+        "sampler_gap_max": (gap * mask).max().item(),
+    }
+    if BETA:
+        sums["kl"] = (kl_estimate(logp, logp_ref) * mask).sum().item()
+        sums["kl_log_ratio_max"] = ((logp_ref - logp).abs() * mask).max().item()
+    return sums
+
+
+def update(state, rollout, advantages, logp_old, logp_ref):
+    """One optimizer step on the whole rollout, in micro-batches; advantages [N]. Returns its diagnostics.
+
+    Every micro-batch is divided by the counts of the whole update, taken before the first backward pass: the sum is the
+    gradient of the whole, to the last bit but rounding. If loss or gradient is not finite the weights stay as they are.
+    """
+    mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
+    num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
+    lengths = rollout.attention.sum(1).tolist()
+    learns = [row for row in range(len(mask)) if advantages[row] != 0 or not DROP_ZERO_ADVANTAGE]
+    totals = defaultdict(float)
+    for batch in micro_batches([lengths[row] for row in learns], TOKEN_BUDGET):
+        rows = [learns[i] for i in batch]
+        ids, attention, real = rollout.rows(rows)
+        T = real.shape[1]
+        logp = llms.token_logprobs(state.policy, ids, attention, real, TEMPERATURE)  # [n, T]
+        old = logp.detach() if logp_old is None else logp_old[rows, :T]  # [n, T]
+        ref = None if logp_ref is None else logp_ref[rows, :T]  # [n, T]
+        loss = grpo_loss(logp, old, ref, advantages[rows], mask[rows, :T], num_sequences, num_tokens)
+        loss.backward()
+        totals["loss"] += loss.item()
+        for name, value in diagnose(logp, old, ref, rollout.logp[rows, :T], advantages[rows], real).items():
+            totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / num_tokens
+
+    lr = learning_rate(state.updates)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), MAX_GRAD_NORM).item()  # the norm before the clip
+    finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
+    if finite:
+        state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.updates += 1
+    return {**totals, "grad_norm": grad_norm, "lr": lr, "finite": finite}
+
+
+# ==== Rewards: line 8 ===============================================================================================
+
+
+def score_completions(texts, problems):
+    """r_i = Σ weight · reward: [Q, G], and each reward by name and unweighted: {name: [N]}. G texts to every problem."""
+    group = len(texts) // len(problems)
+    rows = [evaluator.rewards(text, problems[i // group]) for i, text in enumerate(texts)]
+    by_name = {name: [row[name] for row in rows] for name in rows[0]}
+    weighted = [sum(globals()[f"WEIGHT_{name.upper()}"] * value for name, value in row.items()) for row in rows]
+    return torch.tensor(weighted, dtype=torch.float32).view(len(problems), group), by_name
+
+
+# ==== Evaluation ====================================================================================================
+
+
+def interval(successes, n):
+    """Half the width of Wilson's 95 % interval for a share of successes: not 0 when all n are right, or none."""
+    z, p = 1.96, successes / n
+    return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+
+
+def pass_at_k(n, c, k):
+    """The unbiased estimate, from n samples of which c are right, that one of k is right (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(policy, tokenizer, problems):
+    """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: the metrics, and a record per problem."""
+    prompts = [llms.encode(tokenizer, rldatasets.prompt(problem)) for problem in problems]
+    greedy = llms.sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0, None, CACHE_TOKENS, progress="evaluating")
+    records = [
+        {"question": problem["question"], "answer": problem["answer"], "completion": text, **evaluator.rewards(text, problem)}
+        for problem, text in zip(problems, greedy.texts)
+    ]
+    n, right = len(records), sum(record["correctness"] for record in records)
+    metrics = {
+        "eval/accuracy": right / n,
+        "eval/ci95": interval(right, n),
+        "eval/format": sum(record["strict_format"] for record in records) / n,
+        "eval/length": greedy.mask.sum(1).float().mean().item(),
+        "eval/truncated": greedy.truncated.float().mean().item(),
+        "eval/n": n,
+    }
+    if EVAL_SAMPLES:
+        metrics |= evaluate_samples(policy, tokenizer, problems, prompts)
+    return metrics, records
+
+
+def evaluate_samples(policy, tokenizer, problems, prompts):
+    """pass@k and maj@k for k = 1, 2, 4 … EVAL_SAMPLES, from EVAL_SAMPLES outputs of every problem (paper, Figure 7)."""
+    n = EVAL_SAMPLES
+    generator = torch.Generator(policy.device).manual_seed(SEED)
+    texts = llms.sample(policy, tokenizer, prompts, n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator, CACHE_TOKENS, progress="sampling test").texts
+    groups = [texts[i * n : (i + 1) * n] for i in range(len(problems))]
+    right = [sum(evaluator.grade(text, problem["answer"]) for text in group) for group, problem in zip(groups, problems)]
+    metrics = {}
+    for k in sorted({2**power for power in range(n.bit_length())} | {n}):
+        votes = [evaluator.majority(group[:k]) for group in groups]
+        won = [vote is not None and evaluator.math_equal(vote, problem["answer"]) for vote, problem in zip(votes, problems)]
+        metrics[f"eval/pass@{k}"] = statistics.mean(pass_at_k(n, c, k) for c in right)
+        metrics[f"eval/maj@{k}"] = statistics.mean(won)
+    return metrics
+
+
+# ==== What is written to disk =======================================================================================
+
+
+@dataclasses.dataclass
+class State:
+    """All that training carries from one step to the next: what a checkpoint holds."""
+
+    policy: torch.nn.Module  # π_θ
+    tokenizer: object
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # the random stream of the sampler
+    reference: torch.nn.Module = None  # π_ref; None at β = 0
+    step: int = 0  # steps done, over all iterations
+    updates: int = 0  # optimizer steps done
+    position: int = 0  # questions drawn from the data set
+    skipped: int = 0  # of them, too long to ask
+    tokens: int = 0  # completion tokens sampled
+
+    COUNTERS = ("step", "updates", "position", "skipped", "tokens")
+
+    def tensors(self):
+        """Every tensor by name, without a copy; tied weights once."""
+        named = {f"policy/{name}": parameter for name, parameter in self.policy.named_parameters()}
+        if self.reference is not None:
+            named |= {f"reference/{name}": parameter for name, parameter in self.reference.named_parameters()}
+        for name, parameter in self.policy.named_parameters():
+            named |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        return {name: tensor.detach() for name, tensor in named.items()} | {"generator": self.generator.get_state()}
+
+
+def checksum(tensors):
+    """One number over all bytes of some tensors, so that a damaged file is noticed."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
+    return str(total)
+
+
+def settings():
+    """The constants in force, by name."""
+    return {name: globals()[name] for name in CONSTANTS}
+
+
+def save_checkpoint(state, run):
+    """Replace the run's checkpoint by one of the state as it is, whole or not at all; one file, nothing pickled."""
+    folder = run / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.cpu() for name, tensor in state.tensors().items()}
+    counters = {name: getattr(state, name) for name in State.COUNTERS}
+    about = {"counters": json.dumps(counters), "settings": json.dumps(fixed_settings()), "checksum": checksum(tensors)}
+    safetensors.torch.save_file(tensors, folder / "unfinished", about)
+    with open(folder / "unfinished", "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(folder / "unfinished", folder / "state.safetensors")
+
+
+def load_checkpoint(state, run):
+    """Bring a fresh state to where the run's checkpoint was written."""
+    path = run / "checkpoint" / "state.safetensors"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        tensors = safetensors.torch.load_file(path)
+        intact = about["checksum"] == checksum(tensors)
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise SettingsError(f"{path} is damaged or no checkpoint of this program: {error}") from None
+    if not intact:
+        raise SettingsError(f"{path} is damaged: its bytes are not those that were written")
+    saved, now = json.loads(about["settings"]), fixed_settings()
+    if saved != now:
+        names = ", ".join(sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)))
+        raise SettingsError(f"{path} belongs to other settings than {run / 'config.json'}: {names} differ")
+
+    for name in State.COUNTERS:
+        setattr(state, name, json.loads(about["counters"])[name])
+    for parameter in state.policy.parameters() if any(name.startswith("adam/") for name in tensors) else ():
+        state.optimizer.state[parameter] = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
+    if any(name.startswith("reference/") for name in tensors):
+        state.reference = llms.frozen_copy(state.policy)
+    state.generator.set_state(tensors.pop("generator"))
+    with torch.no_grad():
+        for name, tensor in state.tensors().items():
+            if name != "generator":
+                tensor.copy_(tensors[name])
+
+
+# Settings that a resumed run may be given anew: they change how long and how often, not what is computed in a step.
+RESUMABLE = {"RUN", "STEPS", "TOKEN_BUDGET", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY"}
+
+
+def fixed_settings():
+    return {name: value for name, value in settings().items() if name not in RESUMABLE}
+
+
+def clean(value):
+    """A number for JSON: what is not finite becomes null, floats keep their bits."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append(path, rows):
+    """Add rows to a file of JSON lines."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps({key: clean(value) for key, value in row.items()}) + "\n" for row in rows)
+
+
+def read_lines(path):
+    """The rows of a file of JSON lines, but for a last one that a crash cut in half."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def forget_after(path, step):
+    """Drop the rows that a killed run wrote after its last checkpoint: the resumed run writes them again."""
+    rows = [row for row in read_lines(path) if row["step"] <= step]
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    append(unfinished, rows)
+    os.replace(unfinished, path)
+
+
+def write_config(run):
+    """config.json: every constant in force, and what it ran on."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    config = settings() | {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": llms.transformers.__version__},
+        "commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+    }
+    (run / "config.unfinished").write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(run / "config.unfinished", run / "config.json")
+
+
+# ==== What is shown while it runs ===================================================================================
+
+HEALTH = [  # (is a row of metrics out of its healthy range?, what that means): each is said once
+    (lambda row: MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3, "loss is about 0 at μ = 1: expected. π_θ = π_θold makes every ratio 1 and the advantages of a group add up to 0; the gradient is not 0, and learning shows in the reward"),
+    (lambda row: row["zero_std_groups"] > 0.9, "in more than 9 of 10 groups all rewards are equal: there is nothing to learn from them (too easy, too hard, or identical samples)"),
+    (lambda row: row["step"] == 1 and (row["kl"] or 0) > 1e-2, "the KL to the reference is above 0.01 at the first step, where policy and reference are the same: their numerics differ"),
+    (lambda row: row["step"] > 2 and row["kl"] == 0 and row["grad_norm"] > 0 and row["lr"] > 0, "the KL is exactly 0 after updates: is the reference the policy itself?"),
+    (lambda row: (row["kl"] or 0) > 1, "the KL to the reference is above 1 nat per token: the policy is far from where it began (raise --beta or lower --learning_rate)"),
+    (lambda row: (row.get("kl_log_ratio_max") or 0) > 10, "for some token |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)"),
+    (lambda row: row["entropy"] < 0.05 and row["accuracy"] < 0.9, "the entropy is below 0.05 nats: the samples of a group are nearly the same, and little is explored any more"),
+    (lambda row: row["entropy"] > 4, "the entropy is above 4 nats per token: the policy writes close to random text"),
+    (lambda row: max(row["clip_low"], row["clip_high"]) > 0.2, "more than 20 % of the tokens are clipped: the updates of one rollout go too far (lower --learning_rate or --mu)"),
+    (lambda row: MU > 1 and row["step"] > 10 and row["ratio_max"] == 1, "the ratio is exactly 1 although μ > 1: is π_θold computed anew between the updates?"),
+    (lambda row: row["truncated"] > 0.5, "more than half of the outputs hit --max_new_tokens and have no end: raise it, or the end is not being learnt"),
+    (lambda row: row["sampler_gap"] > (2e-2 if torch.cuda.is_available() else 1e-4), "the sampler's log-probabilities differ from the scored ones: the policy that samples is not the one that learns"),
+]  # fmt: skip
+
+
+def warn(state_of_warnings, row):
+    """Say what a row of metrics shows to be unhealthy, each thing once a run."""
+    for number, (unhealthy, sentence) in enumerate(HEALTH):
+        if number not in state_of_warnings and unhealthy(row):
+            state_of_warnings.add(number)
+            tqdm.write(f"note: {sentence}.")
+
+
+def console_line(row):
+    """One step in fixed columns."""
+    kl = "   off" if row["kl"] is None else f"{row['kl']:6.4f}"
+    return (
+        f"step {row['step']:4d} | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f} | right {row['accuracy']:4.2f} | kl {kl}"
+        f" | clip {row['clip_low'] + row['clip_high']:4.2f} | dead {row['zero_std_groups']:4.2f} | len {row['length']:5.1f}"
+        f" | cut {row['truncated']:4.2f} | grad {row['grad_norm']:5.2f} | {row['seconds']:5.1f} s"
+    )
+
+
+def show(title, text):
+    """One completion in full, indented."""
+    tqdm.write(f"  {title}\n" + textwrap.indent(text, "  | ", lambda line: True))
+
+
+def side_by_side(left, right, width=56):
+    """Two texts in two columns."""
+    columns = [[piece for line in text.split("\n") for piece in textwrap.wrap(line, width) or [""]] for text in (left, right)]
+    return "\n".join(f"  {a:{width}} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue=""))
+
+
+def percent(row, key):
+    return f"{row[key]:.3f}"
+
+
+def summary(run):
+    """The end of a run: base → trained in a table, and three test questions with both completions."""
+    evaluations = [row for row in read_lines(run / "metrics.jsonl") if "eval/accuracy" in row]
+    base, trained = evaluations[0], evaluations[-1]
+    tqdm.write(f"\n{'':18}{'base':>10}{'trained':>10}    greedy, {base['eval/n']} test questions, steps {base['step']} and {trained['step']}")
+    for key in (key for key in base if key.startswith("eval/") and key not in ("eval/n", "eval/ci95")):
+        margin = "  ± {:.3f}, ± {:.3f} (95 %)".format(base["eval/ci95"], trained["eval/ci95"]) if key == "eval/accuracy" else ""
+        tqdm.write(f"{key.removeprefix('eval/'):18}{base[key]:10.3f}{trained[key]:10.3f}  {margin}")
+    tested = [row for row in read_lines(run / "samples.jsonl") if row["split"] == "test"]
+    for before in [row for row in tested if row["step"] == base["step"]][:3]:
+        after = next(row for row in tested if row["step"] == trained["step"] and row["question"] == before["question"])
+        verdict = ["wrong", "right"]
+        tqdm.write(f"\n{before['question']}  (answer: {before['answer']})")
+        tqdm.write(side_by_side(f"base, {verdict[int(before['correctness'])]}:", f"trained, {verdict[int(after['correctness'])]}:"))
+        tqdm.write(side_by_side(before["completion"], after["completion"]))
+
+
+# ==== Algorithm 1 ===================================================================================================
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask for an end after the step; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("finishing the step; Ctrl-C again ends at once and loses it")
+
+
+@contextmanager
+def timed(seconds, name):
+    """Add the wall-clock seconds of a block to seconds[name]."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[f"seconds/{name}"] = seconds.get(f"seconds/{name}", 0.0) + time.perf_counter() - start
+
+
+def draw_questions(state, stream):
+    """Line 5: the next QUESTIONS_PER_STEP problems whose prompts are short enough, and their prompts' token ids."""
+    problems, prompts, passed_over = [], [], 0
+    while len(problems) < QUESTIONS_PER_STEP:
+        problem = next(stream)
+        tokens = llms.encode(state.tokenizer, rldatasets.prompt(problem))
+        state.position += 1
+        if len(tokens) <= MAX_PROMPT_TOKENS:
+            problems.append(problem)
+            prompts.append(tokens)
+            continue
+        state.skipped += 1
+        passed_over += 1
+        if passed_over == 1000:
+            raise SettingsError(f"1000 questions in a row are longer than {MAX_PROMPT_TOKENS} tokens: raise --max_prompt_tokens")
+    return problems, prompts
+
+
+def take_step(state, stream, run):
+    """Lines 5 to 12 of Algorithm 1, and a row of metrics."""
+    seconds, began = {}, time.perf_counter()
+    problems, prompts = draw_questions(state, stream)  # 5: a batch D_b of questions
+    # 6: π_θold ← π_θ needs no second network, only its log-probabilities, taken before the first update
+    with timed(seconds, "sample"):  # 7: G outputs for each question
+        rollout = llms.sample(
+            state.policy, state.tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS, "sampling"
+        )
+    with timed(seconds, "reward"):  # 8: their rewards
+        rewards, by_name = score_completions(rollout.texts, problems)  # [Q, G]
+    advantages = group_advantages(rewards).flatten().to(state.policy.device)  # 9: Â_i, [N]
+    with timed(seconds, "logprobs"):
+        logp_old = score(state.policy, rollout) if MU > 1 else None  # [N, T]; at μ = 1 it is the update's own logp
+        logp_ref = score(state.reference, rollout) if BETA else None  # [N, T]
+    updates = []
+    with timed(seconds, "update"):
+        for _ in range(MU):  # 10
+            updates.append(update(state, rollout, advantages, logp_old, logp_ref))  # 11: one step up J_GRPO
+            if not updates[-1]["finite"]:
+                break
+    # 12: the reward is a rule, there is no reward model to train
+    state.step += 1
+    state.tokens += int(rollout.mask.sum())
+    row = step_metrics(state, rollout, rewards, by_name, updates) | seconds | {"seconds": time.perf_counter() - began}
+    record_step(run, state, row, problems, rollout, rewards, by_name, advantages)
+    return row
+
+
+def step_metrics(state, rollout, rewards, by_name, updates):
+    """A training line of metrics.jsonl; what the μ updates of a step measured is averaged, maxima stay maxima."""
+    lengths = rollout.mask.sum(1)
+    measured = {name: [one[name] for one in updates] for name in updates[0] if name != "finite"}
+    measured = {name: max(values) if name.endswith("max") else statistics.mean(values) for name, values in measured.items()}
+    return {
+        "step": state.step,
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(1).mean().item(),
+        **{f"rewards/{name}": statistics.mean(values) for name, values in by_name.items()},
+        "accuracy": statistics.mean(by_name["correctness"]),
+        "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "loss": 0.0, "kl": None, "kl_log_ratio_max": None, "ratio_max": 1.0, "clip_low": 0.0, "clip_high": 0.0,
+        "sampler_gap": 0.0, "sampler_gap_max": 0.0,
+        **measured,
+        "entropy": (rollout.entropy.sum() / rollout.mask.sum()).item(),
+        "length": lengths.float().mean().item(),
+        "length_max": lengths.max().item(),
+        "truncated": rollout.truncated.float().mean().item(),
+        "skipped_updates": sum(not one["finite"] for one in updates),
+        "questions": state.position - state.skipped,
+        "prompts_skipped": state.skipped,
+        "tokens": state.tokens,
+        "updates": state.updates,
+    }  # fmt: skip
+
+
+def record_step(run, state, row, problems, rollout, rewards, by_name, advantages):
+    """Write a step's metrics and the group of its first question, and show a completion now and then."""
+    append(run / "metrics.jsonl", [row])
+    group = [
+        {
+            "step": state.step, "split": "train", "question": problems[0]["question"], "answer": problems[0]["answer"],
+            "completion": rollout.texts[i], "reward": rewards[0, i].item(), "advantage": advantages[i].item(),
+            **{name: values[i] for name, values in by_name.items()},
+        }
+        for i in range(GROUP_SIZE)
+    ]  # fmt: skip
+    append(run / "samples.jsonl", group)
+    tqdm.write(console_line(row))
+    if SHOW_EVERY and state.step % SHOW_EVERY == 0:
+        show(f"a sample: reward {group[0]['reward']:.2f}, right answer {group[0]['answer']}", group[0]["completion"])
+
+
+def record_evaluation(run, state, problems):
+    """Evaluate, write the metrics and all completions, and draw the plots."""
+    metrics, records = evaluate(state.policy, state.tokenizer, problems)
+    append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
+    append(run / "samples.jsonl", [{"step": state.step, "split": "test", **record} for record in records])
+    tqdm.write(f"step {state.step:4d} | test accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.2f} | greedy, {metrics['eval/n']} questions")
+    plot.draw([run], run)
+
+
+def train(state, stream, test_problems, run, evaluate_at):
+    """Algorithm 1 (iterative GRPO) from wherever the state stands. Returns the signal that ended it early, or None."""
+    interrupt, warned, failures = Interrupt(), set(), 0
+    last = ITERATIONS * STEPS
+    if state.step == 0:
+        if 0 in evaluate_at:
+            record_evaluation(run, state, test_problems)
+        save_checkpoint(state, run)
+    bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step")
+    for iteration in range(ITERATIONS):  # 2
+        if state.step == iteration * STEPS and BETA:
+            state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ, a deep copy
+        while state.step < (iteration + 1) * STEPS:  # 4
+            row = take_step(state, stream, run)  # 5 to 12
+            bar.update()
+            warn(warned, row)
+            failures = failures + 1 if row["skipped_updates"] else 0
+            if failures:
+                tqdm.write("the loss or the gradient is not finite: this update is left out, the weights stay as they were")
+            if failures == 3:
+                bar.close()
+                raise RunError("three steps in a row were not finite; the checkpoint of an earlier step is intact")
+            if state.step in evaluate_at:
+                record_evaluation(run, state, test_problems)
+            if interrupt.signal or state.step % SAVE_EVERY == 0 or state.step == last:
+                save_checkpoint(state, run)
+            if interrupt.signal:
+                bar.close()
+                return interrupt.signal
+    bar.close()
+
+
+class RunError(RuntimeError):
+    """Why a run ended before its time, in one line."""
+
+
+# ==== The command line ==============================================================================================
+
+
+def constant_block():
+    """The constants as they stand in this file: {NAME: (section, default, comment)}."""
+    source = Path(__file__).read_text()
+    section, block = None, {}
+    for line in source[: source.index("# -- End of the constants")].splitlines():
+        if title := re.fullmatch(r"# -- (.+)", line):
+            section = title[1]
+        elif section and (constant := re.fullmatch(r"([A-Z][A-Z0-9_]*) = (.+?)  # (.+)", line)):
+            block[constant[1]] = (section, ast.literal_eval(constant[2]), constant[3])
+    return block
+
+
+CONSTANTS = constant_block()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one line."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        if unknown:
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message = f"unknown flag {unknown[1]}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+        self.exit(2, f"main.py: error: {message}\n")
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def parse(argv):
+    """The command line: the actions, and the constants that were given as flags."""
+    parser = Parser(description=__doc__.split("\n\nRead downwards")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
+    parser.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
+    parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")
+    parser.add_argument("--test", action="store_true", help="two steps and one small evaluation with everything else as given")
+    sections = {}
+    for name, (section, default, comment) in CONSTANTS.items():
+        if section not in sections:
+            sections[section] = parser.add_argument_group(section)
+        kind = true_or_false if isinstance(default, bool) else type(default)
+        shown = f"{comment.replace('%', '%%')} (default: {default!r})"
+        sections[section].add_argument(f"--{name.lower()}", type=kind, default=argparse.SUPPRESS, metavar=type(default).__name__.upper(), help=shown)
+    # dashes are accepted: --group-size is --group_size
+    argv = [re.sub(r"(?<=\w)-", "_", a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
+    arguments = vars(parser.parse_args(argv))
+    actions = argparse.Namespace(**{name: arguments.pop(name) for name in ("resume", "evaluate", "against", "test")})
+    return actions, {name.upper(): value for name, value in arguments.items()}
+
+
+def apply_settings(flags, inherited=None):
+    """Set the constants: the block, over it the settings of a run or of the tiny model, over those the flags."""
+    values = {name: globals()[name] for name in CONSTANTS} | (inherited or {})
+    values |= flags
+    if not inherited and values["MODEL"] == "tiny":
+        values = values | TINY | flags
+    globals().update(values)
+
+
+def check_settings():
+    """Refuse what cannot be meant, before anything is loaded."""
+    choices = {"KL": ("k1", "k2", "k3"), "DENOMINATOR": ("sequence", "token", "constant"), "RATIO": ("token", "sequence"), "SCHEDULE": ("constant", "linear", "cosine")}
+    for name, allowed in choices.items():
+        if globals()[name] not in allowed:
+            raise SettingsError(f"--{name.lower()} is one of {', '.join(allowed)}, not {globals()[name]!r}")
+    if GROUP_SIZE < 2:
+        raise SettingsError(f"--group_size must be at least 2, not {GROUP_SIZE}: an output is compared with the others of its group")
+    for name in ("ITERATIONS", "STEPS", "QUESTIONS_PER_STEP", "MU", "MAX_NEW_TOKENS", "MAX_PROMPT_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY"):
+        if globals()[name] < 1:
+            raise SettingsError(f"--{name.lower()} must be at least 1, not {globals()[name]}")
+    for name in ("BETA", "EPSILON_LOW", "EPSILON_HIGH", "LEARNING_RATE", "WARMUP", "WEIGHT_DECAY", "EVAL_QUESTIONS", "EVAL_SAMPLES", "SHOW_EVERY", "SEED"):
+        if not 0 <= globals()[name] < math.inf:
+            raise SettingsError(f"--{name.lower()} must not be negative, not {globals()[name]}")
+    for name in ("TEMPERATURE", "EVAL_TEMPERATURE", "MAX_GRAD_NORM"):
+        if not 0 < globals()[name] < math.inf:
+            raise SettingsError(f"--{name.lower()} must be above 0, not {globals()[name]}")
+    if TOKEN_BUDGET < MAX_PROMPT_TOKENS + MAX_NEW_TOKENS:
+        raise SettingsError(f"--token_budget {TOKEN_BUDGET} is below the longest row, {MAX_PROMPT_TOKENS} + {MAX_NEW_TOKENS} tokens")
+    if Path(DATASET).is_file() and not EVAL_DATASET:
+        raise SettingsError("--dataset is a single file: say with --eval_dataset what to test on, which must not be the training rows")
+
+
+def model_folder(name):
+    """Where a model is: a run's folder stands for the model in it, and tiny is built the first time it is asked for."""
+    if name == "tiny":
+        corpus = rldatasets.messy_corpus()
+        folder = Path("runs") / f"tiny-base-{zlib.crc32(repr((corpus, llms.TINY)).encode()):08x}"
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            llms.build_tiny(folder, corpus)
+        return str(folder)
+    if (Path(name) / "config.json").is_file() and (Path(name) / "metrics.jsonl").is_file():
+        if not (Path(name) / "model").is_dir():
+            raise SettingsError(f"{name} is a run that has not ended: it has no model yet (python main.py --resume {name})")
+        return f"{name}/model"
+    return name
+
+
+def test_set():
+    """The first EVAL_QUESTIONS of the test split, in the official order."""
+    problems = list(itertools.islice(rldatasets.load(EVAL_DATASET or DATASET, "test"), EVAL_QUESTIONS or None))
+    if not problems:
+        raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET}")
+    return problems
+
+
+def run_settings(run):
+    """The constants that a run was made with."""
+    try:
+        return {name: value for name, value in json.loads((run / "config.json").read_text()).items() if name in CONSTANTS}
+    except (OSError, json.JSONDecodeError) as error:
+        raise SettingsError(f"{run} is no run: {error}") from None
+
+
+def new_run_folder():
+    """runs/NAME, not made yet; without --run the first free number."""
+    if RUN:
+        run = Path("runs") / RUN
+        if (run / "config.json").exists():
+            raise SettingsError(f"{run} exists already: choose another --run, or go on with --resume {run}")
+        return run
+    names = (f"{Path(MODEL).name}-{Path(DATASET).stem}-{number}" for number in itertools.count(1))
+    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+
+
+def run_training(actions, flags):
+    """A new run or a resumed one, to its end: everything that can be refused is refused before anything is written."""
+    if actions.resume:
+        run = Path(actions.resume)
+        inherited = run_settings(run)
+        changed = [name for name, value in flags.items() if value != inherited[name] and name not in RESUMABLE]
+        if changed:
+            raise SettingsError(f"{run} was made with {changed[0].lower()} = {inherited[changed[0]]!r}: a resumed run keeps its settings")
+        apply_settings(flags, inherited)
+    else:
+        apply_settings(flags)
+        if actions.test:
+            globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8), RUN=RUN or "test")
+            shutil.rmtree("runs/test", ignore_errors=True)
+        run = None
+    check_settings()
+    run = run or new_run_folder()
+    problems = test_set()
+    policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(ADAM_BETA1, ADAM_BETA2), weight_decay=WEIGHT_DECAY)
+    state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED))
+    if (run / "checkpoint" / "state.safetensors").exists():
+        load_checkpoint(state, run)
+    stream = rldatasets.shuffled(DATASET, "train", SEED, state.position)
+    stream = itertools.chain([next(stream)], stream)  # a data set that cannot be read is refused here
+
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        forget_after(run / name, state.step if (run / "checkpoint").exists() else -1)
+    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
+    tqdm.write(f"{MODEL} ({millions:.1f} M parameters, {policy.device.type}) on {DATASET}, tested on {len(problems)} questions; everything goes to {run}")
+
+    last = ITERATIONS * STEPS
+    evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
+    stopped = train(state, stream, problems, run, evaluate_at)
+    if stopped:
+        tqdm.write(f"stopped after step {state.step} and saved; go on with: python main.py --resume {run}")
+        return 128 + stopped
+    llms.save(policy, tokenizer, run / "model")
+    summary(run)
+    tqdm.write(f"\nthe model is in {run / 'model'}, the curves in {run / 'train_score.png'} and {run / 'eval_score.png'}")
+    return 0
+
+
+def run_evaluation(actions, flags):
+    """Test one model, or two on the same questions with the paired difference."""
+    names = [name for name in (actions.evaluate, actions.against) if name]
+    run = next((Path(name) for name in names if (Path(name) / "metrics.jsonl").exists()), None)
+    apply_settings({"MODEL": actions.evaluate} | flags, run_settings(run) if run else None)
+    check_settings()
+    problems, right = test_set(), []
+    print(f"{len(problems)} questions of {EVAL_DATASET or DATASET}, greedy")
+    for name in names:
+        metrics, records = evaluate(*llms.load(model_folder(name)), problems)
+        right.append([record["correctness"] for record in records])
+        more = "".join(f" | {key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key)
+        print(f"{name}: accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
+              f" | length {metrics['eval/length']:.0f} | truncated {metrics['eval/truncated']:.3f}{more}")  # fmt: skip
+    if actions.against:
+        differences = [a - b for a, b in zip(*right)]
+        half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        print(f"difference: {statistics.mean(differences):+.3f} ± {half:.3f} (95 %, paired): {names[0]} alone is right"
+              f" {differences.count(1)} times, {names[1]} alone {differences.count(-1)} times")  # fmt: skip
+    return 0
+
+
+def main(argv=None):
+    actions, flags = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if actions.against and not actions.evaluate:
+            raise SettingsError("--against goes with --evaluate")
+        return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
+    except (SettingsError, RunError, llms.ModelError, rldatasets.DataError) as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("main.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Draw the training and the test curves of one or more runs, from their files alone.
+
+    python plots/plot.py runs/A runs/B ...     runs that differ only in their seed share a curve, with a band
+    python plots/plot.py --out FOLDER ...      where to put train_score.png and eval_score.png
+
+Without --out they go into the run's folder, or for several runs into the folder that the runs are in.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+TRAIN = [  # key in metrics.jsonl, title
+    ("accuracy", "right answers, sampled"),
+    ("reward", "reward"),
+    ("length", "length of outputs, tokens"),
+    ("kl", "KL to the reference, nats per token"),
+    ("entropy", "entropy, nats per token"),
+    ("zero_std_groups", "groups without spread"),
+]
+TEST = [("eval/accuracy", "right answers, greedy"), ("eval/format", "asked form to the letter"), ("eval/length", "length of outputs, tokens")]
+
+
+def read(folder):
+    """A run's settings and the rows of its metrics; a last line that is only half there is left out."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]
+    return json.loads((Path(folder) / "config.json").read_text()), [json.loads(line) for line in lines]
+
+
+def curves(rows, key):
+    """The steps at which a key was written, and its values."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def groups(folders):
+    """Runs by what they have in common: {label: [rows of each run]}; all settings but the seed and the name count."""
+    by_settings = {}
+    for folder in folders:
+        config, rows = read(folder)
+        same = json.dumps({k: v for k, v in config.items() if k not in ("SEED", "RUN", "commit", "device", "versions")}, sort_keys=True)
+        by_settings.setdefault(same, []).append((Path(folder).name, rows))
+    return {
+        runs[0][0] if len(runs) == 1 else f"{runs[0][0]} and {len(runs) - 1} more": [rows for _, rows in runs]
+        for runs in by_settings.values()
+    }
+
+
+def smooth(values, window=5):
+    """A running mean over the last few values."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+def panel(axes, key, title, runs_by_label, smoothed):
+    """One key of every run: a line per label with its runs' lowest and highest as a band."""
+    for number, (label, runs) in enumerate(runs_by_label.items()):
+        color = f"C{number % 10}"
+        series = [dict(zip(*curves(rows, key))) for rows in runs]
+        steps = sorted(set.intersection(*map(set, series)))
+        if not steps:
+            continue
+        values = [[one[step] for one in series] for step in steps]
+        mean = [sum(at) / len(at) for at in values]
+        low, high = [min(at) for at in values], [max(at) for at in values]
+        if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is the 95 % interval
+            half = dict(zip(*curves(runs[0], "eval/ci95")))
+            low, high = [mean[i] - half[step] for i, step in enumerate(steps)], [mean[i] + half[step] for i, step in enumerate(steps)]
+        if smoothed:
+            axes.plot(steps, mean, color=color, alpha=0.25, linewidth=0.8)
+            mean, low, high = smooth(mean), smooth(low), smooth(high)
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(steps, mean, color=color, label=label, marker="" if smoothed else "o", markersize=3)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    if key in ("accuracy", "eval/accuracy", "eval/format", "zero_std_groups"):
+        axes.set_ylim(-0.02, 1.02)
+
+
+def draw(folders, out):
+    """Write train_score.png and eval_score.png of some run folders into the folder `out`; returns their paths."""
+    from matplotlib.figure import Figure  # here, so that a run which draws nothing starts faster
+
+    runs_by_label, paths = groups(folders), []
+    for name, panels, columns in (("train_score", TRAIN, 3), ("eval_score", TEST, 3)):
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(4 * columns, 3 * lines + 0.3), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False).flat
+        for axes, (key, title) in zip(grid, panels):
+            panel(axes, key, title, runs_by_label, smoothed=name == "train_score")
+            axes.set_xlabel("step", fontsize=8)
+        grid[0].legend(fontsize=8)
+        path = Path(out) / f"{name}.png"
+        figure.savefig(path, dpi=110)
+        paths.append(path)
+    return paths
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, with metrics.jsonl and config.json")
+    parser.add_argument("--out", help="the folder for the pictures")
+    arguments = parser.parse_args()
+    folders = [Path(run) for run in arguments.runs]
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file() or not (folder / "config.json").is_file():
+            print(f"plot.py: error: {folder} is no run: it needs metrics.jsonl and config.json", file=sys.stderr)
+            return 2
+    out = Path(arguments.out or (folders[0] if len(folders) == 1 else folders[0].parent))
+    out.mkdir(parents=True, exist_ok=True)
+    print(*draw(folders, out), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
