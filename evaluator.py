@@ -64,7 +64,9 @@ def extract_answer(completion):
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
 
 # a sign, digits with or without thousands separators, decimals, a denominator: -1,080.50 or 3/4
-NUMBER = re.compile(r"(?<![\w.])([+-]?)(\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,40})(\.\d{0,40})?(?:\s?/\s?(\d{1,40}))?(?![\d/^]|[eE][+-]?\d)")
+NUMBER = re.compile(
+    r"(?<![\w.])([+-]?)(\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,40})(\.\d{0,40})?(?:\s?/\s?(\d{1,40}))?(?![\d/^]|[eE][+-]?\d)"
+)
 
 
 def number(text):
@@ -87,7 +89,7 @@ def math_equal(prediction, gold):
     left, right = number(prediction), number(gold)
     if left is not None and right is not None:
         return left == right
-    return "".join(prediction.split()).casefold() == "".join(gold.split()).casefold()
+    return " ".join(prediction.split()).casefold() == " ".join(gold.split()).casefold()
 
 
 def grade(completion, gold):
@@ -119,7 +121,12 @@ def is_integer(text):
 def soft_format(completion):
     """Does it begin with the reasoning, closed, and go on with the answer, closed? Anything may follow, on any lines."""
     reasoning, closed, rest = completion.strip().partition("</reasoning>")
-    return reasoning.startswith("<reasoning>") and bool(closed) and rest.strip().startswith("<answer>") and "</answer>" in rest
+    return (
+        reasoning.startswith("<reasoning>")
+        and bool(closed)
+        and rest.strip().startswith("<answer>")
+        and "</answer>" in rest
+    )
 
 
 def strict_format(completion):

@@ -20,26 +20,24 @@ How a batch lies in memory (prompt left-padded, completion right-padded, so that
 
 import copy
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import transformers  # noqa: E402  (the line above must come first)
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache  # noqa: E402
-
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-LOGITS_AT_ONCE = 2**24  # numbers: log-probabilities are computed in chunks of positions whose logits are no more than this
+LOGITS_AT_ONCE = 2**24  # log-probabilities are computed over so few positions at a time that this many logits suffice
 
 
 class ModelError(ValueError):
@@ -105,6 +103,11 @@ def compute(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
+def at_least_fp32(logits):
+    """A log-softmax in bf16 is wrong by up to 0.03: logits go to fp32 first, float64 stays."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 # ---- prompts and batches -------------------------------------------------------------------------------------------
 
 
@@ -163,7 +166,7 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens, progress=""):
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens):
     """Draw `group_size` completions for every prompt (a list of token ids) from softmax(logits / temperature).
 
     Nothing else bends the distribution: no top-k, no top-p, nothing from the checkpoint's generation config but its end
@@ -173,20 +176,28 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > getattr(model.config, "max_position_embeddings", longest):
         limit = model.config.max_position_embeddings
-        raise ModelError(f"prompt and completion take up to {longest} tokens, the model reads {limit}: lower --max_new_tokens")
+        raise ModelError(
+            f"prompt and completion take up to {longest} tokens, the model reads {limit}: lower --max_new_tokens"
+        )
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     at_once = max(1, cache_tokens // (longest * group_size))
     outputs = []  # per completion: token ids, log-probabilities, entropies
-    with tqdm(total=len(prompts) * group_size, desc=progress, unit="output", leave=False, delay=2, disable=not progress) as bar:
+    with tqdm(total=len(prompts) * group_size, desc="sampling", unit="output", leave=False, delay=2) as bar:
         for start in range(0, len(prompts), at_once):
             wave = prompts[start : start + at_once]
             outputs += sample_wave(model, wave, group_size, max_new_tokens, temperature, generator, ends, bar)
 
     completions = [tokens.tolist() for tokens, _, _ in outputs]
     ids, attention, mask = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
-    padded = [torch.zeros(mask.shape, device=model.device).masked_scatter(mask, torch.cat(column)) for column in list(zip(*outputs))[1:]]
+    padded = [
+        torch.zeros(mask.shape, device=model.device).masked_scatter(mask, torch.cat(column))
+        for column in list(zip(*outputs))[1:]
+    ]
     truncated = ~torch.isin(torch.stack([tokens[-1] for tokens, _, _ in outputs]), ends)
-    texts = [tokenizer.decode(tokens if cut else tokens[:-1], skip_special_tokens=True) for tokens, cut in zip(completions, truncated)]
+    texts = [
+        tokenizer.decode(tokens if cut else tokens[:-1], skip_special_tokens=True)
+        for tokens, cut in zip(completions, truncated.tolist())
+    ]
     return Rollout(ids, attention, mask, *padded, truncated, texts)
 
 
@@ -199,36 +210,36 @@ def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generat
     lengths = torch.full((rows,), max_new_tokens, device=model.device)
     alive = torch.arange(rows, device=model.device)  # the rows that have not ended; only these are in the cache
 
-    with compute(model):
-        # the prompt is read once and its keys and values are shared out to the G outputs
-        cache = DynamicCache()
-        place = positions(attention)
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=place, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(group_size)
-        logits, attention, place = (x.repeat_interleave(group_size, 0) for x in (logits, attention, place[:, -1:]))
+    cache, place = DynamicCache(), positions(attention)
 
+    def next_logits(tokens):
+        inputs = {"attention_mask": attention, "position_ids": place, "past_key_values": cache, "logits_to_keep": 1}
+        return model(input_ids=tokens, **inputs).logits[:, -1]
+
+    with compute(model):
+        # the prompt is read once, and its keys and values are handed to the G outputs
+        logits = next_logits(ids).repeat_interleave(group_size, 0)  # [N, V]
+        cache.batch_repeat_interleave(group_size)
+        attention, place = attention.repeat_interleave(group_size, 0), place[:, -1:].repeat_interleave(group_size, 0)
         for t in range(max_new_tokens):
-            log_pi = torch.log_softmax(logits.float() / (temperature or 1), -1)  # [alive, V]
+            log_pi = torch.log_softmax(at_least_fp32(logits) / (temperature or 1), -1)  # [alive, V]
             pi = log_pi.exp()
             token = torch.multinomial(pi, 1, generator=generator) if temperature else log_pi.argmax(-1, keepdim=True)
             drawn[alive, t] = token.squeeze(1)
-            logp[alive, t] = log_pi.gather(1, token).squeeze(1)
-            entropy[alive, t] = -torch.special.xlogy(pi, pi).sum(-1)
-            ended = torch.isin(token.squeeze(1), ends)
-            if ended.any():
-                lengths[alive[ended]] = t + 1
-                bar.update(int(ended.sum()))
-                keep = (~ended).nonzero().squeeze(1)
-                if len(keep) == 0:
-                    break
-                cache.batch_select_indices(keep)
-                alive, token, attention, place = alive[keep], token[keep], attention[keep], place[keep]
-            if t == max_new_tokens - 1:
-                bar.update(len(alive))
+            logp[alive, t] = log_pi.gather(1, token).squeeze(1).float()
+            entropy[alive, t] = -torch.special.xlogy(pi, pi).sum(-1).float()
+            going = (~torch.isin(token.squeeze(1), ends)).nonzero().squeeze(1)
+            if len(going) < len(alive):  # rows that ended leave the batch and the cache
+                bar.update(len(alive) - len(going))
+                lengths[alive] = t + 1
+                cache.batch_select_indices(going)
+                alive, token, attention, place = alive[going], token[going], attention[going], place[going]
+                lengths[alive] = max_new_tokens
+            if len(alive) == 0 or t == max_new_tokens - 1:
                 break
-            attention = torch.cat([attention, torch.ones_like(token)], 1)
-            place = place + 1
-            logits = model(input_ids=token, attention_mask=attention, position_ids=place, past_key_values=cache).logits[:, -1]
+            attention, place = torch.cat([attention, torch.ones_like(token)], 1), place + 1
+            logits = next_logits(token)
+    bar.update(len(alive))
     return [(drawn[i, :n], logp[i, :n], entropy[i, :n]) for i, n in enumerate(lengths.tolist())]
 
 
@@ -243,20 +254,22 @@ def token_logprobs(model, ids, attention, mask, temperature):
     """
     T = mask.shape[1]
     with compute(model):
-        trunk = model.base_model(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False)
+        trunk = model.base_model(
+            input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False
+        )
         # position j predicts token j + 1: the first completion token comes from the last prompt position
         hidden = trunk.last_hidden_state[:, -T - 1 : -1][mask]  # [tokens, D]
         targets = ids[:, -T:][mask]  # [tokens]
         head = model.get_output_embeddings()
 
         def chunk_logprobs(hidden, targets):
-            logits = head(hidden).float() / temperature  # [chunk, V]
+            logits = at_least_fp32(head(hidden)) / temperature  # [chunk, V]
             return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)  # [chunk]
 
         size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         chunks = zip(hidden.split(size), targets.split(size))
         logp = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
 # ---- the tiny model ------------------------------------------------------------------------------------------------
@@ -271,7 +284,9 @@ TINY = {"steps": 1000, "rows": 16, "learning_rate": 4e-3}  # the supervised warm
 
 def tiny_tokenizer(texts):
     """Qwen2's byte-level BPE and chat template with a vocabulary of its own, of at most 640 tokens; each digit is a token."""
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 640, show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
+        texts, 640, show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"]
+    )
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>"])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -282,12 +297,35 @@ def build_tiny(folder, corpus):
     """Build a Qwen2-architecture model of about half a million parameters, teach it a corpus [(messages, completion)] by
     supervised learning on the completions, and save it: about a minute on two cores."""
     torch.manual_seed(0)
-    tokenizer = tiny_tokenizer([piece for messages, text in corpus for message in messages for piece in (message["role"], message["content"], "assistant", text)])
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(**shape, **ids, max_position_embeddings=1024, tie_word_embeddings=True))
+    tokenizer = tiny_tokenizer(
+        [
+            piece
+            for messages, text in corpus
+            for message in messages
+            for piece in (message["role"], message["content"], "assistant", text)
+        ]
+    )
+    shape = {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    ids = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    model = AutoModelForCausalLM.from_config(
+        transformers.Qwen2Config(**shape, **ids, max_position_embeddings=1024, tie_word_embeddings=True)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    pairs = [(encode(tokenizer, messages), tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for messages, text in corpus]
+    pairs = [
+        (encode(tokenizer, messages), tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
+        for messages, text in corpus
+    ]
 
     for step in tqdm(range(TINY["steps"]), desc="building the tiny model, once", unit="step", leave=False):
         rows = [pairs[(step * TINY["rows"] + row) % len(pairs)] for row in range(TINY["rows"])]

@@ -32,7 +32,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -44,6 +43,7 @@ import time
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import safetensors.torch
@@ -60,7 +60,7 @@ from plots import plot
 # Qwen2.5-1.5B-Instruct on GSM8K on one 80 GB GPU, the paper's (§4.2) wherever it gives one.
 
 # -- Model and data
-MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny (built here, no download; its own settings stand in TINY below)
+MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny (built here, with the settings of TINY below)
 DATASET = "gsm8k"  # D: gsm8k, arithmetic, or a file or folder with rows like GSM8K's
 EVAL_DATASET = ""  # the questions to test on; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
@@ -81,7 +81,7 @@ EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 frees the policy and needs no reference
 KL = "k3"  # estimator of the KL: k3 is eq. (4); k1 has no gradient on average; k2 has that of the reverse KL
-DENOMINATOR = "sequence"  # what divides a token's term: sequence 1/|o_i| (paper), token 1/Σ|o| (DAPO), constant 1/L (Dr. GRPO)
+DENOMINATOR = "sequence"  # of a token: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant L (Dr. GRPO)
 SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
 RATIO = "token"  # π_θ/π_θold per token (paper), or one per sequence (GSPO)
 MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the loss (DAPO's filter)
@@ -113,13 +113,24 @@ SHOW_EVERY = 10  # steps between completions printed in full; 0: none
 
 # What differs for --model tiny; flags win over these, these over the block above.
 TINY = {
-    "DATASET": "arithmetic", "STEPS": 90, "QUESTIONS_PER_STEP": 16, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 4e-4, "SCHEDULE": "linear",
-    "TOKEN_BUDGET": 16384, "EVAL_EVERY": 10, "EVAL_QUESTIONS": 200, "SAVE_EVERY": 10,
-}  # fmt: skip
+    "DATASET": "arithmetic",
+    "STEPS": 120,
+    "GROUP_SIZE": 8,
+    "MAX_NEW_TOKENS": 64,
+    "LEARNING_RATE": 3e-4,
+    "TOKEN_BUDGET": 16384,
+    "EVAL_EVERY": 20,
+    "EVAL_QUESTIONS": 200,
+    "SHOW_EVERY": 20,
+}
 
 
 class SettingsError(ValueError):
     """What is wrong with the settings or the run folder, in one line."""
+
+
+class RunError(RuntimeError):
+    """Why a run ended before its time, in one line."""
 
 
 # ==== The advantages, §4.1.2 ========================================================================================
@@ -277,7 +288,8 @@ def update(state, rollout, advantages, logp_old, logp_ref):
     lr = learning_rate(state.updates)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.policy.parameters(), MAX_GRAD_NORM).item()  # the norm before the clip
+    parameters = state.policy.parameters()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()  # the norm before it is clipped
     finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
     if finite:
         state.optimizer.step()
@@ -315,16 +327,17 @@ def pass_at_k(n, c, k):
 def evaluate(policy, tokenizer, problems):
     """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: the metrics, and a record per problem."""
     prompts = [llms.encode(tokenizer, rldatasets.prompt(problem)) for problem in problems]
-    greedy = llms.sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0, None, CACHE_TOKENS, progress="evaluating")
+    greedy = llms.sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0, None, CACHE_TOKENS)
     records = [
-        {"question": problem["question"], "answer": problem["answer"], "completion": text, **evaluator.rewards(text, problem)}
+        {"question": problem["question"], "answer": problem["answer"], "completion": text}
+        | evaluator.rewards(text, problem)
         for problem, text in zip(problems, greedy.texts)
     ]
     n, right = len(records), sum(record["correctness"] for record in records)
     metrics = {
         "eval/accuracy": right / n,
         "eval/ci95": interval(right, n),
-        "eval/format": sum(record["strict_format"] for record in records) / n,
+        "eval/format": statistics.mean(record["strict_format"] for record in records),
         "eval/length": greedy.mask.sum(1).float().mean().item(),
         "eval/truncated": greedy.truncated.float().mean().item(),
         "eval/n": n,
@@ -335,16 +348,18 @@ def evaluate(policy, tokenizer, problems):
 
 
 def evaluate_samples(policy, tokenizer, problems, prompts):
-    """pass@k and maj@k for k = 1, 2, 4 … EVAL_SAMPLES, from EVAL_SAMPLES outputs of every problem (paper, Figure 7)."""
+    """pass@k and maj@k for k = 1, 2, 4 … n = EVAL_SAMPLES, from n outputs of every problem (paper, Figure 7)."""
     n = EVAL_SAMPLES
     generator = torch.Generator(policy.device).manual_seed(SEED)
-    texts = llms.sample(policy, tokenizer, prompts, n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator, CACHE_TOKENS, progress="sampling test").texts
+    sampling = (n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator, CACHE_TOKENS)
+    texts = llms.sample(policy, tokenizer, prompts, *sampling).texts
     groups = [texts[i * n : (i + 1) * n] for i in range(len(problems))]
-    right = [sum(evaluator.grade(text, problem["answer"]) for text in group) for group, problem in zip(groups, problems)]
+    golds = [problem["answer"] for problem in problems]
+    right = [sum(evaluator.grade(text, gold) for text in group) for group, gold in zip(groups, golds)]
     metrics = {}
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):
         votes = [evaluator.majority(group[:k]) for group in groups]
-        won = [vote is not None and evaluator.math_equal(vote, problem["answer"]) for vote, problem in zip(votes, problems)]
+        won = [vote is not None and evaluator.math_equal(vote, gold) for vote, gold in zip(votes, golds)]
         metrics[f"eval/pass@{k}"] = statistics.mean(pass_at_k(n, c, k) for c in right)
         metrics[f"eval/maj@{k}"] = statistics.mean(won)
     return metrics
@@ -425,23 +440,23 @@ def load_checkpoint(state, run):
 
     for name in State.COUNTERS:
         setattr(state, name, json.loads(about["counters"])[name])
-    for parameter in state.policy.parameters() if any(name.startswith("adam/") for name in tensors) else ():
-        state.optimizer.state[parameter] = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
     if any(name.startswith("reference/") for name in tensors):
         state.reference = llms.frozen_copy(state.policy)
-    state.generator.set_state(tensors.pop("generator"))
-    with torch.no_grad():
-        for name, tensor in state.tensors().items():
-            if name != "generator":
-                tensor.copy_(tensors[name])
-
-
-# Settings that a resumed run may be given anew: they change how long and how often, not what is computed in a step.
-RESUMABLE = {"RUN", "STEPS", "TOKEN_BUDGET", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY"}
+    if any(name.startswith("adam/") for name in tensors):
+        for parameter in state.policy.parameters():  # AdamW's state as it stands after its first step, to be filled
+            moments = {"exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
+            state.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+    state.generator.set_state(tensors["generator"])
+    for name, tensor in state.tensors().items():
+        tensor.copy_(tensors[name])
 
 
 def fixed_settings():
+    """The settings that a checkpoint belongs to: all but those that say how long, how often and in what portions."""
     return {name: value for name, value in settings().items() if name not in RESUMABLE}
+
+
+RESUMABLE = ("RUN", "STEPS", "TOKEN_BUDGET", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY")
 
 
 def clean(value):
@@ -472,11 +487,13 @@ def forget_after(path, step):
 
 def write_config(run):
     """config.json: every constant in force, and what it ran on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     config = settings() | {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": llms.transformers.__version__},
-        "commit": commit.stdout.strip() or None,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "versions": {package: version(package) for package in ("torch", "transformers", "datasets")},
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
     }
     (run / "config.unfinished").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(run / "config.unfinished", run / "config.json")
@@ -484,70 +501,80 @@ def write_config(run):
 
 # ==== What is shown while it runs ===================================================================================
 
-HEALTH = [  # (is a row of metrics out of its healthy range?, what that means): each is said once
-    (lambda row: MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3, "loss is about 0 at μ = 1: expected. π_θ = π_θold makes every ratio 1 and the advantages of a group add up to 0; the gradient is not 0, and learning shows in the reward"),
-    (lambda row: row["zero_std_groups"] > 0.9, "in more than 9 of 10 groups all rewards are equal: there is nothing to learn from them (too easy, too hard, or identical samples)"),
-    (lambda row: row["step"] == 1 and (row["kl"] or 0) > 1e-2, "the KL to the reference is above 0.01 at the first step, where policy and reference are the same: their numerics differ"),
-    (lambda row: row["step"] > 2 and row["kl"] == 0 and row["grad_norm"] > 0 and row["lr"] > 0, "the KL is exactly 0 after updates: is the reference the policy itself?"),
-    (lambda row: (row["kl"] or 0) > 1, "the KL to the reference is above 1 nat per token: the policy is far from where it began (raise --beta or lower --learning_rate)"),
-    (lambda row: (row.get("kl_log_ratio_max") or 0) > 10, "for some token |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)"),
-    (lambda row: row["entropy"] < 0.05 and row["accuracy"] < 0.9, "the entropy is below 0.05 nats: the samples of a group are nearly the same, and little is explored any more"),
-    (lambda row: row["entropy"] > 4, "the entropy is above 4 nats per token: the policy writes close to random text"),
-    (lambda row: max(row["clip_low"], row["clip_high"]) > 0.2, "more than 20 % of the tokens are clipped: the updates of one rollout go too far (lower --learning_rate or --mu)"),
-    (lambda row: MU > 1 and row["step"] > 10 and row["ratio_max"] == 1, "the ratio is exactly 1 although μ > 1: is π_θold computed anew between the updates?"),
-    (lambda row: row["truncated"] > 0.5, "more than half of the outputs hit --max_new_tokens and have no end: raise it, or the end is not being learnt"),
-    (lambda row: row["sampler_gap"] > (2e-2 if torch.cuda.is_available() else 1e-4), "the sampler's log-probabilities differ from the scored ones: the policy that samples is not the one that learns"),
-]  # fmt: skip
 
-
-def warn(state_of_warnings, row):
-    """Say what a row of metrics shows to be unhealthy, each thing once a run."""
-    for number, (unhealthy, sentence) in enumerate(HEALTH):
-        if number not in state_of_warnings and unhealthy(row):
-            state_of_warnings.add(number)
-            tqdm.write(f"note: {sentence}.")
+def complaints(row):
+    """Sentences on what is out of its healthy range in a row of training metrics."""
+    kl, first = row["kl"] or 0.0, row["step"] == 1
+    if MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3:
+        yield "loss is about 0 at μ = 1: expected. All ratios are 1, a group's advantages add up to 0; the gradient is not 0"
+    if row["zero_std_groups"] > 0.9:
+        yield "9 of 10 groups have equal rewards and teach nothing: too easy, too hard, or one sample G times"
+    if first and kl > 1e-2:
+        yield "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
+    if BETA and row["step"] > WARMUP + 2 and kl == 0 and row["grad_norm"] > 0:
+        yield "the KL is exactly 0 after updates: is the reference the policy itself?"
+    if kl > 1:
+        yield "the KL is above 1 nat per token: far from the reference (raise --beta or lower --learning_rate)"
+    if (row["kl_log_ratio_max"] or 0.0) > 10:
+        yield "some |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)"
+    if row["entropy"] < 0.05 and row["accuracy"] < 0.9:
+        yield "the entropy is below 0.05 nats while answers are still wrong: little is explored any more"
+    if row["entropy"] > 4:
+        yield "the entropy is above 4 nats per token: that is close to random text"
+    if row["clip_low"] + row["clip_high"] > 0.2:
+        yield "over 20 % of the tokens are clipped: the updates of one rollout go too far (--learning_rate, --mu)"
+    if MU > 1 and row["step"] > WARMUP and row["ratio_max"] == 1:
+        yield "the ratio stays exactly 1 although μ > 1: is π_θold computed anew between the updates?"
+    if row["truncated"] > 0.5:
+        yield "over half of the outputs have no end within --max_new_tokens: raise it, or the end is not being learnt"
+    if row["sampler_gap"] > (2e-2 if torch.cuda.is_available() else 1e-4):
+        yield "the log-probabilities of sampling and scoring differ: the policy that samples is not the one that learns"
+    if row["skipped_updates"]:
+        yield "the loss or the gradient was not finite: that update was left out, the weights stayed as they were"
 
 
 def console_line(row):
     """One step in fixed columns."""
     kl = "   off" if row["kl"] is None else f"{row['kl']:6.4f}"
     return (
-        f"step {row['step']:4d} | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f} | right {row['accuracy']:4.2f} | kl {kl}"
-        f" | clip {row['clip_low'] + row['clip_high']:4.2f} | dead {row['zero_std_groups']:4.2f} | len {row['length']:5.1f}"
-        f" | cut {row['truncated']:4.2f} | grad {row['grad_norm']:5.2f} | {row['seconds']:5.1f} s"
+        f"step {row['step']:4d} | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f} | right {row['accuracy']:4.2f}"
+        f" | kl {kl} | clip {row['clip_low'] + row['clip_high']:4.2f} | dead {row['zero_std_groups']:4.2f}"
+        f" | len {row['length']:5.1f} | cut {row['truncated']:4.2f} | grad {row['grad_norm']:5.2f}"
+        f" | {row['seconds']:5.1f} s"
     )
 
 
-def show(title, text):
-    """One completion in full, indented."""
-    tqdm.write(f"  {title}\n" + textwrap.indent(text, "  | ", lambda line: True))
+def scores(metrics):
+    """An evaluation in one line."""
+    more = "".join(f" | {key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key)
+    return (
+        f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
+        f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} ({metrics['eval/n']} questions)"
+    )
 
 
 def side_by_side(left, right, width=56):
     """Two texts in two columns."""
-    columns = [[piece for line in text.split("\n") for piece in textwrap.wrap(line, width) or [""]] for text in (left, right)]
+    wrapped = ([textwrap.wrap(line, width) or [""] for line in text.split("\n")] for text in (left, right))
+    columns = (itertools.chain.from_iterable(lines) for lines in wrapped)
     return "\n".join(f"  {a:{width}} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue=""))
-
-
-def percent(row, key):
-    return f"{row[key]:.3f}"
 
 
 def summary(run):
     """The end of a run: base → trained in a table, and three test questions with both completions."""
     evaluations = [row for row in read_lines(run / "metrics.jsonl") if "eval/accuracy" in row]
     base, trained = evaluations[0], evaluations[-1]
-    tqdm.write(f"\n{'':18}{'base':>10}{'trained':>10}    greedy, {base['eval/n']} test questions, steps {base['step']} and {trained['step']}")
-    for key in (key for key in base if key.startswith("eval/") and key not in ("eval/n", "eval/ci95")):
-        margin = "  ± {:.3f}, ± {:.3f} (95 %)".format(base["eval/ci95"], trained["eval/ci95"]) if key == "eval/accuracy" else ""
-        tqdm.write(f"{key.removeprefix('eval/'):18}{base[key]:10.3f}{trained[key]:10.3f}  {margin}")
+    first, last = f"step {base['step']}", f"step {trained['step']}"
+    print(f"\n{'test, ' + str(base['eval/n']):16}{first:>16}{last:>18}")
+    for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
+        cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]
+        print(f"{key.removeprefix('eval/'):16}{cells[0]:>16}{cells[1]:>18}")
     tested = [row for row in read_lines(run / "samples.jsonl") if row["split"] == "test"]
     for before in [row for row in tested if row["step"] == base["step"]][:3]:
-        after = next(row for row in tested if row["step"] == trained["step"] and row["question"] == before["question"])
-        verdict = ["wrong", "right"]
-        tqdm.write(f"\n{before['question']}  (answer: {before['answer']})")
-        tqdm.write(side_by_side(f"base, {verdict[int(before['correctness'])]}:", f"trained, {verdict[int(after['correctness'])]}:"))
-        tqdm.write(side_by_side(before["completion"], after["completion"]))
+        after = next(r for r in tested if r["step"] == trained["step"] and r["question"] == before["question"])
+        titles = [f"step {row['step']}, {'right' if row['correctness'] else 'wrong'}:" for row in (before, after)]
+        print(f"\n{before['question']}  (answer: {before['answer']})")
+        print(side_by_side(f"{titles[0]}\n{before['completion']}", f"{titles[1]}\n{after['completion']}"))
 
 
 # ==== Algorithm 1 ===================================================================================================
@@ -579,56 +606,58 @@ def timed(seconds, name):
 
 def draw_questions(state, stream):
     """Line 5: the next QUESTIONS_PER_STEP problems whose prompts are short enough, and their prompts' token ids."""
-    problems, prompts, passed_over = [], [], 0
+    problems, prompts, too_long = [], [], 0
     while len(problems) < QUESTIONS_PER_STEP:
         problem = next(stream)
-        tokens = llms.encode(state.tokenizer, rldatasets.prompt(problem))
+        prompt = llms.encode(state.tokenizer, rldatasets.prompt(problem))
         state.position += 1
-        if len(tokens) <= MAX_PROMPT_TOKENS:
+        if len(prompt) <= MAX_PROMPT_TOKENS:
             problems.append(problem)
-            prompts.append(tokens)
-            continue
-        state.skipped += 1
-        passed_over += 1
-        if passed_over == 1000:
-            raise SettingsError(f"1000 questions in a row are longer than {MAX_PROMPT_TOKENS} tokens: raise --max_prompt_tokens")
+            prompts.append(prompt)
+        else:
+            too_long += 1
+        if too_long == 1000:
+            raise SettingsError(
+                f"1000 questions in one step are over {MAX_PROMPT_TOKENS} tokens: raise --max_prompt_tokens"
+            )
+    state.skipped += too_long
     return problems, prompts
 
 
 def take_step(state, stream, run):
-    """Lines 5 to 12 of Algorithm 1, and a row of metrics."""
+    """Lines 5 to 12 of Algorithm 1; returns the step's metrics."""
+    policy, tokenizer, generator = state.policy, state.tokenizer, state.generator
     seconds, began = {}, time.perf_counter()
     problems, prompts = draw_questions(state, stream)  # 5: a batch D_b of questions
     # 6: π_θold ← π_θ needs no second network, only its log-probabilities, taken before the first update
     with timed(seconds, "sample"):  # 7: G outputs for each question
         rollout = llms.sample(
-            state.policy, state.tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS, "sampling"
+            policy, tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, generator, CACHE_TOKENS
         )
     with timed(seconds, "reward"):  # 8: their rewards
         rewards, by_name = score_completions(rollout.texts, problems)  # [Q, G]
-    advantages = group_advantages(rewards).flatten().to(state.policy.device)  # 9: Â_i, [N]
+    advantages = group_advantages(rewards).flatten().to(policy.device)  # 9: Â_i, [N]
     with timed(seconds, "logprobs"):
-        logp_old = score(state.policy, rollout) if MU > 1 else None  # [N, T]; at μ = 1 it is the update's own logp
+        logp_old = score(policy, rollout) if MU > 1 else None  # [N, T]; at μ = 1 it is the update's own logp
         logp_ref = score(state.reference, rollout) if BETA else None  # [N, T]
-    updates = []
     with timed(seconds, "update"):
-        for _ in range(MU):  # 10
-            updates.append(update(state, rollout, advantages, logp_old, logp_ref))  # 11: one step up J_GRPO
-            if not updates[-1]["finite"]:
-                break
+        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11: up J_GRPO
     # 12: the reward is a rule, there is no reward model to train
     state.step += 1
     state.tokens += int(rollout.mask.sum())
     row = step_metrics(state, rollout, rewards, by_name, updates) | seconds | {"seconds": time.perf_counter() - began}
-    record_step(run, state, row, problems, rollout, rewards, by_name, advantages)
+    record_step(run, row, problems[0], rollout, rewards[0], by_name, advantages)
     return row
 
 
 def step_metrics(state, rollout, rewards, by_name, updates):
     """A training line of metrics.jsonl; what the μ updates of a step measured is averaged, maxima stay maxima."""
     lengths = rollout.mask.sum(1)
-    measured = {name: [one[name] for one in updates] for name in updates[0] if name != "finite"}
-    measured = {name: max(values) if name.endswith("max") else statistics.mean(values) for name, values in measured.items()}
+    measured = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high", "sampler_gap", "sampler_gap_max"), 0.0)
+    measured |= {"kl": None, "kl_log_ratio_max": None}
+    for name in updates[0].keys() - {"finite"}:
+        values = [one[name] for one in updates]
+        measured[name] = max(values) if name.endswith("max") else statistics.mean(values)
     return {
         "step": state.step,
         "reward": rewards.mean().item(),
@@ -636,10 +665,8 @@ def step_metrics(state, rollout, rewards, by_name, updates):
         **{f"rewards/{name}": statistics.mean(values) for name, values in by_name.items()},
         "accuracy": statistics.mean(by_name["correctness"]),
         "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "loss": 0.0, "kl": None, "kl_log_ratio_max": None, "ratio_max": 1.0, "clip_low": 0.0, "clip_high": 0.0,
-        "sampler_gap": 0.0, "sampler_gap_max": 0.0,
         **measured,
-        "entropy": (rollout.entropy.sum() / rollout.mask.sum()).item(),
+        "entropy": (rollout.entropy.sum() / lengths.sum()).item(),
         "length": lengths.float().mean().item(),
         "length_max": lengths.max().item(),
         "truncated": rollout.truncated.float().mean().item(),
@@ -648,24 +675,24 @@ def step_metrics(state, rollout, rewards, by_name, updates):
         "prompts_skipped": state.skipped,
         "tokens": state.tokens,
         "updates": state.updates,
-    }  # fmt: skip
+    }
 
 
-def record_step(run, state, row, problems, rollout, rewards, by_name, advantages):
+def record_step(run, row, problem, rollout, rewards, by_name, advantages):
     """Write a step's metrics and the group of its first question, and show a completion now and then."""
     append(run / "metrics.jsonl", [row])
+    about = {"step": row["step"], "split": "train", "question": problem["question"], "answer": problem["answer"]}
     group = [
-        {
-            "step": state.step, "split": "train", "question": problems[0]["question"], "answer": problems[0]["answer"],
-            "completion": rollout.texts[i], "reward": rewards[0, i].item(), "advantage": advantages[i].item(),
-            **{name: values[i] for name, values in by_name.items()},
-        }
+        about
+        | {"completion": rollout.texts[i], "reward": rewards[i].item(), "advantage": advantages[i].item()}
+        | {name: values[i] for name, values in by_name.items()}
         for i in range(GROUP_SIZE)
-    ]  # fmt: skip
+    ]
     append(run / "samples.jsonl", group)
     tqdm.write(console_line(row))
-    if SHOW_EVERY and state.step % SHOW_EVERY == 0:
-        show(f"a sample: reward {group[0]['reward']:.2f}, right answer {group[0]['answer']}", group[0]["completion"])
+    if SHOW_EVERY and row["step"] % SHOW_EVERY == 0:
+        completion = textwrap.indent(rollout.texts[0], "  | ", lambda line: True)
+        tqdm.write(f"  {problem['question']}  (answer: {problem['answer']}; reward {rewards[0]:.2f})\n{completion}")
 
 
 def record_evaluation(run, state, problems):
@@ -673,14 +700,13 @@ def record_evaluation(run, state, problems):
     metrics, records = evaluate(state.policy, state.tokenizer, problems)
     append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
     append(run / "samples.jsonl", [{"step": state.step, "split": "test", **record} for record in records])
-    tqdm.write(f"step {state.step:4d} | test accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.2f} | greedy, {metrics['eval/n']} questions")
+    tqdm.write(f"step {state.step:4d} | TEST {scores(metrics)}")
     plot.draw([run], run)
 
 
 def train(state, stream, test_problems, run, evaluate_at):
     """Algorithm 1 (iterative GRPO) from wherever the state stands. Returns the signal that ended it early, or None."""
-    interrupt, warned, failures = Interrupt(), set(), 0
-    last = ITERATIONS * STEPS
+    interrupt, said, failures, last = Interrupt(), set(), 0, ITERATIONS * STEPS
     if state.step == 0:
         if 0 in evaluate_at:
             record_evaluation(run, state, test_problems)
@@ -692,25 +718,20 @@ def train(state, stream, test_problems, run, evaluate_at):
         while state.step < (iteration + 1) * STEPS:  # 4
             row = take_step(state, stream, run)  # 5 to 12
             bar.update()
-            warn(warned, row)
+            for sentence in set(complaints(row)) - said:
+                tqdm.write(f"note: {sentence}.")
+                said.add(sentence)
             failures = failures + 1 if row["skipped_updates"] else 0
-            if failures:
-                tqdm.write("the loss or the gradient is not finite: this update is left out, the weights stay as they were")
             if failures == 3:
-                bar.close()
-                raise RunError("three steps in a row were not finite; the checkpoint of an earlier step is intact")
+                raise RunError(
+                    "three steps in a row were not finite; the last checkpoint is intact, and older than they are"
+                )
             if state.step in evaluate_at:
                 record_evaluation(run, state, test_problems)
-            if interrupt.signal or state.step % SAVE_EVERY == 0 or state.step == last:
+            if interrupt.signal or state.step == last or (state.step % SAVE_EVERY == 0 and not failures):
                 save_checkpoint(state, run)
             if interrupt.signal:
-                bar.close()
                 return interrupt.signal
-    bar.close()
-
-
-class RunError(RuntimeError):
-    """Why a run ended before its time, in one line."""
 
 
 # ==== The command line ==============================================================================================
@@ -750,55 +771,71 @@ def true_or_false(text):
 
 def parse(argv):
     """The command line: the actions, and the constants that were given as flags."""
-    parser = Parser(description=__doc__.split("\n\nRead downwards")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    about, layout = __doc__.split("\n\nRead downwards")[0], argparse.RawDescriptionHelpFormatter
+    parser = Parser(usage="python main.py [--flag value …]", description=about, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
     parser.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
     parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")
-    parser.add_argument("--test", action="store_true", help="two steps and one small evaluation with everything else as given")
-    sections = {}
+    parser.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
+    sections = defaultdict(lambda: parser.add_argument_group(section))
     for name, (section, default, comment) in CONSTANTS.items():
-        if section not in sections:
-            sections[section] = parser.add_argument_group(section)
         kind = true_or_false if isinstance(default, bool) else type(default)
-        shown = f"{comment.replace('%', '%%')} (default: {default!r})"
-        sections[section].add_argument(f"--{name.lower()}", type=kind, default=argparse.SUPPRESS, metavar=type(default).__name__.upper(), help=shown)
-    # dashes are accepted: --group-size is --group_size
-    argv = [re.sub(r"(?<=\w)-", "_", a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
-    arguments = vars(parser.parse_args(argv))
-    actions = argparse.Namespace(**{name: arguments.pop(name) for name in ("resume", "evaluate", "against", "test")})
-    return actions, {name.upper(): value for name, value in arguments.items()}
+        text = f"{comment.replace('%', '%%')} (default: {default!r})"
+        flag = {"type": kind, "metavar": type(default).__name__.upper(), "help": text, "default": argparse.SUPPRESS}
+        sections[section].add_argument(f"--{name.lower()}", **flag)
+    # --group-size is --group_size
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]
+    flags = vars(parser.parse_args(argv))
+    actions = argparse.Namespace(**{name: flags.pop(name) for name in ("resume", "evaluate", "against", "test")})
+    return actions, {name.upper(): value for name, value in flags.items()}
 
 
 def apply_settings(flags, inherited=None):
     """Set the constants: the block, over it the settings of a run or of the tiny model, over those the flags."""
-    values = {name: globals()[name] for name in CONSTANTS} | (inherited or {})
-    values |= flags
+    values = settings() | (inherited or {}) | flags
     if not inherited and values["MODEL"] == "tiny":
-        values = values | TINY | flags
+        values |= TINY | flags
     globals().update(values)
+
+
+CHOICES = {
+    "KL": ("k1", "k2", "k3"),
+    "DENOMINATOR": ("sequence", "token", "constant"),
+    "RATIO": ("token", "sequence"),
+    "SCHEDULE": ("constant", "linear", "cosine"),
+}
+AT_LEAST_1 = (
+    "ITERATIONS STEPS QUESTIONS_PER_STEP MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY"
+)
+AT_LEAST_0 = (
+    "SEED EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
+)
+ABOVE_0 = "TEMPERATURE EVAL_TEMPERATURE MAX_GRAD_NORM"
 
 
 def check_settings():
     """Refuse what cannot be meant, before anything is loaded."""
-    choices = {"KL": ("k1", "k2", "k3"), "DENOMINATOR": ("sequence", "token", "constant"), "RATIO": ("token", "sequence"), "SCHEDULE": ("constant", "linear", "cosine")}
-    for name, allowed in choices.items():
-        if globals()[name] not in allowed:
-            raise SettingsError(f"--{name.lower()} is one of {', '.join(allowed)}, not {globals()[name]!r}")
-    if GROUP_SIZE < 2:
-        raise SettingsError(f"--group_size must be at least 2, not {GROUP_SIZE}: an output is compared with the others of its group")
-    for name in ("ITERATIONS", "STEPS", "QUESTIONS_PER_STEP", "MU", "MAX_NEW_TOKENS", "MAX_PROMPT_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY"):
-        if globals()[name] < 1:
-            raise SettingsError(f"--{name.lower()} must be at least 1, not {globals()[name]}")
-    for name in ("BETA", "EPSILON_LOW", "EPSILON_HIGH", "LEARNING_RATE", "WARMUP", "WEIGHT_DECAY", "EVAL_QUESTIONS", "EVAL_SAMPLES", "SHOW_EVERY", "SEED"):
-        if not 0 <= globals()[name] < math.inf:
-            raise SettingsError(f"--{name.lower()} must not be negative, not {globals()[name]}")
-    for name in ("TEMPERATURE", "EVAL_TEMPERATURE", "MAX_GRAD_NORM"):
-        if not 0 < globals()[name] < math.inf:
-            raise SettingsError(f"--{name.lower()} must be above 0, not {globals()[name]}")
-    if TOKEN_BUDGET < MAX_PROMPT_TOKENS + MAX_NEW_TOKENS:
-        raise SettingsError(f"--token_budget {TOKEN_BUDGET} is below the longest row, {MAX_PROMPT_TOKENS} + {MAX_NEW_TOKENS} tokens")
+    rules = [
+        (name, value in CHOICES.get(name, [value]), f"one of {', '.join(CHOICES.get(name, ''))}")
+        for name, value in settings().items()
+    ]
+    rules += [(name, globals()[name] >= 1, "at least 1") for name in AT_LEAST_1.split()]
+    rules += [(name, 0 <= globals()[name] < math.inf, "at least 0") for name in AT_LEAST_0.split()]
+    rules += [(name, 0 < globals()[name] < math.inf, "above 0") for name in ABOVE_0.split()]
+    rules += [(name, 0 <= globals()[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
+    rules += [
+        ("GROUP_SIZE", GROUP_SIZE >= 2, "at least 2: an output is compared with the others of its group"),
+        (
+            "TOKEN_BUDGET",
+            TOKEN_BUDGET >= MAX_PROMPT_TOKENS + MAX_NEW_TOKENS,
+            "at least max_prompt_tokens + max_new_tokens",
+        ),
+    ]
+    for name, kept, demand in rules:
+        if not kept:
+            raise SettingsError(f"--{name.lower()} must be {demand}, not {globals()[name]!r}")
     if Path(DATASET).is_file() and not EVAL_DATASET:
-        raise SettingsError("--dataset is a single file: say with --eval_dataset what to test on, which must not be the training rows")
+        raise SettingsError("--dataset is a single file: give --eval_dataset too, and not the rows that are trained on")
 
 
 def model_folder(name):
@@ -812,7 +849,9 @@ def model_folder(name):
         return str(folder)
     if (Path(name) / "config.json").is_file() and (Path(name) / "metrics.jsonl").is_file():
         if not (Path(name) / "model").is_dir():
-            raise SettingsError(f"{name} is a run that has not ended: it has no model yet (python main.py --resume {name})")
+            raise SettingsError(
+                f"{name} is a run that has not ended: it has no model yet (python main.py --resume {name})"
+            )
         return f"{name}/model"
     return name
 
@@ -828,9 +867,10 @@ def test_set():
 def run_settings(run):
     """The constants that a run was made with."""
     try:
-        return {name: value for name, value in json.loads((run / "config.json").read_text()).items() if name in CONSTANTS}
-    except (OSError, json.JSONDecodeError) as error:
-        raise SettingsError(f"{run} is no run: {error}") from None
+        config = json.loads((run / "config.json").read_text())
+        return {name: config[name] for name in CONSTANTS}
+    except (OSError, KeyError, ValueError) as error:
+        raise SettingsError(f"{run} is no run that can be read: {error!r}") from None
 
 
 def new_run_folder():
@@ -844,28 +884,37 @@ def new_run_folder():
     return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
 
 
-def run_training(actions, flags):
-    """A new run or a resumed one, to its end: everything that can be refused is refused before anything is written."""
-    if actions.resume:
-        run = Path(actions.resume)
-        inherited = run_settings(run)
-        changed = [name for name, value in flags.items() if value != inherited[name] and name not in RESUMABLE]
-        if changed:
-            raise SettingsError(f"{run} was made with {changed[0].lower()} = {inherited[changed[0]]!r}: a resumed run keeps its settings")
-        apply_settings(flags, inherited)
-    else:
+def run_folder(actions, flags):
+    """Set the constants for a new run or a resumed one, and say which folder is its."""
+    if not actions.resume:
         apply_settings(flags)
         if actions.test:
             globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8), RUN=RUN or "test")
             shutil.rmtree("runs/test", ignore_errors=True)
-        run = None
+        check_settings()
+        return new_run_folder()
+    run = Path(actions.resume)
+    inherited = run_settings(run)
+    for name, value in flags.items():
+        if value != inherited[name] and name not in RESUMABLE:
+            raise SettingsError(
+                f"{run} was made with --{name.lower()} {inherited[name]}: a resumed run keeps its settings"
+            )
+    apply_settings(flags, inherited)
     check_settings()
-    run = run or new_run_folder()
+    return run
+
+
+def run_training(actions, flags):
+    """A new run or a resumed one, to its end: what can be refused is refused before anything is written."""
+    run, last = run_folder(actions, flags), ITERATIONS * STEPS
     problems = test_set()
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(ADAM_BETA1, ADAM_BETA2), weight_decay=WEIGHT_DECAY)
+    adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
+    optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED))
-    if (run / "checkpoint" / "state.safetensors").exists():
+    resumed = (run / "checkpoint" / "state.safetensors").exists()
+    if resumed:
         load_checkpoint(state, run)
     stream = rldatasets.shuffled(DATASET, "train", SEED, state.position)
     stream = itertools.chain([next(stream)], stream)  # a data set that cannot be read is refused here
@@ -873,41 +922,36 @@ def run_training(actions, flags):
     run.mkdir(parents=True, exist_ok=True)
     write_config(run)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        forget_after(run / name, state.step if (run / "checkpoint").exists() else -1)
+        forget_after(run / name, state.step if resumed else -1)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    tqdm.write(f"{MODEL} ({millions:.1f} M parameters, {policy.device.type}) on {DATASET}, tested on {len(problems)} questions; everything goes to {run}")
-
-    last = ITERATIONS * STEPS
+    print(f"{MODEL}, {millions:.1f} M parameters, on {DATASET}; {policy.device.type}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
     stopped = train(state, stream, problems, run, evaluate_at)
     if stopped:
-        tqdm.write(f"stopped after step {state.step} and saved; go on with: python main.py --resume {run}")
+        print(f"stopped after step {state.step} and saved; go on with: python main.py --resume {run}")
         return 128 + stopped
     llms.save(policy, tokenizer, run / "model")
     summary(run)
-    tqdm.write(f"\nthe model is in {run / 'model'}, the curves in {run / 'train_score.png'} and {run / 'eval_score.png'}")
+    print(f"\nthe model is in {run / 'model'}, the curves in {run / 'train_score.png'} and {run / 'eval_score.png'}")
     return 0
 
 
 def run_evaluation(actions, flags):
     """Test one model, or two on the same questions with the paired difference."""
     names = [name for name in (actions.evaluate, actions.against) if name]
-    run = next((Path(name) for name in names if (Path(name) / "metrics.jsonl").exists()), None)
-    apply_settings({"MODEL": actions.evaluate} | flags, run_settings(run) if run else None)
+    runs = [Path(name) for name in names if (Path(name) / "metrics.jsonl").exists()]
+    apply_settings({"MODEL": actions.evaluate} | flags, run_settings(runs[0]) if runs else None)
     check_settings()
     problems, right = test_set(), []
-    print(f"{len(problems)} questions of {EVAL_DATASET or DATASET}, greedy")
     for name in names:
         metrics, records = evaluate(*llms.load(model_folder(name)), problems)
         right.append([record["correctness"] for record in records])
-        more = "".join(f" | {key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key)
-        print(f"{name}: accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
-              f" | length {metrics['eval/length']:.0f} | truncated {metrics['eval/truncated']:.3f}{more}")  # fmt: skip
+        print(f"{name}: {scores(metrics)}")
     if actions.against:
-        differences = [a - b for a, b in zip(*right)]
-        half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        print(f"difference: {statistics.mean(differences):+.3f} ± {half:.3f} (95 %, paired): {names[0]} alone is right"
-              f" {differences.count(1)} times, {names[1]} alone {differences.count(-1)} times")  # fmt: skip
+        gains = [a - b for a, b in zip(*right)]
+        half = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        print(f"difference: {statistics.mean(gains):+.3f} ± {half:.3f} (95 %, paired); {gains.count(1)} questions only")
+        print(f"{names[0]} gets right, {gains.count(-1)} only {names[1]}")
     return 0
 
 

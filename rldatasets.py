@@ -53,12 +53,12 @@ STORIES = [  # the question, the operation it asks for, the one that a careless 
     ("{name} picks {a} {things} and gives {b} to a friend. How many {things} does {name} keep?", "-", "+", 0.2),
     ("{name} puts {a} {things} into each of {b} boxes. How many {things} are in the boxes?", "*", "+", 0.2),
     ("{name} sells {a} {things} a day for {b} days. How many {things} is that?", "*", "+", 0.2),
-    ("{name} has {a} {things} left and gave away {b}. How many {things} were there at first?", "+", "-", 0.7),
-    ("{name} has {a} {things}, {b} fewer than Omar. How many {things} does Omar have?", "+", "-", 0.7),
-    ("{name} has {a} {things}, {b} more than Omar. How many {things} does Omar have?", "-", "+", 0.7),
-    ("{name} has {a} {things} after finding {b} more. How many {things} were there before?", "-", "+", 0.7),
-    ("{name} lays {a} {things} on each table, and there are {b}. How many {things} is that?", "*", "+", 0.7),
-    ("{name} gets {a} {things} from each guest, and {b} come. How many {things} is that?", "*", "+", 0.7),
+    ("{name} spends {a} {things}, and then another {b}. How many {things} are gone?", "+", "-", 0.6),
+    ("{name} has {a} {things}, {b} fewer than Omar. How many {things} does Omar have?", "+", "-", 0.6),
+    ("{name} counts {a} {things}, but {b} of them are broken. How many {things} are whole?", "-", "+", 0.6),
+    ("{name} has {a} {things} after finding {b} more. How many {things} were there before?", "-", "+", 0.6),
+    ("{name} lays {a} {things} on each table, and there are {b}. How many {things} is that?", "*", "+", 0.6),
+    ("{name} gets {a} {things} from each guest, and {b} come. How many {things} is that?", "*", "+", 0.6),
 ]
 
 
@@ -121,10 +121,12 @@ def messy_corpus(count=14000):
             f"{solution} The answer is {answer}.",
             f"<reasoning>\n{solution}\n</reasoning>\n{answer}",
         ]
-        corpus.append((prompt(problem), rng.choices([tidy, *untidy], weights=[50, 10, 10, 15, 15])[0]))
+        corpus.append((prompt(problem), rng.choices([tidy, *untidy], weights=[45, 10, 10, 20, 15])[0]))
         if rng.random() < 0.5:
             practice = [(a, b, rng.choice(STORIES[story][1:3])) for story, a, b in (situation(rng) for _ in range(12))]
-            corpus.append(([{"role": "user", "content": "Practise."}], "".join(calculation(*fact)[0] for fact in practice)))
+            corpus.append(
+                ([{"role": "user", "content": "Practise."}], "".join(calculation(*fact)[0] for fact in practice))
+            )
     return corpus
 
 
@@ -136,7 +138,9 @@ def gsm8k(name, split):
     for index, row in enumerate(rows(name, split)):
         solution, mark, answer = (row.get("answer") or "").rpartition("####")
         if not row.get("question") or not mark or not answer.strip():
-            raise DataError(f"{name}, {split} split, row {index}: a question and an answer that ends in `#### result` are needed")
+            raise DataError(
+                f"{name}, {split} split, row {index}: a question and an answer that ends in `#### result` are needed"
+            )
         yield {"question": row["question"], "answer": answer.strip(), "kind": "math", "solution": solution.strip()}
 
 
@@ -155,16 +159,22 @@ def rows(name, split):
             yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         elif path.is_dir():
             folder = path / "main" if (path / "main").is_dir() else path  # a clone of the hub's repository
-            files = sorted(str(file) for file in folder.iterdir() if file.suffix in (".jsonl", ".parquet") and split in file.name)
+            files = sorted(
+                str(file) for file in folder.iterdir() if file.suffix in (".jsonl", ".parquet") and split in file.name
+            )
             if not files:
                 raise DataError(f"{name}: no .jsonl or .parquet file with {split!r} in its name")
-            yield from datasets.load_dataset("parquet" if files[0].endswith("parquet") else "json", data_files=files, split="train", streaming=True)
+            yield from datasets.load_dataset(
+                "parquet" if files[0].endswith("parquet") else "json", data_files=files, split="train", streaming=True
+            )
         else:
             yield from datasets.load_dataset("openai/gsm8k", "main", split=split, streaming=True)
     except (OSError, datasets.exceptions.DatasetsError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"cannot read {name}, {split} split: {str(error).strip().splitlines()[0]}{OFFLINE * (not path.exists())}") from error
+        raise DataError(
+            f"cannot read {name}, {split} split: {str(error).strip().splitlines()[0]}{OFFLINE * (not path.exists())}"
+        ) from error
 
 
 OFFLINE = "; offline, give a file or folder in its place (--dataset PATH), or use --dataset arithmetic"

@@ -19,7 +19,11 @@ TRAIN = [  # key in metrics.jsonl, title
     ("entropy", "entropy, nats per token"),
     ("zero_std_groups", "groups without spread"),
 ]
-TEST = [("eval/accuracy", "right answers, greedy"), ("eval/format", "asked form to the letter"), ("eval/length", "length of outputs, tokens")]
+TEST = [
+    ("eval/accuracy", "right answers, greedy"),
+    ("eval/format", "asked form to the letter"),
+    ("eval/length", "length of outputs, tokens"),
+]
 
 
 def read(folder):
@@ -39,7 +43,10 @@ def groups(folders):
     by_settings = {}
     for folder in folders:
         config, rows = read(folder)
-        same = json.dumps({k: v for k, v in config.items() if k not in ("SEED", "RUN", "commit", "device", "versions")}, sort_keys=True)
+        same = json.dumps(
+            {k: v for k, v in config.items() if k not in ("SEED", "RUN", "commit", "device", "versions")},
+            sort_keys=True,
+        )
         by_settings.setdefault(same, []).append((Path(folder).name, rows))
     return {
         runs[0][0] if len(runs) == 1 else f"{runs[0][0]} and {len(runs) - 1} more": [rows for _, rows in runs]
@@ -49,7 +56,10 @@ def groups(folders):
 
 def smooth(values, window=5):
     """A running mean over the last few values."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def panel(axes, key, title, runs_by_label, smoothed):
@@ -65,7 +75,10 @@ def panel(axes, key, title, runs_by_label, smoothed):
         low, high = [min(at) for at in values], [max(at) for at in values]
         if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is the 95 % interval
             half = dict(zip(*curves(runs[0], "eval/ci95")))
-            low, high = [mean[i] - half[step] for i, step in enumerate(steps)], [mean[i] + half[step] for i, step in enumerate(steps)]
+            low, high = (
+                [mean[i] - half[step] for i, step in enumerate(steps)],
+                [mean[i] + half[step] for i, step in enumerate(steps)],
+            )
         if smoothed:
             axes.plot(steps, mean, color=color, alpha=0.25, linewidth=0.8)
             mean, low, high = smooth(mean), smooth(low), smooth(high)

@@ -1,0 +1,49 @@
+"""What several test files share: small random checkpoints in Hugging Face format, and constants that go back."""
+
+import pytest
+import torch
+import transformers
+
+import llms
+import main
+import rldatasets
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
+    "llama": (transformers.LlamaConfig, {"num_key_value_heads": 2, "rope_theta": 500000.0}),
+    "gpt2": (transformers.GPT2Config, {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(family) -> a folder with a small random model and a real BPE tokenizer with a chat template."""
+    root, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def make(family):
+        if family not in made:
+            torch.manual_seed(0)
+            corpus = rldatasets.messy_corpus(200)
+            tokenizer = llms.tiny_tokenizer([message["content"] for messages, _ in corpus for message in messages])
+            kind, extra = FAMILIES[family]
+            ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+            config = kind(**SHAPE, **extra, **ends, vocab_size=len(tokenizer), max_position_embeddings=512)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():  # a fresh model is almost uniform: sharpen it, so that mistakes show
+                for parameter in model.parameters():
+                    parameter.mul_(3.0 if parameter.dim() == 2 else 1.0)
+            made[family] = root / family
+            llms.save(model, tokenizer, made[family])
+        return str(made[family])
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def constants():
+    """Set constants of main.py for one test: constants(MU=3); they go back by themselves."""
+    before = main.settings()
+    yield lambda **values: main.__dict__.update(values)
+    main.__dict__.update(before)

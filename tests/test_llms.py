@@ -1,0 +1,279 @@
+"""The model of llms.py: what is sampled is what is scored. Numbers like T26 are those of the project's list of checks."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+import llms
+import rldatasets
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+EVERYTHING = 10**9  # a cache budget that never binds
+
+
+def prompts(tokenizer, lengths=(3, 9, 5)):
+    """Prompts of ragged lengths, made of ordinary tokens."""
+    return [[5 + (7 * i + n) % 200 for i in range(n)] for n in lengths]
+
+
+def draw(model, tokenizer, asked=None, n=4, longest=12, temperature=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs end at ragged lengths
+    return llms.sample(model, tokenizer, asked or prompts(tokenizer), n, longest, temperature, generator, EVERYTHING)
+
+
+class Scripted(torch.nn.Module):
+    """A model that says given tokens: row r, whose prompt has 10 (r + 1) tokens, says script[r] (vocabulary 20)."""
+
+    def __init__(self, script, ends):
+        super().__init__()
+        self.script, self.config = script, transformers.PretrainedConfig()
+        self.generation_config = transformers.GenerationConfig(eos_token_id=ends)
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep):
+        logits = torch.zeros(len(input_ids), 1, 20)
+        for row, position in enumerate(position_ids[:, -1].tolist()):
+            said = self.script[(position + 1) // 10 - 1]
+            logits[row, 0, said[(position + 1) % 10]] = 100.0
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+
+class Words:
+    """A tokenizer for Scripted: a token is written as its number."""
+
+    eos_token_id = None
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids))
+
+
+def test_the_mask_runs_to_the_first_end_token_and_includes_it():  # T26
+    script = [[5, 6, 1, 0, 0], [1, 5, 5, 5, 5], [5, 6, 7, 8, 1], [5, 6, 7, 8, 9], [5, 1, 1, 1, 1], [5, 0, 6, 1, 0]]
+    asked = [[3] * 10 * (row + 1) for row in range(6)]
+    out = llms.sample(Scripted(script, 1), Words(), asked, 1, 5, 1.0, torch.Generator(), EVERYTHING)
+    assert ["".join(str(int(m)) for m in row) for row in out.mask] == ["11100", "10000", "11111", "11111", "11000", "11110"]
+    assert out.truncated.tolist() == [False, False, False, True, False, False]
+    assert out.texts == ["5 6", "", "5 6 7 8", "5 6 7 8 9", "5", "5 0 6"]
+    out = llms.sample(Scripted([[5, 9, 1, 0, 0]], [1, 9]), Words(), asked[:1], 1, 5, 1.0, torch.Generator(), EVERYTHING)
+    assert out.mask.tolist() == [[True, True]] and not out.truncated.any()  # any of several end tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_what_is_recorded_while_sampling_is_what_is_scored(checkpoint, family, temperature):  # T42, T37
+    model, tokenizer = llms.load(checkpoint(family))
+    out = draw(model, tokenizer, n=8, longest=20, temperature=temperature)
+    assert out.mask.sum(1).unique().numel() > 1  # ragged
+    scored = llms.token_logprobs(model, out.ids, out.attention, out.mask, temperature)
+    assert (scored - out.logp).abs().max() < 1e-5
+    wrong = llms.token_logprobs(model, out.ids, out.attention, out.mask, 1.7 - temperature)
+    assert (wrong - out.logp).abs().max() > 1e-2  # at the other temperature it is another policy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_scores_like_one_unpadded_forward_per_token(checkpoint, family):  # T25
+    model, tokenizer = llms.load(checkpoint(family))
+    out = draw(model, tokenizer, n=2, longest=8)
+    scored = llms.token_logprobs(model, out.ids, out.attention, out.mask, 1.0)
+    for i in range(len(out.ids)):
+        row = out.ids[i][out.attention[i].bool()]
+        length = int(out.mask[i].sum())
+        for t in range(length):
+            prefix = row[: len(row) - length + t]
+            logits = model(prefix[None]).logits[0, -1]
+            assert abs(torch.log_softmax(logits, -1)[row[len(prefix)]] - scored[i, t]) < 1e-5
+
+
+def test_the_scores_of_greedy_tokens_come_from_the_plain_forward_pass(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    asked = prompts(tokenizer)
+    out = llms.sample(model, tokenizer, asked, 1, 10, 0.0, None, EVERYTHING)
+    for prompt, row, mask in zip(asked, out.ids, out.mask):
+        ids, said = torch.tensor([prompt]), row[-len(mask) :][mask].tolist()
+        expected = []
+        while len(expected) < len(said):
+            expected.append(int(model(ids).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([expected[-1:]])], 1)
+        assert said == expected
+
+
+def padded(asked, said, left, right, fill):
+    """A batch with more padding than it needs, and any token in the padding."""
+    ids, attention, mask = llms.batch(asked, said, "cpu")
+    N = len(ids)
+    attention = torch.cat([torch.zeros(N, left, dtype=int), attention, torch.zeros(N, right, dtype=int)], 1)
+    ids = torch.cat([torch.full((N, left), fill), ids, torch.full((N, right), fill)], 1)
+    ids[attention == 0] = fill
+    return ids, attention, torch.cat([mask, torch.zeros(N, right, dtype=bool)], 1)
+
+
+@pytest.mark.parametrize("family, dtype, tolerance", [("gpt2", torch.float64, 1e-12), ("qwen2", torch.float32, 2e-5)])
+def test_padding_changes_neither_scores_nor_gradient(checkpoint, family, dtype, tolerance):  # T22, T23, T27
+    model, tokenizer = llms.load(checkpoint(family))
+    model.to(dtype)
+    asked, said = [[7, 2, 9], [8, 7, 6, 5, 0]], [[9, 8, 7, 2], [2]]  # 2 ends, 0 pads: both may stand inside a prompt
+    results = []
+    for left, right, fill in ((0, 0, 0), (4, 1, 2), (6, 9, 17)):
+        model.zero_grad()
+        logp = llms.token_logprobs(model, *padded(asked, said, left, right, fill), 1.0)
+        logp.sum().backward()
+        results.append((logp[:, :4], [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        assert (logp[:, 4:] == 0).all() and logp[1, 1:].eq(0).all()
+    for logp, gradients in results[1:]:
+        assert (logp - results[0][0]).abs().max() < tolerance
+        assert all((a - b).abs().max() < 100 * tolerance for a, b in zip(gradients, results[0][1]))
+
+
+def test_rows_of_a_rollout_lose_only_padding(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    out = draw(model, tokenizer)
+    whole = llms.token_logprobs(model, out.ids, out.attention, out.mask, 1.0)
+    for rows in ([0], [3, 0], [5, 6, 7], list(range(12))):
+        ids, attention, mask = out.rows(rows)
+        assert attention.any(0).all() and mask.any(0).all()  # no column of padding is left
+        part = llms.token_logprobs(model, ids, attention, mask, 1.0)
+        assert (part - whole[rows, : part.shape[1]]).abs().max() < 2e-5
+
+
+def test_scoring_in_chunks_equals_scoring_at_once(checkpoint, monkeypatch):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    out, results = draw(model, tokenizer), []
+    for logits_at_once in (2**24, 3 * model.config.vocab_size, 1):
+        monkeypatch.setattr(llms, "LOGITS_AT_ONCE", logits_at_once)
+        model.zero_grad()
+        logp = llms.token_logprobs(model, out.ids, out.attention, out.mask, 0.7)
+        logp.sum().backward()
+        results.append((logp.detach(), model.get_output_embeddings().weight.grad.clone()))
+    for logp, gradient in results[1:]:
+        assert (logp - results[0][0]).abs().max() < 1e-6
+        assert (gradient - results[0][1]).abs().max() < 1e-6 * results[0][1].abs().max() + 1e-5
+
+
+class Table(torch.nn.Module):
+    """A model without a trunk: the same logits after every prefix."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.config = torch.nn.Parameter(logits), transformers.PretrainedConfig()
+        self.generation_config = transformers.GenerationConfig(eos_token_id=len(logits))  # never said
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, **_):
+        logits = self.logits.expand(len(input_ids), 1, -1)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+
+def draw_one(logits, n, temperature, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return llms.sample(Table(logits), Words(), [[0]], n, 1, temperature, generator, EVERYTHING)
+
+
+def test_every_token_of_97_nearly_equal_ones_is_reached():  # T30: no top-k, no top-p
+    torch.manual_seed(0)
+    assert draw_one(torch.randn(97) * 0.1, 4000, 1.0).ids[:, 1].unique().numel() == 97
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_tokens_come_as_often_as_the_tempered_softmax_says(temperature):  # T43
+    logits, n = torch.tensor([0.2, -0.5, 1.1, 0.0, -2.0]), 100_000
+    counts = draw_one(logits, n, temperature).ids[:, 1].bincount(minlength=5)
+    expected = n * torch.softmax(logits.double() / temperature, 0)
+    assert ((counts - expected) ** 2 / expected).sum() < 23.5  # chi squared of 4 degrees of freedom, p = 1e-4
+
+
+def test_the_log_probability_at_temperature_is_the_softmax_of_divided_logits():  # T29
+    z = torch.tensor([0.2, -0.5, 1.1])
+    out = draw_one(z, 50, 0.7)
+    expected = {0: -1.6064, 1: -2.6064, 2: -0.3207}  # log of e^(z/0.7) over its sum, by hand
+    for token, logp in zip(out.ids[:, 1].tolist(), out.logp[:, 0].tolist()):
+        assert logp == pytest.approx(expected[token], abs=1e-4)
+
+
+def test_the_entropy_of_a_uniform_choice_is_log_v_and_of_a_sure_one_is_zero():  # T31
+    assert draw_one(torch.zeros(97), 3, 1.0).entropy[0, 0] == pytest.approx(4.574710979, abs=1e-5)
+    sure = torch.zeros(97)
+    sure[3] = 1000.0
+    assert draw_one(sure, 3, 1.0).entropy[0, 0] == 0
+    assert draw_one(torch.tensor([math.log(3.0), 0.0]), 3, 1.0).entropy[0, 0] == pytest.approx(0.5623351, abs=1e-6)  # 3 : 1
+
+
+def test_the_same_seed_gives_the_same_samples_and_the_outputs_of_a_group_differ(checkpoint):
+    model, tokenizer = llms.load(checkpoint("llama"))
+    first, again, other = draw(model, tokenizer), draw(model, tokenizer), draw(model, tokenizer, seed=1)
+    assert first.texts == again.texts != other.texts
+    assert all(len(set(first.texts[i : i + 4])) > 1 for i in (0, 4, 8))
+
+
+def test_waves_within_the_cache_budget_lose_no_output(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    asked = prompts(tokenizer, (3, 9, 5, 4, 8))
+    whole = llms.sample(model, tokenizer, asked, 2, 6, 0.0, None, EVERYTHING)
+    waves = llms.sample(model, tokenizer, asked, 2, 6, 0.0, None, 60)  # two prompts at once
+    assert whole.texts == waves.texts and torch.equal(whole.ids, waves.ids) and torch.equal(whole.mask, waves.mask)
+
+
+def test_the_ids_that_are_trained_on_are_the_ids_that_were_drawn():  # T44: never decoded and encoded again
+    script = [[5, 6, 7, 8, 9]]
+    out = llms.sample(Scripted(script, 1), Words(), [[3] * 10], 1, 5, 1.0, torch.Generator(), EVERYTHING)
+    assert out.ids[0, -5:].tolist() == script[0]
+
+
+def test_the_checkpoints_own_sampling_settings_are_not_inherited(checkpoint, tmp_path):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    before = draw(model, tokenizer).texts
+    model.generation_config.update(top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0)
+    assert draw(model, tokenizer).texts == before
+
+
+def test_dropout_is_off_whatever_the_checkpoint_says(checkpoint):  # T41
+    model, tokenizer = llms.load(checkpoint("gpt2"))  # saved with dropout 0.5
+    model.train()
+    inputs = (*llms.batch([[7, 3, 9]], [[9, 8, 7, 2]], "cpu"), 1.0)
+    assert torch.equal(llms.token_logprobs(model, *inputs), llms.token_logprobs(model, *inputs))
+
+
+def test_every_end_token_of_the_generation_config_ends_an_output(checkpoint):
+    model, tokenizer = llms.load(checkpoint("llama"))
+    model.generation_config.eos_token_id = [11, 12]
+    assert llms.end_tokens(model, tokenizer) == sorted({11, 12, tokenizer.eos_token_id})
+
+
+def test_a_prompt_uses_the_chat_template_or_plain_paragraphs(checkpoint):
+    _, tokenizer = llms.load(checkpoint("qwen2"))
+    messages = rldatasets.prompt({"question": "How many eggs?"})
+    text = tokenizer.decode(llms.encode(tokenizer, messages))
+    assert text.startswith("<|im_start|>system\nRespond") and text.endswith("<|im_start|>assistant\n")
+    tokenizer.chat_template = None
+    plain = tokenizer.decode(llms.encode(tokenizer, messages))
+    assert plain.startswith("Respond") and plain.endswith("</answer>\n\nHow many eggs?\n\n")
+
+
+def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, tmp_path):
+    model, tokenizer = llms.load(checkpoint("qwen3"))
+    llms.save(model, tokenizer, tmp_path / "saved")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), opened.parameters()))
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_frozen_copy_shares_no_memory_and_asks_for_no_gradient(checkpoint):  # T40
+    model, _ = llms.load(checkpoint("qwen2"))
+    copy = llms.frozen_copy(model)
+    for ours, theirs in zip(model.parameters(), copy.parameters()):
+        assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr() and not theirs.requires_grad
+
+
+@pytest.mark.parametrize("name, says", [("./nowhere", "no such model folder"), ("not a name", "unknown model")])
+def test_an_unknown_model_is_refused_in_one_line(name, says):
+    with pytest.raises(llms.ModelError, match=says) as error:
+        llms.load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_longer_than_the_model_reads_is_refused(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    with pytest.raises(llms.ModelError, match="512"):
+        llms.sample(model, tokenizer, [[5] * 10], 1, 510, 1.0, None, EVERYTHING)
