@@ -201,12 +201,12 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
         objective = objective - BETA * kl_estimate(logp, torch.where(mask, logp_ref, 0.0))  # [N, T]
     # eq. (3): 1/G Σ_i 1/|o_i| Σ_t, over the G outputs of all Q questions
     if DENOMINATOR == "sequence":
-        weight = 1 / (num_sequences * lengths)  # [N, 1]
+        divisor = num_sequences * lengths  # [N, 1]
     elif DENOMINATOR == "token":
-        weight = 1 / num_tokens
+        divisor = num_tokens
     else:  # "constant"
-        weight = 1 / (num_sequences * MAX_NEW_TOKENS)
-    return -(objective * weight * mask).sum()
+        divisor = num_sequences * MAX_NEW_TOKENS
+    return -(objective * mask / divisor).sum()
 
 
 # ==== One update: line 11 ===========================================================================================
@@ -251,7 +251,7 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
     sums = {
         "clip_low": ((ratio < 1 - EPSILON_LOW) & (A < 0) & mask).sum().item(),
         "clip_high": ((ratio > 1 + EPSILON_HIGH) & (A > 0) & mask).sum().item(),
-        "ratio_max": ratio.max().item(),
+        "ratio_max": (ratio * mask).max().item(),
         "sampler_gap": (gap * mask).sum().item(),
         "sampler_gap_max": (gap * mask).max().item(),
     }

@@ -54,7 +54,14 @@ def test_the_mask_runs_to_the_first_end_token_and_includes_it():  # T26
     script = [[5, 6, 1, 0, 0], [1, 5, 5, 5, 5], [5, 6, 7, 8, 1], [5, 6, 7, 8, 9], [5, 1, 1, 1, 1], [5, 0, 6, 1, 0]]
     asked = [[3] * 10 * (row + 1) for row in range(6)]
     out = llms.sample(Scripted(script, 1), Words(), asked, 1, 5, 1.0, torch.Generator(), EVERYTHING)
-    assert ["".join(str(int(m)) for m in row) for row in out.mask] == ["11100", "10000", "11111", "11111", "11000", "11110"]
+    assert ["".join(str(int(m)) for m in row) for row in out.mask] == [
+        "11100",
+        "10000",
+        "11111",
+        "11111",
+        "11000",
+        "11110",
+    ]
     assert out.truncated.tolist() == [False, False, False, True, False, False]
     assert out.texts == ["5 6", "", "5 6 7 8", "5 6 7 8 9", "5", "5 0 6"]
     out = llms.sample(Scripted([[5, 9, 1, 0, 0]], [1, 9]), Words(), asked[:1], 1, 5, 1.0, torch.Generator(), EVERYTHING)
@@ -197,7 +204,9 @@ def test_the_entropy_of_a_uniform_choice_is_log_v_and_of_a_sure_one_is_zero():  
     sure = torch.zeros(97)
     sure[3] = 1000.0
     assert draw_one(sure, 3, 1.0).entropy[0, 0] == 0
-    assert draw_one(torch.tensor([math.log(3.0), 0.0]), 3, 1.0).entropy[0, 0] == pytest.approx(0.5623351, abs=1e-6)  # 3 : 1
+    assert draw_one(torch.tensor([math.log(3.0), 0.0]), 3, 1.0).entropy[0, 0] == pytest.approx(
+        0.5623351, abs=1e-6
+    )  # 3 : 1
 
 
 def test_the_same_seed_gives_the_same_samples_and_the_outputs_of_a_group_differ(checkpoint):

@@ -1,0 +1,638 @@
+"""The maths and the loop of main.py. T1 … T46 are the numbers of the project's list of checks."""
+
+import copy
+import json
+import math
+import random
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+import evaluator
+import llms
+import main
+
+A2 = 0.8660254037844386  # the advantages of rewards 1, 0, 0, 1 are ± this, without the 1e-4
+
+
+def ragged(rows, fill=0.0):
+    """Rows of different lengths as a padded float64 matrix, and its mask."""
+    T = max(map(len, rows))
+    mask = tensor([[i < len(row) for i in range(T)] for row in rows])
+    return tensor([list(row) + [fill] * (T - len(row)) for row in rows], dtype=torch.float64), mask
+
+
+def loss_and_gradient(logp, *others):
+    logp = logp.clone().requires_grad_()
+    loss = main.grpo_loss(logp, *others)
+    return loss.detach(), torch.autograd.grad(loss, logp)[0]
+
+
+# ---- the advantages ------------------------------------------------------------------------------------------------
+
+
+def test_one_right_answer_in_four_is_pushed_three_times_harder():  # T1
+    advantages = main.group_advantages(tensor([[1.0, 0, 0, 0], [0, 0, 1, 3]], dtype=torch.float64))
+    assert_close(advantages[0], tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64), atol=1e-3, rtol=0)
+    assert_close(advantages[0, :2].tolist(), [1.4997000599880024, -0.4999000199960008], atol=1e-12, rtol=0)
+    expected = [-0.7070567847218314, -0.7070567847218314, 0.0, 1.4141135694436628]
+    assert_close(advantages[1].tolist(), expected, atol=1e-12, rtol=0)
+
+
+def test_a_group_of_equal_rewards_has_advantage_exactly_zero():  # T2
+    for G in range(2, 65):
+        rewards = tensor([0.0, 1.0, -3.3, 2.95] + [0.05 * k for k in range(1, 61)])[:, None].expand(-1, G)
+        assert (main.group_advantages(rewards) == 0).all()
+
+
+def test_advantages_ignore_a_shift_and_the_order_and_stay_below_their_bound():  # T3
+    rewards = torch.randn(7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    advantages = main.group_advantages(rewards)
+    assert_close(main.group_advantages(rewards + 5), advantages, atol=1e-12, rtol=0)
+    assert_close(main.group_advantages(rewards.flip(1)), advantages.flip(1), atol=1e-12, rtol=0)
+    assert advantages.sum(1).abs().max() < 1e-12
+    sigma = rewards.std(1, keepdim=True)
+    assert_close(main.group_advantages(10 * rewards), advantages * (sigma + 1e-4) / (sigma + 1e-5))
+    for G in (2, 4, 8, 16, 64):
+        one_hot = torch.eye(G, dtype=torch.float64)[:1] * 1e6  # so large that the 1e-4 does not count
+        assert_close(main.group_advantages(one_hot).max().item(), (G - 1) / math.sqrt(G), atol=1e-8, rtol=0)
+
+
+def test_groups_do_not_see_each_other():  # T4
+    both = main.group_advantages(tensor([[1.0, 0, 0, 0], [1, 1, 1, 0]]))
+    assert_close(both, tensor([[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5]]), atol=1e-3, rtol=0)
+    assert torch.equal(both[0], main.group_advantages(tensor([[1.0, 0, 0, 0], [9, 2, 3, 1]]))[0])
+
+
+def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo(constants):  # T5, T6
+    constants(SCALE_BY_STD=False)
+    advantages = main.group_advantages(tensor([[1.0, 0, 0, 0]]))
+    assert advantages.tolist() == [[0.75, -0.25, -0.25, -0.25]]
+    assert_close(advantages * 4 / 3, tensor([[1, -1 / 3, -1 / 3, -1 / 3]]))  # each against the mean of the others
+
+
+def test_advantages_are_at_least_fp32_and_carry_no_gradient():
+    rewards = tensor([[1, 0, 0, 0]], dtype=torch.bfloat16, requires_grad=True)
+    advantages = main.group_advantages(rewards)
+    assert advantages.dtype == torch.float32 and not advantages.requires_grad
+
+
+# ---- the objective -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ratio, A, J, gradient",
+    [
+        (1.5, 1, 1.2, 0), (1.5, -1, -1.5, -1.5), (0.5, 1, 0.5, 0.5), (0.5, -1, -0.8, 0),
+        (1.1, 1, 1.1, 1.1), (1.1, -1, -1.1, -1.1), (3.5, -1, -3.5, -3.5),
+    ],
+)  # fmt: skip
+def test_the_clip_stops_the_gradient_only_where_the_step_would_go_further(constants, ratio, A, J, gradient):  # T9
+    constants(BETA=0.0)
+    logp = tensor([[math.log(ratio)]], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    loss, grad = loss_and_gradient(logp, torch.zeros_like(logp), None, tensor([float(A)], dtype=torch.float64), one)
+    assert_close([-loss.item(), -grad.item()], [J, float(gradient)], atol=1e-12, rtol=0)
+
+
+def test_clip_higher_frees_only_the_upper_side(constants):  # T20
+    for high, expected in ((0.2, 0.0), (0.28, 1.25)):
+        constants(BETA=0.0, EPSILON_HIGH=high)
+        logp = tensor([[math.log(1.25)], [math.log(0.79)]], dtype=torch.float64)
+        mask, A = torch.ones(2, 1), tensor([1.0, -1.0], dtype=torch.float64)
+        _, grad = loss_and_gradient(logp, torch.zeros_like(logp), None, A, mask)
+        assert_close((-2 * grad).flatten().tolist(), [expected, 0.0], atol=1e-12, rtol=0)
+
+
+ON_POLICY = [
+    ("sequence", 0.0, -0.07216878365),
+    ("token", 0.1443375673, -0.07216878365),
+    ("constant", 0.05412658774, -0.02706329387),
+]
+
+
+@pytest.mark.parametrize("denominator, value, first", ON_POLICY)
+@pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
+def test_where_all_policies_agree_the_gradient_is_reinforce_and_the_kl_adds_nothing(
+    constants, denominator, value, first, beta
+):  # T10, T11, T13
+    constants(DENOMINATOR=denominator, MAX_NEW_TOKENS=8, BETA=beta)
+    logp, mask = ragged([[-1.0] * n for n in (3, 1, 6, 2)])
+    A = tensor([A2, -A2, -A2, A2], dtype=torch.float64)
+    loss, grad = loss_and_gradient(logp, logp, logp, A, mask)
+    assert_close(loss.item(), value, atol=1e-9, rtol=0)
+    assert_close(grad[0].tolist(), [first] * 3 + [0.0] * 3, atol=1e-9, rtol=0)
+
+
+def test_the_gradient_at_the_old_policy_is_equation_21():  # T12
+    logp, mask = ragged([[-1.0, -2.0, -0.5]])
+    logp_ref = logp + tensor([[math.log(2), -math.log(2), 0.0]])
+    A = tensor([A2], dtype=torch.float64)
+    _, grad = loss_and_gradient(logp, logp, logp_ref, A, mask)
+    assert_close((-3 * grad[0]).tolist(), [0.9060254038, 0.8460254038, 0.8660254038], atol=1e-9, rtol=0)
+
+
+def test_the_three_estimators_have_the_values_and_gradients_of_their_names(constants):  # T14
+    z, z_ref, z_old = (tensor(v, dtype=torch.float64) for v in ([0.2, -0.5, 1.1], [0.9, 0.1, -0.3], [-0.4, 0.6, 0.0]))
+
+    def expected_gradient(estimator):
+        constants(KL=estimator)
+        z_theta = z.clone().requires_grad_()
+        kl = main.kl_estimate(torch.log_softmax(z_theta, 0), torch.log_softmax(z_ref, 0))
+        (torch.softmax(z, 0) * kl).sum().backward()  # the samples' distribution is not differentiated
+        return (torch.softmax(z, 0) * kl).sum().item(), z_theta.grad.tolist()
+
+    value, gradient = expected_gradient("k3")
+    assert_close(value, 0.5027774185, atol=1e-9, rtol=0)
+    assert_close(gradient, [-0.3184892418, -0.1311615248, 0.4496507666], atol=1e-9, rtol=0)
+    assert_close(expected_gradient("k2")[1], [-0.3331852833, -0.1529028005, 0.4860880838], atol=1e-9, rtol=0)
+    assert_close(expected_gradient("k1")[1], [0.0, 0.0, 0.0], atol=1e-9, rtol=0)
+    constants(KL="k3")
+    off_policy = torch.softmax(z_old, 0) * main.kl_estimate(torch.log_softmax(z, 0), torch.log_softmax(z_ref, 0))
+    assert_close(off_policy.sum().item(), 0.4180314514, atol=1e-9, rtol=0)
+
+
+def test_the_kl_is_exact_near_zero_and_never_negative():  # T13, T15
+    assert main.kl_estimate(tensor(0.0), tensor(1e-4)).item() == pytest.approx(5.0002e-9, rel=1e-3)
+    assert main.kl_estimate(torch.zeros(20001), torch.linspace(-0.01, 0.01, 20001)).min() >= 0
+    wide = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 40 - 20
+    assert main.kl_estimate(torch.zeros_like(wide), wide).min() >= 0
+
+
+WORKED = (
+    ragged([[-1, -2, -0.5], [-1.5, -0.7]]),
+    ragged([[-1.3, -2, -0.4], [-1.5, -1.1]])[0],
+    ragged([[-1.2, -1.5, -0.5], [-1.4, -0.9]])[0],
+    tensor([1.0, -1.0], dtype=torch.float64),
+)
+WORKED_LOSS = [("sequence", 0.1088716802461337), ("token", -0.11877547018030299), ("constant", -0.07423466886268937)]
+
+
+@pytest.mark.parametrize("denominator, value", WORKED_LOSS)
+def test_a_worked_example_of_equation_3(constants, denominator, value):  # T16
+    constants(DENOMINATOR=denominator, MAX_NEW_TOKENS=4, BETA=0.1)
+    (logp, mask), old, ref, A = WORKED
+    loss, grad = loss_and_gradient(logp, old, ref, A, mask)
+    assert_close(loss.item(), value, atol=1e-12, rtol=0)
+    if denominator == "sequence":
+        expected = [[0.003021154115, -0.177478687845, -0.150806236339], [0.247370727048, 0.377487905583, 0]]
+        assert_close(grad, tensor(expected, dtype=torch.float64), atol=1e-11, rtol=0)
+
+
+def test_the_sequence_ratio_is_the_geometric_mean_of_the_token_ratios(constants):
+    constants(RATIO="sequence", BETA=0.0)
+    logp, mask = ragged([[math.log(r) for r in (1.1, 0.9, 1.5)]])
+    A = tensor([1.0], dtype=torch.float64)
+    loss, grad = loss_and_gradient(logp, torch.zeros_like(logp), None, A, mask)
+    s = 1.485 ** (1 / 3)  # 1.1 · 0.9 · 1.5 = 1.485; inside the clip, so dJ/dlogp is s/3 for each of the 3 tokens
+    assert_close([-loss.item(), *(-grad[0]).tolist()], [s, s / 3, s / 3, s / 3], atol=1e-12, rtol=0)
+
+
+def noisy(seed=0, lengths=(6, 4, 1, 7, 2, 5)):
+    """Rows with ratios on both sides of the clip, and some KL."""
+    random.seed(seed)
+    rows = [[random.uniform(-3, -0.1) for _ in range(n)] for n in lengths]
+    logp, mask = ragged(rows)
+    noise = torch.Generator().manual_seed(seed)
+    old = logp + 0.4 * torch.randn(logp.shape, generator=noise, dtype=torch.float64)
+    ref = logp + 0.4 * torch.randn(logp.shape, generator=noise, dtype=torch.float64)
+    A = torch.randn(len(rows), generator=noise, dtype=torch.float64)
+    return logp, old, ref, A, mask
+
+
+DENOMINATORS = ("sequence", "token", "constant")
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize(
+    "split", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4, 5]], [[i] for i in range(6)], [[0, 3], [1, 2, 4, 5]]]
+)
+def test_any_split_into_micro_batches_adds_up_to_the_whole(constants, denominator, split):  # T32
+    constants(DENOMINATOR=denominator)
+    logp, old, ref, A, mask = noisy()
+    whole, gradient = loss_and_gradient(logp, old, ref, A, mask)
+    parts = [loss_and_gradient(logp[r], old[r], ref[r], A[r], mask[r], 6, mask.sum()) for r in split]
+    assert_close(sum(loss for loss, _ in parts), whole, atol=1e-12, rtol=0)
+    for rows, (_, part) in zip(split, parts):
+        assert_close(part, gradient[rows], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("garbage", [float("nan"), 1e30, -1e30, float("inf")])
+def test_what_stands_in_padded_cells_does_not_matter(constants, denominator, garbage):  # T23
+    constants(DENOMINATOR=denominator)
+    logp, old, ref, A, mask = noisy()
+    A = A[:, None].expand(-1, mask.shape[1])
+    expected = loss_and_gradient(logp, old, ref, A, mask)
+    spoilt = [torch.where(mask, x, garbage) for x in (logp, old, ref, A)]
+    loss, gradient = loss_and_gradient(*spoilt, mask)
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_the_order_of_the_rows_does_not_matter(constants, denominator):  # T24
+    constants(DENOMINATOR=denominator)
+    everything = noisy()
+    order = [3, 1, 5, 0, 2, 4]
+    loss, gradient = loss_and_gradient(*everything)
+    turned, turned_gradient = loss_and_gradient(*(x[order] for x in everything))
+    assert_close(turned, loss, atol=1e-12, rtol=0)
+    assert_close(turned_gradient, gradient[order], atol=1e-12, rtol=0)
+
+
+def test_the_loss_is_linear_in_the_advantages_and_affine_in_beta(constants):  # T21
+    logp, old, ref, A, mask = noisy()
+    constants(BETA=0.0)
+    loss = main.grpo_loss(logp, old, ref, A, mask)
+    assert_close(main.grpo_loss(logp, old, ref, 3 * A, mask), 3 * loss)
+    ratio = (logp - old).exp()
+    clipped_off = (ratio - ratio.clamp(0.8, 1.2)).abs() * A.abs()[:, None] * mask / mask.sum(1, keepdim=True) / 6
+    both = loss + main.grpo_loss(logp, old, ref, -A, mask)  # 0 if and only if nothing is clipped
+    assert_close(both, clipped_off.sum())
+    assert both > 0.01
+    losses = []
+    for beta in (0.0, 1.0, 2.0):
+        constants(BETA=beta)
+        losses.append(main.grpo_loss(logp, old, ref, A, mask))
+    assert_close(losses[2] - losses[1], losses[1] - losses[0])
+    assert losses[1] > losses[0]  # the KL is a cost
+
+
+def test_a_row_without_tokens_counts_as_a_sequence_and_not_in_tokens(constants):  # T28
+    logp, old, ref, A, mask = noisy()
+    emptied = mask.clone()
+    emptied[2] = False
+    rest = [0, 1, 3, 4, 5]
+    for denominator, factor in (("sequence", 5 / 6), ("token", 1.0)):
+        constants(DENOMINATOR=denominator)
+        loss, gradient = loss_and_gradient(logp, old, ref, A, emptied)
+        assert (gradient[2] == 0).all()
+        assert_close(loss, factor * main.grpo_loss(*(x[rest] for x in (logp, old, ref, A, mask))))
+        loss, gradient = loss_and_gradient(logp, old, ref, A, torch.zeros_like(mask))
+        assert loss == 0 and (gradient == 0).all()
+
+
+def test_autograd_equals_central_differences_through_a_transformer(constants):  # T18
+    constants(EPSILON_HIGH=0.28)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    trunk = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    table, ids = torch.randn(11, 8, dtype=torch.float64, requires_grad=True), torch.randint(0, 11, (6, 8))
+    _, old, ref, A, mask = noisy()
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(8, dtype=torch.float64)
+
+    def loss():
+        hidden = trunk(table[ids], mask=causal, is_causal=True)[:, :-1]
+        logp = torch.log_softmax(hidden @ table.T, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return main.grpo_loss(logp, logp.detach() + 0.3 * (old - old.mean()), logp.detach() + ref - old, A, mask), logp
+
+    parameters = [table, *trunk.parameters()]
+    value, logp = loss()
+    gradients = torch.autograd.grad(value, parameters)
+    frozen = logp.detach()
+
+    def loss_with_old_fixed():
+        hidden = trunk(table[ids], mask=causal, is_causal=True)[:, :-1]
+        logp = torch.log_softmax(hidden @ table.T, -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return main.grpo_loss(logp, frozen + 0.3 * (old - old.mean()), frozen + ref - old, A, mask).item()
+
+    generator, h = random.Random(0), 1e-5
+    with torch.no_grad():
+        for _ in range(60):
+            which = generator.randrange(len(parameters))
+            flat, at = parameters[which].view(-1), generator.randrange(parameters[which].numel())
+            was = flat[at].item()
+            flat[at] = was + h
+            above = loss_with_old_fixed()
+            flat[at] = was - h
+            below = loss_with_old_fixed()
+            flat[at] = was
+            assert abs((above - below) / (2 * h) - gradients[which].view(-1)[at].item()) < 1e-8
+
+
+# ---- a step of the loop, on a real model ---------------------------------------------------------------------------
+
+PROBLEMS = [
+    {"question": f"What is {i} and {i}?", "answer": str(2 * i), "kind": "math", "solution": ""} for i in range(9)
+]
+
+
+@pytest.fixture
+def setup(checkpoint, constants):
+    """setup(**constants) -> a state around a small random model, and a rollout of 3 questions with 4 outputs each."""
+
+    def make(family="qwen2", optimizer=None, **settings):
+        constants(
+            QUESTIONS_PER_STEP=3, GROUP_SIZE=4, MAX_NEW_TOKENS=12, STEPS=4, WARMUP=0, LEARNING_RATE=1e-3,
+            TOKEN_BUDGET=8192, SHOW_EVERY=0, DATASET="arithmetic", EVAL_EVERY=100, SAVE_EVERY=100,
+        )  # fmt: skip
+        constants(**settings)
+        policy, tokenizer = llms.load(checkpoint(family))
+        policy.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
+        optimizer = optimizer(policy) if optimizer else torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
+        state = main.State(policy, tokenizer, optimizer, torch.Generator().manual_seed(0))
+        state.reference = llms.frozen_copy(policy) if main.BETA else None
+        return state, sample(state)
+
+    return make
+
+
+def sample(state):
+    prompts = [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)]
+    how = (main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE, state.generator, main.CACHE_TOKENS)
+    return llms.sample(state.policy, state.tokenizer, prompts, *how)
+
+
+def sgd(policy):
+    return torch.optim.SGD(policy.parameters(), lr=1.0)
+
+
+def step_gradient(state, rollout, advantages, logp_old=None, logp_ref=None):
+    """The clipped gradient that one update hands to its optimizer."""
+    seen = {}
+    state.optimizer.step = lambda: seen.update(gradient=[p.grad.clone() for p in state.policy.parameters()])
+    measured = main.update(state, rollout, advantages, logp_old, logp_ref)
+    return torch.cat([g.flatten() for g in seen["gradient"]]), measured
+
+
+SPREAD = tensor([1.5, -0.5, -0.5, -0.5, 0.9, 0.9, -0.9, -0.9, 0.5, 0.5, 0.5, -1.5])
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denominator):  # T32, T36
+    results = []
+    for budget in (8192, 60, 20):
+        state, rollout = setup(TOKEN_BUDGET=budget, DENOMINATOR=denominator, MAX_GRAD_NORM=0.01)
+        old = rollout.logp + 0.3 * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(1))
+        results.append(step_gradient(state, rollout, SPREAD, old, main.score(state.reference, rollout)))
+    for gradient, measured in results:
+        assert gradient.norm() == pytest.approx(0.01, rel=1e-3)  # clipped once, at the end
+        assert measured["grad_norm"] > 0.02 and measured["grad_norm"] == pytest.approx(
+            results[0][1]["grad_norm"], rel=1e-4
+        )
+        assert_close(gradient, results[0][0], atol=1e-6, rtol=0)
+        for name in ("loss", "kl", "clip_low", "clip_high", "sampler_gap", "ratio_max"):
+            assert measured[name] == pytest.approx(results[0][1][name], rel=1e-4, abs=1e-6)
+
+
+def test_micro_batches_hold_every_row_once_and_keep_the_budget():
+    lengths = [5, 90, 17, 40, 41, 3, 3, 3]
+    batches = main.micro_batches(lengths, 100)
+    assert sorted(sum(batches, [])) == list(range(8))
+    assert all(len(rows) * max(lengths[row] for row in rows) <= 100 for rows in batches)
+    assert len(batches) == 3  # 90 | 41 40 | 17 5 3 3 3
+
+
+def test_dropping_outputs_without_advantage_keeps_the_gradient_at_beta_0_and_not_otherwise(setup):  # T35
+    advantages = SPREAD.clone()
+    advantages[4:8] = 0.0
+    for beta, same in ((0.0, True), (0.04, False)):
+        gradients = []
+        for drop in (False, True):
+            state, rollout = setup(BETA=beta, DROP_ZERO_ADVANTAGE=drop, DENOMINATOR="token", MAX_GRAD_NORM=1e9)
+            moved = rollout.logp + 0.3 if beta else None  # a reference elsewhere, so that there is a KL to lose
+            gradients.append(step_gradient(state, rollout, advantages, None, moved)[0])
+        assert (gradients[0] - gradients[1]).abs().max() < 1e-6 if same else (gradients[0] - gradients[1]).norm() > 1e-3
+
+
+def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
+    state, rollout = setup(MASK_TRUNCATED=True, BETA=0.0, MAX_GRAD_NORM=1e9)
+    assert rollout.truncated.any() and not rollout.truncated.all()
+    gradient, _ = step_gradient(state, rollout, SPREAD)
+    state, rollout = setup(MASK_TRUNCATED=False, BETA=0.0, MAX_GRAD_NORM=1e9)
+    without = torch.where(rollout.truncated, 0.0, SPREAD)
+    assert_close(step_gradient(state, rollout, without)[0], gradient, atol=1e-6, rtol=0)
+    state, rollout = setup(MASK_TRUNCATED=True, BETA=0.0)
+    everything = rollout._replace(truncated=torch.ones_like(rollout.truncated))
+    gradient, measured = step_gradient(state, everything, SPREAD)
+    assert measured["finite"] and measured["loss"] == 0 and (gradient == 0).all()  # T28: nothing left, and no nan
+
+
+def test_right_after_a_rollout_every_ratio_is_one_and_the_kl_and_the_loss_are_zero(setup):  # T37
+    state, rollout = setup(MU=2)
+    old, ref = main.score(state.policy, rollout), main.score(state.reference, rollout)
+    measured = main.update(state, rollout, SPREAD, old, ref)
+    assert measured["ratio_max"] == 1.0 and measured["clip_low"] == measured["clip_high"] == 0
+    assert measured["kl"] < 1e-6 and abs(measured["loss"]) < 1e-6 and measured["sampler_gap_max"] < 1e-5
+    frozen = old.clone(), ref.clone(), rollout.ids.clone()
+    again = main.update(state, rollout, SPREAD, old, ref)  # T38: the second update sees a policy that has moved
+    assert again["ratio_max"] > 1.0001 and again["kl"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(frozen, (old, ref, rollout.ids)))
+
+
+def test_one_step_raises_outputs_with_positive_advantage_and_lowers_the_others(setup):  # T19
+    for sign in (1.0, -1.0):
+        state, rollout = setup(BETA=0.0, optimizer=sgd, LEARNING_RATE=1e-4, MAX_GRAD_NORM=1.0)
+        one = torch.zeros(12)
+        one[3] = sign
+        before = main.score(state.policy, rollout)[3].sum()
+        main.update(state, rollout, one, None, None)
+        assert (main.score(state.policy, rollout)[3].sum() - before) * sign > 0
+
+
+def test_without_any_advantage_the_weights_stay_bit_equal(setup):  # T19, T46
+    state, rollout = setup(BETA=0.0, optimizer=sgd)
+    before = [p.clone() for p in state.policy.parameters()]
+    main.update(state, rollout, main.group_advantages(torch.full((3, 4), 2.95)).flatten(), None, None)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_alone(setup):
+    state, rollout = setup()
+    ref = main.score(state.reference, rollout)
+    main.update(state, rollout, SPREAD, None, ref)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    broken = SPREAD.clone()
+    broken[0] = float("nan")
+    measured = main.update(state, rollout, broken, None, ref)
+    assert not measured["finite"]
+    assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
+    assert all(p.grad is None or not p.grad.any() for p in state.policy.parameters())
+
+
+def test_the_order_of_events_is_algorithm_1(setup, tmp_path, monkeypatch):  # T34, T39, T40
+    state, _ = setup(ITERATIONS=2, STEPS=2, MU=3)
+    state.reference, events, references = None, [], []
+
+    def spy(module, name, event):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            events.append(event)
+            result = real(*args, **kwargs)
+            references.append(result) if event == "ref" else None
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(llms, "frozen_copy", "ref")
+    spy(llms, "sample", "sample")
+    spy(main, "score_completions", "reward")
+    spy(main, "group_advantages", "advantage")
+    spy(main, "update", "update")
+    spy(state.optimizer, "step", "step")
+    spy(state.optimizer, "zero_grad", "zero")
+    main.train(state, iter(PROBLEMS * 9), [], tmp_path, set())
+    step = ["sample", "reward", "advantage"] + ["update", "step", "zero"] * 3
+    assert events == (["ref"] + step * 2) * 2
+    assert state.updates == 2 * 2 * 3
+    rows = main.read_lines(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[1]["kl"] > 1e-6  # the policy has left the first reference
+    first = [p.clone() for p in references[1].parameters()]
+    main.update(state, sample(state), SPREAD, None, main.score(state.reference, sample(state)))
+    assert all(torch.equal(a, b) for a, b in zip(first, references[1].parameters()))  # updates do not reach it
+
+
+def test_beta_0_never_makes_or_runs_a_reference(setup, tmp_path, monkeypatch):
+    state, _ = setup(BETA=0.0, STEPS=1)
+    monkeypatch.setattr(llms, "frozen_copy", lambda model: pytest.fail("a reference was made"))
+    main.train(state, iter(PROBLEMS), [], tmp_path, set())
+    assert state.reference is None and main.read_lines(tmp_path / "metrics.jsonl")[0]["kl"] is None
+
+
+def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup, tmp_path):
+    state, _ = setup(STEPS=2)
+    main.train(state, iter(PROBLEMS), [], tmp_path, set())
+    row = main.read_lines(tmp_path / "metrics.jsonl")[-1]
+    promised = (
+        "step reward reward_std accuracy zero_std_groups loss kl entropy ratio_max clip_low clip_high sampler_gap length"
+        " length_max truncated grad_norm lr tokens seconds seconds/sample seconds/reward seconds/logprobs seconds/update"
+        " rewards/correctness rewards/integer rewards/strict_format rewards/soft_format rewards/tag_count"
+    )
+    assert set(promised.split()) <= row.keys()
+    parts = sum(row[f"seconds/{name}"] for name in ("sample", "reward", "logprobs", "update"))
+    assert 0.9 * row["seconds"] < parts <= row["seconds"]
+    assert row["tokens"] > 0 and row["lr"] == 1e-3 and 0 <= row["entropy"] < math.log(600)
+
+
+def test_three_steps_that_are_not_finite_end_the_run_with_the_weights_intact(setup, tmp_path, monkeypatch):
+    state, _ = setup(STEPS=5)
+    before = [p.clone() for p in state.policy.parameters()]
+    monkeypatch.setattr(main, "WEIGHT_TAG_COUNT", float("nan"))  # nan in every reward
+    with pytest.raises(main.RunError, match="three steps"):
+        main.train(state, iter(PROBLEMS * 3), [], tmp_path, set())
+    assert state.step == 3 and all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and json.loads(text.splitlines()[0])["reward"] is None
+
+
+def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):
+    state, _ = setup(MAX_PROMPT_TOKENS=200, QUESTIONS_PER_STEP=2)
+    stream = iter([PROBLEMS[0], {"question": "why? " * 300, "answer": "1"}, PROBLEMS[1], PROBLEMS[2]])
+    problems, prompts = main.draw_questions(state, stream)
+    assert problems == PROBLEMS[:2] and (state.position, state.skipped) == (3, 1)
+    with pytest.raises(main.SettingsError, match="max_prompt_tokens"):
+        main.draw_questions(state, iter([{"question": "why? " * 300, "answer": "1"}] * 2000))
+
+
+def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup, tmp_path):  # T45
+    state, _ = setup(STEPS=3)
+    questions = PROBLEMS * 3
+    main.train(state, iter(questions), [], tmp_path, set())
+    main.save_checkpoint(state, tmp_path)
+    fresh, _ = setup(STEPS=3)
+    main.load_checkpoint(fresh, tmp_path)
+    for one in (state, fresh):
+        one.step = 2  # one more step, by both
+        main.train(one, iter(questions[one.position :]), [], tmp_path, set())
+    ours, theirs = state.tensors(), fresh.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    last, again = main.read_lines(tmp_path / "metrics.jsonl")[-2:]
+    assert {k: v for k, v in last.items() if "seconds" not in k} == {
+        k: v for k, v in again.items() if "seconds" not in k
+    }
+
+
+def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, tmp_path, constants):
+    state, _ = setup()
+    main.save_checkpoint(state, tmp_path)
+    path = tmp_path / "checkpoint" / "state.safetensors"
+    whole = bytearray(path.read_bytes())
+    constants(BETA=0.5)
+    with pytest.raises(main.SettingsError, match="BETA"):
+        main.load_checkpoint(state, tmp_path)
+    constants(BETA=0.04)
+    main.load_checkpoint(state, tmp_path)
+    whole[-100] ^= 1
+    for broken in (bytes(whole), bytes(whole[:-50]), b"", b"{}" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(main.SettingsError, match="damaged"):
+            main.load_checkpoint(state, tmp_path)
+
+
+# ---- learning ------------------------------------------------------------------------------------------------------
+
+
+def bandit(rewards_of, steps, rate, seed, arms=10, group=16):
+    """GRPO on a softmax over arms: the probability of the first arm after some steps."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.zeros(arms, requires_grad=True)
+    for _ in range(steps):
+        arm = torch.multinomial(torch.softmax(z.detach(), 0), group, replacement=True, generator=generator)
+        advantages = main.group_advantages(rewards_of(arm, generator)[None])[0]
+        logp = torch.log_softmax(z, 0)[arm][:, None]
+        main.grpo_loss(logp, logp.detach(), None, advantages, torch.ones(group, 1)).backward()
+        with torch.no_grad():
+            z -= rate * z.grad
+            z.grad = None
+    return torch.softmax(z.detach(), 0)[0].item(), z
+
+
+def test_the_best_of_ten_arms_is_found_and_chance_teaches_nothing(constants):  # T46
+    constants(BETA=0.0)
+    for seed in range(3):
+        assert bandit(lambda arm, _: (arm == 0).float(), 200, 0.5, seed)[0] > 0.98
+    by_chance = [bandit(lambda arm, g: torch.rand(len(arm), generator=g), 50, 0.1, seed)[0] for seed in range(20)]
+    assert abs(sum(by_chance) / 20 - 0.1) < 0.01
+    assert (bandit(lambda arm, _: torch.full((len(arm),), 2.95), 50, 0.5, 0)[1] == 0).all()
+
+
+def test_the_learning_rate_warms_up_and_follows_its_schedule(constants):
+    constants(LEARNING_RATE=1.0, WARMUP=4, STEPS=14, ITERATIONS=1, MU=1, SCHEDULE="constant")
+    assert [main.learning_rate(u) for u in (0, 3, 4, 13)] == [0.2, 0.8, 1.0, 1.0]
+    constants(SCHEDULE="linear")
+    assert [main.learning_rate(u) for u in (4, 9, 13)] == [1.0, 0.5, 0.1]
+    constants(SCHEDULE="cosine")
+    assert main.learning_rate(9) == pytest.approx(0.5) and main.learning_rate(13) < 0.03
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    assert [main.pass_at_k(4, c, 2) for c in range(5)] == pytest.approx([0, 3 / 6, 5 / 6, 1, 1])  # of 6 pairs
+    assert main.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+
+
+def test_the_interval_is_wilsons():
+    assert main.interval(0, 100) == pytest.approx(0.0185, abs=1e-4)  # 0 to 0.0370
+    assert main.interval(50, 100) == pytest.approx(0.0962, abs=1e-4)  # 0.4038 to 0.5962
+
+
+def test_an_evaluation_counts_right_answers_votes_and_passes(setup, constants, monkeypatch):
+    state, _ = setup(EVAL_SAMPLES=3, EVAL_QUESTIONS=0)
+    said = {
+        1: ["<answer>0</answer>", "#### 3", "x"],
+        3: ["0", "#### 0", "#### 0", "#### 2", "#### 2", "#### 1", "", "", ""],
+    }
+    Texts = namedtuple("Texts", "texts mask truncated")
+    fake = lambda *args: Texts(said[args[3]], torch.ones(len(said[args[3]]), 5), torch.zeros(len(said[args[3]])))  # noqa: E731
+    monkeypatch.setattr(llms, "sample", fake)
+    metrics, records = main.evaluate(state.policy, state.tokenizer, PROBLEMS[:3])  # golds 0, 2, 4
+    assert metrics["eval/accuracy"] == pytest.approx(1 / 3) and metrics["eval/n"] == 3
+    assert [record["correctness"] for record in records] == [1, 0, 0]
+    assert metrics["eval/pass@1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert metrics["eval/pass@3"] == metrics["eval/maj@3"] == pytest.approx(2 / 3)
+    assert metrics["eval/maj@1"] == pytest.approx(1 / 3)
+
+
+def test_the_weights_of_the_rewards_are_the_constants(constants):
+    text, problem = "<answer>72</answer>", {"answer": "72"}
+    assert main.score_completions([text] * 2, [problem])[0].tolist() == [[2.75, 2.75]]  # 2 + 0.5 + 0.5 · 2/4
+    constants(WEIGHT_CORRECTNESS=0.0, WEIGHT_TAG_COUNT=4.0)
+    assert main.score_completions([text], [problem])[0].item() == 2.5
+    assert copy.copy(evaluator.rewards(text, problem))["tag_count"] == 0.5  # unweighted by itself
