@@ -1,0 +1,188 @@
+"""The program from outside: real processes, real files, real signals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8 --steps 6 --eval_every 3 --eval_questions 4"
+SMALL += " --learning_rate 1e-3 --save_every 2 --show_every 3"
+# nothing of these tests may reach the network, nor a cache of the user's
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(folder, *arguments):
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(folder, *arguments):
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def lines(path):
+    """The rows of a metrics file, times left out."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """A folder in which a small run has ended: its model, flags and output."""
+    folder = tmp_path_factory.mktemp("work")
+    flags = ["--model", checkpoint("qwen2"), *SMALL.split()]
+    code, out, err = run(folder, *flags, "--run", "whole", "--save_every", "2")
+    assert code == 0, err
+    return folder, flags, out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    folder, _, out = finished
+    left = folder / "runs" / "whole"
+    config = json.loads((left / "config.json").read_text())
+    assert config["GROUP_SIZE"] == 2 and config["BETA"] == 0.04 and config["versions"]["torch"] and config["device"]
+    rows = lines(left / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 3, 6]
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4, 5, 6]
+    samples = lines(left / "samples.jsonl")
+    assert {"completion", "reward", "advantage", "correctness", "tag_count"} <= samples[-5].keys() | samples[4].keys()
+    assert (left / "train_score.png").stat().st_size > 10_000 and (left / "eval_score.png").stat().st_size > 10_000
+    assert transformers.AutoModelForCausalLM.from_pretrained(left / "model").config.model_type == "qwen2"
+    for promised in ("step    1 | reward", "TEST accuracy", "expected", "step 0, wrong", "step 6, wrong", "answer:"):
+        assert promised in out
+
+
+def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(finished):
+    folder, flags, _ = finished
+    killed, whole = folder / "runs" / "killed", folder / "runs" / "whole"
+    process, kills = start(folder, *flags, "--run", "killed"), 0
+    while process.poll() is None:
+        if (killed / "config.json").exists() and kills < 4:
+            time.sleep(random.uniform(0.0, 0.8))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            process = start(folder, "--resume", "runs/killed")
+            time.sleep(4 if kills < 4 else 0)  # past the imports
+        time.sleep(0.05)
+    _, err = process.communicate()
+    assert process.returncode == 0 and kills >= 2, err
+    assert lines(killed / "metrics.jsonl") == lines(whole / "metrics.jsonl")
+    assert lines(killed / "samples.jsonl") == lines(whole / "samples.jsonl")
+    weights = "model/model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished, number):
+    folder, flags, _ = finished
+    name = f"stopped-{number}"
+    process = start(
+        folder, *flags, "--run", name, "--steps", "100000", "--eval_every", "100000", "--save_every", "100000"
+    )
+    metrics = folder / "runs" / name / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and f"--resume runs/{name}" in out
+    done = lines(metrics)[-1]["step"]
+    code, out, err = run(folder, "--resume", f"runs/{name}", "--steps", str(done + 1))
+    assert code == 0, err
+    assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
+
+
+def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished):
+    folder, flags, _ = finished
+    for _ in range(2):
+        code, _, err = run(folder, *flags, "--test")
+        assert code == 0, err
+        rows = lines(folder / "runs" / "test" / "metrics.jsonl")
+        assert [row["step"] for row in rows if "reward" in row] == [1, 2]
+        assert [row["step"] for row in rows if "eval/accuracy" in row] == [2]
+
+
+def test_two_models_are_tested_on_the_same_questions(finished):
+    folder, flags, _ = finished
+    code, out, err = run(
+        folder, "--evaluate", "runs/whole", "--against", flags[1], "--eval_questions", "3", "--eval_samples", "2"
+    )
+    assert code == 0, err
+    assert out.count("accuracy 0.000 ±") == 2 and "pass@2" in out and "difference: +0.000" in out
+
+
+def test_plots_overlay_runs_from_their_files_alone(finished):
+    folder, _, _ = finished
+    (folder / "runs" / "again").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / "runs" / "again" / name).write_text((folder / "runs" / "whole" / name).read_text())
+    plot = [sys.executable, str(ROOT / "plots" / "plot.py")]
+    drawn = subprocess.run([*plot, "runs/whole", "runs/again", "--out", "drawn"], cwd=folder, check=False)
+    assert drawn.returncode == 0 and sorted(p.name for p in (folder / "drawn").iterdir()) == [
+        "eval_score.png",
+        "train_score.png",
+    ]
+    wrong = subprocess.run([*plot, "nowhere"], cwd=folder, check=False, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--group_sise 8", "did you mean --group_size"),
+        ("--group_size eight", "invalid int value"),
+        ("--scale_by_std maybe", "true or false"),
+        ("--group_size 1", "at least 2"),
+        ("--kl k4", "one of k1, k2, k3"),
+        ("--temperature 0", "above 0"),
+        ("--token_budget 10", "token_budget"),
+        ("--learning-rate nan", "learning_rate"),
+        ("--dataset nowhere --model tiny", "unknown data set: nowhere"),
+        ("--dataset gsm8k --model tiny", "--dataset PATH"),
+        ("--model ./nowhere --dataset arithmetic", "no such model folder"),
+        ("--model Qwen/Qwen2.5-1.5B-Instruct --dataset arithmetic", "cannot be reached"),
+        ("--against tiny", "--evaluate"),
+        ("--resume runs/nowhere", "runs/nowhere"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_and_writes_nothing(tmp_path, arguments, says):
+    code, out, err = run(tmp_path, *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("main.py: error: ") and says in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(finished):
+    folder, flags, _ = finished
+    before = (folder / "runs" / "whole" / "metrics.jsonl").read_text()
+    for arguments, says in (
+        ([*flags, "--run", "whole"], "exists already"),
+        (["--resume", "runs/whole", "--beta", "0.5"], "--beta 0.04"),
+    ):
+        code, _, err = run(folder, *arguments)
+        assert code == 2 and err.count("\n") == 1 and says in err
+    assert (folder / "runs" / "whole" / "metrics.jsonl").read_text() == before
+
+
+def test_a_data_row_without_an_answer_is_named(finished, tmp_path):
+    _, flags, _ = finished
+    rows = ['{"question": "1 + 1?", "answer": "#### 2"}', '{"question": "2 + 2?", "answer": "four"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    code, _, err = run(tmp_path, *flags, "--dataset", "rows.jsonl", "--eval_dataset", "arithmetic")
+    assert code == 2 and "row 1" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_help_lists_every_constant_with_its_comment():
+    code, out, _ = run(ROOT, "--help")
+    assert code == 0 and "--group_size INT" in out and "π_θ/π_θold per token" in out and "(default: 0.04)" in out
