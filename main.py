@@ -214,13 +214,18 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
 # Â + β (π_ref/π_θ - 1), and holds where π_θold = π_θ; what is maximised is eq. (3), whose gradient there is (21).
 
 
-def micro_batches(lengths, budget):
-    """Split rows into lists of row numbers, longest first, such that rows × longest stays within a budget of tokens."""
+def micro_batches(rollout, rows):
+    """Split row numbers into lists, longest rows first, such that none takes more than TOKEN_BUDGET with its padding."""
+    completions = rollout.mask.sum(1).tolist()
+    prompts = (rollout.attention.sum(1) - rollout.mask.sum(1)).tolist()
     batches = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if not batches or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(row)
+    for row in sorted(rows, key=lambda row: -prompts[row] - completions[row]):
+        bigger = [*batches[-1], row] if batches else [row]
+        width = max(prompts[i] for i in bigger) + max(completions[i] for i in bigger)
+        if batches and len(bigger) * width <= TOKEN_BUDGET:
+            batches[-1] = bigger
+        else:
+            batches.append([row])
     return batches
 
 
@@ -228,7 +233,7 @@ def score(model, rollout):
     """log π of every sampled token under a model, without gradient: [N, T]."""
     logp = torch.zeros_like(rollout.logp)
     with torch.no_grad():
-        for rows in micro_batches(rollout.attention.sum(1).tolist(), TOKEN_BUDGET):
+        for rows in micro_batches(rollout, range(len(logp))):
             part = llms.token_logprobs(model, *rollout.rows(rows), TEMPERATURE)
             logp[rows, : part.shape[1]] = part
     return logp
@@ -269,21 +274,21 @@ def update(state, rollout, advantages, logp_old, logp_ref):
     """
     mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
     num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
-    lengths = rollout.attention.sum(1).tolist()
-    learns = [row for row in range(len(mask)) if advantages[row] != 0 or not DROP_ZERO_ADVANTAGE]
+    learning = [row for row, A in enumerate(advantages.tolist()) if A != 0 or not DROP_ZERO_ADVANTAGE]
+    measured = max(1, int(mask[learning].sum()))  # tokens that the diagnostics are means over
     totals = defaultdict(float)
-    for batch in micro_batches([lengths[row] for row in learns], TOKEN_BUDGET):
-        rows = [learns[i] for i in batch]
+    for rows in micro_batches(rollout, learning):
         ids, attention, real = rollout.rows(rows)
         T = real.shape[1]
+        kept, A = mask[rows, :T], advantages[rows]  # [n, T], [n]
         logp = llms.token_logprobs(state.policy, ids, attention, real, TEMPERATURE)  # [n, T]
         old = logp.detach() if logp_old is None else logp_old[rows, :T]  # [n, T]
         ref = None if logp_ref is None else logp_ref[rows, :T]  # [n, T]
-        loss = grpo_loss(logp, old, ref, advantages[rows], mask[rows, :T], num_sequences, num_tokens)
+        loss = grpo_loss(logp, old, ref, A, kept, num_sequences, num_tokens)
         loss.backward()
         totals["loss"] += loss.item()
-        for name, value in diagnose(logp, old, ref, rollout.logp[rows, :T], advantages[rows], real).items():
-            totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / num_tokens
+        for name, value in diagnose(logp, old, ref, rollout.logp[rows, :T], A, kept).items():
+            totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / measured
 
     lr = learning_rate(state.updates)
     for group in state.optimizer.param_groups:
@@ -772,7 +777,9 @@ def true_or_false(text):
 def parse(argv):
     """The command line: the actions, and the constants that were given as flags."""
     about, layout = __doc__.split("\n\nRead downwards")[0], argparse.RawDescriptionHelpFormatter
-    parser = Parser(usage="python main.py [--flag value …]", description=about, formatter_class=layout, allow_abbrev=False)
+    parser = Parser(
+        usage="python main.py [--flag value …]", description=about, formatter_class=layout, allow_abbrev=False
+    )
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, with its own settings")
     parser.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
     parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")

@@ -378,12 +378,16 @@ def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denom
             assert measured[name] == pytest.approx(results[0][1][name], rel=1e-4, abs=1e-6)
 
 
-def test_micro_batches_hold_every_row_once_and_keep_the_budget():
-    lengths = [5, 90, 17, 40, 41, 3, 3, 3]
-    batches = main.micro_batches(lengths, 100)
-    assert sorted(sum(batches, [])) == list(range(8))
-    assert all(len(rows) * max(lengths[row] for row in rows) <= 100 for rows in batches)
-    assert len(batches) == 3  # 90 | 41 40 | 17 5 3 3 3
+def test_micro_batches_hold_every_row_once_and_keep_the_budget_with_their_padding(constants):
+    constants(TOKEN_BUDGET=100)
+    prompts, completions = [4, 60, 10, 30, 31, 1, 1, 1], [1, 30, 7, 10, 10, 2, 2, 30]
+    ids, attention, mask = llms.batch([[7] * n for n in prompts], [[7] * n for n in completions], "cpu")
+    rollout = llms.Rollout(ids, attention, mask, None, None, None, None)
+    batches = main.micro_batches(rollout, range(8))
+    assert sorted(row for rows in batches for row in rows) == list(range(8))
+    assert all(rollout.rows(rows)[0].numel() <= 100 for rows in batches)
+    assert len(batches) == 4  # 90 | 41 40 | 1 + 30, 10 + 7 | the small ones
+    assert sorted(row for rows in main.micro_batches(rollout, [6, 0]) for row in rows) == [0, 6]
 
 
 def test_dropping_outputs_without_advantage_keeps_the_gradient_at_beta_0_and_not_otherwise(setup):  # T35
