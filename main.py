@@ -114,10 +114,11 @@ SHOW_EVERY = 10  # steps between completions printed in full; 0: none
 # What differs for --model tiny; flags win over these, these over the block above.
 TINY = {
     "DATASET": "arithmetic",
-    "STEPS": 120,
+    "STEPS": 150,
     "GROUP_SIZE": 8,
     "MAX_NEW_TOKENS": 64,
-    "LEARNING_RATE": 3e-4,
+    "LEARNING_RATE": 4e-4,
+    "SCHEDULE": "linear",
     "TOKEN_BUDGET": 16384,
     "EVAL_EVERY": 20,
     "EVAL_QUESTIONS": 200,

@@ -121,7 +121,7 @@ def messy_corpus(count=14000):
             f"{solution} The answer is {answer}.",
             f"<reasoning>\n{solution}\n</reasoning>\n{answer}",
         ]
-        corpus.append((prompt(problem), rng.choices([tidy, *untidy], weights=[45, 10, 10, 20, 15])[0]))
+        corpus.append((prompt(problem), rng.choices([tidy, *untidy], weights=[42, 8, 8, 21, 21])[0]))
         if rng.random() < 0.5:
             practice = [(a, b, rng.choice(STORIES[story][1:3])) for story, a, b in (situation(rng) for _ in range(12))]
             corpus.append(

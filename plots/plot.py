@@ -48,10 +48,8 @@ def groups(folders):
             sort_keys=True,
         )
         by_settings.setdefault(same, []).append((Path(folder).name, rows))
-    return {
-        runs[0][0] if len(runs) == 1 else f"{runs[0][0]} and {len(runs) - 1} more": [rows for _, rows in runs]
-        for runs in by_settings.values()
-    }
+    labels = (runs[0][0] + f" ({len(runs)} runs)" * (len(runs) > 1) for runs in by_settings.values())
+    return dict(zip(labels, ([rows for _, rows in runs] for runs in by_settings.values())))
 
 
 def smooth(values, window=5):
