@@ -567,20 +567,20 @@ def side_by_side(left, right, width=56):
 
 
 def summary(run):
-    """The end of a run: base → trained in a table, and three test questions with both completions."""
+    """The end of a run: base → trained in a table, and three test questions with both completions side by side."""
     evaluations = [row for row in read_lines(run / "metrics.jsonl") if "eval/accuracy" in row]
     base, trained = evaluations[0], evaluations[-1]
-    first, last = f"step {base['step']}", f"step {trained['step']}"
-    print(f"\n{'test, ' + str(base['eval/n']):16}{first:>16}{last:>18}")
+    first, last = f"base (step {base['step']})", f"trained (step {trained['step']})"
+    print(f"\n{'test, ' + str(base['eval/n']):16}{first:>18}{last:>22}")
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
         cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]
-        print(f"{key.removeprefix('eval/'):16}{cells[0]:>16}{cells[1]:>18}")
+        print(f"{key.removeprefix('eval/'):16}{cells[0]:>18}{cells[1]:>22}")
     tested = [row for row in read_lines(run / "samples.jsonl") if row["split"] == "test"]
-    for before in [row for row in tested if row["step"] == base["step"]][:3]:
-        after = next(r for r in tested if r["step"] == trained["step"] and r["question"] == before["question"])
-        titles = [f"step {row['step']}, {'right' if row['correctness'] else 'wrong'}:" for row in (before, after)]
-        print(f"\n{before['question']}  (answer: {before['answer']})")
-        print(side_by_side(f"{titles[0]}\n{before['completion']}", f"{titles[1]}\n{after['completion']}"))
+    before, after = ([row for row in tested if row["step"] == one["step"]][:3] for one in (base, trained))
+    for row, other in zip(before, after):
+        left, right = (f"{'right' if one['correctness'] else 'wrong'}:\n{one['completion']}" for one in (row, other))
+        print(f"\n{row['question']}  (answer: {row['answer']})")
+        print(side_by_side(f"base, {left}", f"trained, {right}"))
 
 
 # ==== Algorithm 1 ===================================================================================================
@@ -724,7 +724,7 @@ def train(state, stream, test_problems, run, evaluate_at):
         while state.step < (iteration + 1) * STEPS:  # 4
             row = take_step(state, stream, run)  # 5 to 12
             bar.update()
-            for sentence in set(complaints(row)) - said:
+            for sentence in [sentence for sentence in complaints(row) if sentence not in said]:
                 tqdm.write(f"note: {sentence}.")
                 said.add(sentence)
             failures = failures + 1 if row["skipped_updates"] else 0
