@@ -74,7 +74,7 @@ def explain(name, error):
     causes, cause = "", error
     while cause is not None:
         causes, cause = f"{causes} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
-    if "GatedRepo" in causes or "gated repo" in causes:
+    if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set the environment variable HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
         return f"unknown model: {name} is neither a folder nor on the Hugging Face hub (a private one needs HF_TOKEN)"

@@ -1,11 +1,13 @@
 """The program from outside: real processes, real files, real signals."""
 
+import http.server
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -161,6 +163,37 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(tmp_path, argument
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("main.py: error: ") and says in err
     assert not any(tmp_path.iterdir())
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that answers as Hugging Face's does for a gated repository and for one that is not there."""
+
+    def do_GET(self):
+        self.send_response(401)
+        self.send_header("X-Error-Code", "GatedRepo" if "gated" in self.path else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("model, says", [("some/gated", "HF_TOKEN"), ("some/other", "unknown model: some/other")])
+def test_a_gated_model_and_an_unknown_one_are_told_apart(tmp_path, model, says):
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    online = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    command = [sys.executable, str(ROOT / "main.py"), "--model", model, "--dataset", "arithmetic"]
+    done = subprocess.run(command, cwd=tmp_path, env=OFFLINE | online, capture_output=True, text=True, check=False)
+    hub.shutdown()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(finished):
