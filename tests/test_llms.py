@@ -199,6 +199,22 @@ def test_the_log_probability_at_temperature_is_the_softmax_of_divided_logits(): 
         assert logp == pytest.approx(expected[token], abs=1e-4)
 
 
+def test_the_expected_score_is_zero_only_at_the_temperature_that_sampled(checkpoint):  # T29: no drift
+    model, _ = llms.load(checkpoint("llama"))
+    every = [[token] for token in range(model.config.vocab_size)]
+    ids, attention, mask = llms.batch([[7, 3, 9]] * len(every), every, "cpu")
+
+    def expected_gradient(sampled_at, scored_at):
+        model.zero_grad()
+        with torch.no_grad():
+            pi = llms.token_logprobs(model, ids, attention, mask, sampled_at).exp()
+        assert pi.sum() == pytest.approx(1.0, abs=1e-4)
+        (pi * llms.token_logprobs(model, ids, attention, mask, scored_at)).sum().backward()
+        return model.get_output_embeddings().weight.grad.norm()
+
+    assert expected_gradient(0.7, 0.7) < 1e-4 < 1e-2 < expected_gradient(0.7, 1.0)
+
+
 def test_the_entropy_of_a_uniform_choice_is_log_v_and_of_a_sure_one_is_zero():  # T31
     assert draw_one(torch.zeros(97), 3, 1.0).entropy[0, 0] == pytest.approx(4.574710979, abs=1e-5)
     sure = torch.zeros(97)
