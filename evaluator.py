@@ -24,12 +24,12 @@ def outside_reasoning(completion):
     kept, position = [], 0
     while (start := completion.find("<reasoning>", position)) >= 0:
         kept.append(completion[position:start])
-        end, answer = completion.find("</reasoning>", start), completion.find("<answer>", start)
-        if end >= 0:
-            position = end + len("</reasoning>")
-        else:
+        end = completion.find("</reasoning>", start)
+        if end < 0:
+            answer = completion.find("<answer>", start)
             position = answer if answer >= 0 else len(completion)
             break
+        position = end + len("</reasoning>")
     return "".join(kept) + completion[position:]
 
 
@@ -63,25 +63,27 @@ def extract_answer(completion):
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
 
-# a sign, digits with or without thousands separators, decimals, a denominator: -1,080.50 or 3/4
+# a sign (before or after a currency), digits with or without thousands separators, decimals, a denominator: -1,080.50
 NUMBER = re.compile(
-    r"(?<![\w.])([+-]?)(\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,40})(\.\d{0,40})?(?:\s?/\s?(\d{1,40}))?(?![\d/^]|[eE][+-]?\d)"
+    r"(?<![\w.^/*+-])([+-]?)[€£]?([+-]?)(\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(\.\d{0,40}+)?+"
+    r"(?:\s?/\s?(\d{1,40}+))?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
 )
+CLUTTER = str.maketrans({"−": "-", "–": "-", "\\": None, "$": None, "`": None, "\u00a0": " ", "\u202f": " "})
 
 
 def number(text):
     """The one number that a short text states, exactly, or None: `$1,080`, `72.`, `-5 degrees`, `3 + 4 = 7`."""
     if len(text) > 300:
         return None
-    text = text.rpartition("=")[2].replace("−", "-").replace("\\", "").replace("$", "").replace("*", "")
-    stated = NUMBER.findall(re.sub(r"(?<=[+-])\s+(?=\d)", "", text))
-    if len(stated) != 1:
-        return None  # none, or a choice of several
-    sign, whole, decimals, denominator = stated[0]
+    text = text.translate(CLUTTER).replace("**", "").rpartition("=")[2].strip()
+    stated = NUMBER.findall(re.sub(r"^([+-])\s+", r"\1", text))
+    if len(stated) != 1 or len(re.findall(r"\d+(?:[.,]\d+)*", text)) != 1 + bool(stated[0][4]):
+        return None  # none, or a choice of several, or a calculation
+    sign, inner_sign, whole, decimals, denominator = stated[0]
     if denominator and not int(denominator):
         return None
-    value = Fraction(whole.replace(",", "") + decimals.rstrip(".")) / int(denominator or 1)
-    return -value if sign == "-" else value
+    value = Fraction((whole.replace(",", "") or "0") + decimals.rstrip(".")) / int(denominator or 1)
+    return -value if "-" in (sign, inner_sign) else value
 
 
 def math_equal(prediction, gold):

@@ -25,6 +25,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import torch
 import transformers
 from torch import Tensor
@@ -61,9 +62,16 @@ def load(name):
             if "dropout" in key or "pdrop" in key:
                 setattr(config, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        how = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, **how)
+    except Exception as error:  # whatever a broken folder makes four libraries raise is the same news to the user
         raise ModelError(explain(name, error)) from error
+    if loaded["missing_keys"]:
+        raise ModelError(f"{name} lacks weights of its own architecture: {min(loaded['missing_keys'])} and maybe more")
+    if not tokenizer("How many?")["input_ids"]:
+        raise ModelError(f"{name} has no tokenizer")
+    if not end_tokens(model, tokenizer):
+        raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
     if torch.cuda.is_available():
         model.cuda()
     return model.eval(), tokenizer
@@ -80,7 +88,7 @@ def explain(name, error):
         return f"unknown model: {name} is neither a folder nor on the Hugging Face hub (a private one needs HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
         return f"{name} is not on this machine and the Hugging Face hub cannot be reached: offline, give a folder with the model, or use --model tiny"
-    return f"cannot load {name}: {str(error).strip().splitlines()[0]}"
+    return f"cannot load {name}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
 def save(model, tokenizer, folder):
@@ -98,9 +106,14 @@ def frozen_copy(model):
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def compute(model):
-    """The precision of a forward pass: bf16 on a GPU (the weights themselves stay in fp32), fp32 on a CPU."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+def compute(model, keep_casts):
+    """The precision of a forward pass: bf16 on a GPU (the weights themselves stay in fp32), fp32 on a CPU.
+
+    With `keep_casts` a weight's bf16 copy is kept until the end: right for the many steps of sampling, but the gradients
+    that reach one weight from several places would be added up in bf16.
+    """
+    on_gpu = model.device.type == "cuda"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=keep_casts)
 
 
 def at_least_fp32(logits):
@@ -114,7 +127,11 @@ def at_least_fp32(logits):
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the checkpoint's chat template, or plain paragraphs where it has none."""
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError:  # a template that knows no system role: the user says it all
+            user = {"role": "user", "content": "\n\n".join(message["content"] for message in messages)}
+            text = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokenizer("\n\n".join(message["content"] for message in messages) + "\n\n")["input_ids"]
 
@@ -174,11 +191,9 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     key-value cache at once, but at least one group; more prompts than that are sampled one wave after another.
     """
     longest = max(map(len, prompts)) + max_new_tokens
-    if longest > getattr(model.config, "max_position_embeddings", longest):
-        limit = model.config.max_position_embeddings
-        raise ModelError(
-            f"prompt and completion take up to {longest} tokens, the model reads {limit}: lower --max_new_tokens"
-        )
+    limit = getattr(model.config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     at_once = max(1, cache_tokens // (longest * group_size))
     outputs = []  # per completion: token ids, log-probabilities, entropies
@@ -216,9 +231,11 @@ def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generat
         inputs = {"attention_mask": attention, "position_ids": place, "past_key_values": cache, "logits_to_keep": 1}
         return model(input_ids=tokens, **inputs).logits[:, -1]
 
-    with compute(model):
+    with compute(model, keep_casts=True):
         # the prompt is read once, and its keys and values are handed to the G outputs
         logits = next_logits(ids).repeat_interleave(group_size, 0)  # [N, V]
+        if not logits.isfinite().all():
+            raise ModelError("the model's logits are not finite: its weights are broken, or training has diverged")
         cache.batch_repeat_interleave(group_size)
         attention, place = attention.repeat_interleave(group_size, 0), place[:, -1:].repeat_interleave(group_size, 0)
         for t in range(max_new_tokens):
@@ -253,7 +270,7 @@ def token_logprobs(model, ids, attention, mask, temperature):
     the hidden states, and the head is applied to a chunk of completion positions at a time, and again in the backward pass.
     """
     T = mask.shape[1]
-    with compute(model):
+    with compute(model, keep_casts=False):
         trunk = model.base_model(
             input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False
         )
@@ -279,7 +296,20 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-TINY = {"steps": 1000, "rows": 16, "learning_rate": 4e-3}  # the supervised warm-up
+TINY = {
+    "steps": 1000,  # of the supervised warm-up
+    "rows": 16,
+    "learning_rate": 4e-3,
+    "shape": {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def tiny_tokenizer(texts):
@@ -305,22 +335,13 @@ def build_tiny(folder, corpus):
             for piece in (message["role"], message["content"], "assistant", text)
         ]
     )
-    shape = {
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
     ids = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
-    model = AutoModelForCausalLM.from_config(
-        transformers.Qwen2Config(**shape, **ids, max_position_embeddings=1024, tie_word_embeddings=True)
-    )
+    model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(**TINY["shape"], **ids))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     pairs = [
         (encode(tokenizer, messages), tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])

@@ -182,8 +182,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
     logp, logp_old, logp_ref  [N, T]         log π_θ, log π_θold, log π_ref of each sampled token; logp_ref unread if β = 0
     advantages                [N] or [N, T]  Â_i for all tokens of output i, or Â_{i,t}
     mask                      [N, T]         1 on the |o_i| tokens of output i, the end token included
-    num_sequences, num_tokens                of the whole update if these rows are only a micro-batch of it: the losses of
-                                             its micro-batches then add up to the loss of all, however it is split
+    num_sequences, num_tokens                N = Q·G and Σ|o_i| of the whole update, where these rows are a micro-batch of
+                                             it: the losses of all micro-batches then add up to the loss of the whole
     """
     mask = mask.bool()
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  |o_i|
@@ -290,6 +290,10 @@ def update(state, rollout, advantages, logp_old, logp_ref):
         totals["loss"] += loss.item()
         for name, value in diagnose(logp, old, ref, rollout.logp[rows, :T], A, kept).items():
             totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / measured
+
+    if not learning:  # AdamW moves on by its momentum where the gradient is 0, but not where there is none
+        for parameter in state.policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
 
     lr = learning_rate(state.updates)
     for group in state.optimizer.param_groups:
@@ -401,9 +405,9 @@ class State:
         return {name: tensor.detach() for name, tensor in named.items()} | {"generator": self.generator.get_state()}
 
 
-def checksum(tensors):
-    """One number over all bytes of some tensors, so that a damaged file is noticed."""
-    total = 0
+def checksum(tensors, *texts):
+    """One number over all bytes of some tensors and texts, so that a damaged file is noticed."""
+    total = zlib.crc32("".join(texts).encode())
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
     return str(total)
@@ -420,7 +424,8 @@ def save_checkpoint(state, run):
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.cpu() for name, tensor in state.tensors().items()}
     counters = {name: getattr(state, name) for name in State.COUNTERS}
-    about = {"counters": json.dumps(counters), "settings": json.dumps(fixed_settings()), "checksum": checksum(tensors)}
+    about = {"counters": json.dumps(counters), "settings": json.dumps(fixed_settings())}
+    about["checksum"] = checksum(tensors, about["counters"], about["settings"])
     safetensors.torch.save_file(tensors, folder / "unfinished", about)
     with open(folder / "unfinished", "rb") as file:
         os.fsync(file.fileno())
@@ -434,7 +439,7 @@ def load_checkpoint(state, run):
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata() or {}
         tensors = safetensors.torch.load_file(path)
-        intact = about["checksum"] == checksum(tensors)
+        intact = about["checksum"] == checksum(tensors, about["counters"], about["settings"])
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise SettingsError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
@@ -444,17 +449,20 @@ def load_checkpoint(state, run):
         names = ", ".join(sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)))
         raise SettingsError(f"{path} belongs to other settings than {run / 'config.json'}: {names} differ")
 
-    for name in State.COUNTERS:
-        setattr(state, name, json.loads(about["counters"])[name])
+    for name, value in json.loads(about["counters"]).items():
+        setattr(state, name, value)
     if any(name.startswith("reference/") for name in tensors):
         state.reference = llms.frozen_copy(state.policy)
     if any(name.startswith("adam/") for name in tensors):
         for parameter in state.policy.parameters():  # AdamW's state as it stands after its first step, to be filled
             moments = {"exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
             state.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
-    state.generator.set_state(tensors["generator"])
-    for name, tensor in state.tensors().items():
-        tensor.copy_(tensors[name])
+    try:
+        state.generator.set_state(tensors["generator"])
+        for name, tensor in state.tensors().items():
+            tensor.copy_(tensors[name])
+    except (KeyError, RuntimeError) as error:
+        raise SettingsError(f"{path} was made with another model or on another device: {error!r}") from None
 
 
 def fixed_settings():
@@ -493,7 +501,7 @@ def forget_after(path, step):
 
 def write_config(run):
     """config.json: every constant in force, and what it ran on."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
     config = settings() | {
         "versions": {package: version(package) for package in ("torch", "transformers", "datasets")},
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
@@ -517,7 +525,8 @@ def complaints(row):
         yield "9 of 10 groups have equal rewards and teach nothing: too easy, too hard, or one sample G times"
     if first and kl > 1e-2:
         yield "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
-    if BETA and row["step"] > WARMUP + 2 and kl == 0 and row["grad_norm"] > 0:
+    refreshed = (row["step"] - 1) % STEPS == 0  # the first step of an iteration: π_θ = π_ref
+    if BETA and row["step"] > WARMUP + 2 and kl == 0 and row["grad_norm"] > 0 and not refreshed:
         yield "the KL is exactly 0 after updates: is the reference the policy itself?"
     if kl > 1:
         yield "the KL is above 1 nat per token: far from the reference (raise --beta or lower --learning_rate)"
@@ -635,7 +644,7 @@ def take_step(state, stream, run):
     policy, tokenizer, generator = state.policy, state.tokenizer, state.generator
     seconds, began = {}, time.perf_counter()
     problems, prompts = draw_questions(state, stream)  # 5: a batch D_b of questions
-    # 6: π_θold ← π_θ needs no second network, only its log-probabilities, taken before the first update
+    # 6: π_θold ← π_θ needs no second network, only its log-probabilities of the outputs: logp_old, below
     with timed(seconds, "sample"):  # 7: G outputs for each question
         rollout = llms.sample(
             policy, tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, generator, CACHE_TOKENS
@@ -719,7 +728,7 @@ def train(state, stream, test_problems, run, evaluate_at):
         save_checkpoint(state, run)
     bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step")
     for iteration in range(ITERATIONS):  # 2
-        if state.step == iteration * STEPS and BETA:
+        if state.step == iteration * STEPS and BETA:  # a run resumed within an iteration has its reference already
             state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ, a deep copy
         while state.step < (iteration + 1) * STEPS:  # 4
             row = take_step(state, stream, run)  # 5 to 12
@@ -745,7 +754,7 @@ def train(state, stream, test_problems, run, evaluate_at):
 
 def constant_block():
     """The constants as they stand in this file: {NAME: (section, default, comment)}."""
-    source = Path(__file__).read_text()
+    source = Path(__file__).read_text(encoding="utf-8")
     section, block = None, {}
     for line in source[: source.index("# -- End of the constants")].splitlines():
         if title := re.fullmatch(r"# -- (.+)", line):
@@ -823,26 +832,24 @@ ABOVE_0 = "TEMPERATURE EVAL_TEMPERATURE MAX_GRAD_NORM"
 
 def check_settings():
     """Refuse what cannot be meant, before anything is loaded."""
-    rules = [
-        (name, value in CHOICES.get(name, [value]), f"one of {', '.join(CHOICES.get(name, ''))}")
-        for name, value in settings().items()
-    ]
-    rules += [(name, globals()[name] >= 1, "at least 1") for name in AT_LEAST_1.split()]
-    rules += [(name, 0 <= globals()[name] < math.inf, "at least 0") for name in AT_LEAST_0.split()]
-    rules += [(name, 0 < globals()[name] < math.inf, "above 0") for name in ABOVE_0.split()]
-    rules += [(name, 0 <= globals()[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
+    now = settings()
+    rules = [(name, now[name] in allowed, f"one of {', '.join(allowed)}") for name, allowed in CHOICES.items()]
+    rules += [(name, math.isfinite(value), "finite") for name, value in now.items() if isinstance(value, float)]
+    rules += [(name, now[name] >= 1, "at least 1") for name in AT_LEAST_1.split()]
+    rules += [(name, now[name] >= 0, "at least 0") for name in AT_LEAST_0.split()]
+    rules += [(name, now[name] > 0, "above 0") for name in ABOVE_0.split()]
+    rules += [(name, 0 <= now[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
+    longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
     rules += [
         ("GROUP_SIZE", GROUP_SIZE >= 2, "at least 2: an output is compared with the others of its group"),
-        (
-            "TOKEN_BUDGET",
-            TOKEN_BUDGET >= MAX_PROMPT_TOKENS + MAX_NEW_TOKENS,
-            "at least max_prompt_tokens + max_new_tokens",
-        ),
+        ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
+        ("RUN", RUN == Path(RUN).name, "a name without folders"),
+        ("SEED", SEED < 2**63, "below 2 to the 63"),
     ]
     for name, kept, demand in rules:
         if not kept:
-            raise SettingsError(f"--{name.lower()} must be {demand}, not {globals()[name]!r}")
-    if Path(DATASET).is_file() and not EVAL_DATASET:
+            raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
+    if Path(DATASET).is_file() and Path(EVAL_DATASET or DATASET).resolve() == Path(DATASET).resolve():
         raise SettingsError("--dataset is a single file: give --eval_dataset too, and not the rows that are trained on")
 
 
@@ -876,19 +883,19 @@ def run_settings(run):
     """The constants that a run was made with."""
     try:
         config = json.loads((run / "config.json").read_text())
-        return {name: config[name] for name in CONSTANTS}
-    except (OSError, KeyError, ValueError) as error:
+        return {name: type(CONSTANTS[name][1])(config[name]) for name in CONSTANTS}
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise SettingsError(f"{run} is no run that can be read: {error!r}") from None
 
 
-def new_run_folder():
-    """runs/NAME, not made yet; without --run the first free number."""
+def new_run_folder(stem):
+    """runs/NAME, not made yet; without --run the first free number behind a stem."""
     if RUN:
         run = Path("runs") / RUN
-        if (run / "config.json").exists():
+        if run.exists() and any(run.iterdir()):
             raise SettingsError(f"{run} exists already: choose another --run, or go on with --resume {run}")
         return run
-    names = (f"{Path(MODEL).name}-{Path(DATASET).stem}-{number}" for number in itertools.count(1))
+    names = (f"{stem}-{number}" for number in itertools.count(1))
     return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
 
 
@@ -897,20 +904,31 @@ def run_folder(actions, flags):
     if not actions.resume:
         apply_settings(flags)
         if actions.test:
-            globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8), RUN=RUN or "test")
-            shutil.rmtree("runs/test", ignore_errors=True)
+            globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8))
         check_settings()
-        return new_run_folder()
+        return new_run_folder("test" if actions.test else f"{Path(MODEL).name}-{Path(DATASET).stem}")
     run = Path(actions.resume)
     inherited = run_settings(run)
+    free = [name for name in RESUMABLE if name != "STEPS" or inherited["ITERATIONS"] == 1]
     for name, value in flags.items():
-        if value != inherited[name] and name not in RESUMABLE:
+        if value != inherited[name] and name not in free:
             raise SettingsError(
                 f"{run} was made with --{name.lower()} {inherited[name]}: a resumed run keeps its settings"
             )
     apply_settings(flags, inherited)
     check_settings()
     return run
+
+
+def check_lengths(policy, tokenizer, problems):
+    """Refuse outputs that the model cannot read to their end, before anything is written."""
+    prompts = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in problems]
+    longest, limit = max(prompts) + MAX_NEW_TOKENS, getattr(policy.config, "max_position_embeddings", math.inf)
+    if longest > limit:
+        raise SettingsError(
+            f"prompt and output take up to {longest} tokens, {MODEL} reads {limit}: lower --max_new_tokens"
+        )
+    return min(MAX_PROMPT_TOKENS, limit - MAX_NEW_TOKENS)
 
 
 def run_training(actions, flags):
@@ -920,17 +938,19 @@ def run_training(actions, flags):
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
+    globals()["MAX_PROMPT_TOKENS"] = check_lengths(policy, tokenizer, problems)
     state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED))
-    resumed = (run / "checkpoint" / "state.safetensors").exists()
-    if resumed:
+    if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state, run)
+    if state.step > last:
+        raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
     stream = rldatasets.shuffled(DATASET, "train", SEED, state.position)
     stream = itertools.chain([next(stream)], stream)  # a data set that cannot be read is refused here
 
     run.mkdir(parents=True, exist_ok=True)
     write_config(run)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        forget_after(run / name, state.step if resumed else -1)
+        forget_after(run / name, state.step or -1)  # the base evaluation of step 0 is made again, and is the same
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     print(f"{MODEL}, {millions:.1f} M parameters, on {DATASET}; {policy.device.type}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
@@ -968,6 +988,8 @@ def main(argv=None):
     try:
         if actions.against and not actions.evaluate:
             raise SettingsError("--against goes with --evaluate")
+        if sum(map(bool, (actions.resume, actions.evaluate, actions.test))) > 1:
+            raise SettingsError("--resume, --evaluate and --test exclude each other")
         return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
     except (SettingsError, RunError, llms.ModelError, rldatasets.DataError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ import itertools
 import logging
 import operator
 import random
+import re
 import zlib
 from pathlib import Path
 
@@ -136,12 +137,18 @@ def messy_corpus(count=14000):
 def gsm8k(name, split):
     """GSM8K's rows as problems: from the hub (openai/gsm8k), or from a file or folder of rows in the same format."""
     for index, row in enumerate(rows(name, split)):
-        solution, mark, answer = (row.get("answer") or "").rpartition("####")
-        if not row.get("question") or not mark or not answer.strip():
+        question, written = row.get("question"), row.get("answer")
+        solution, mark, answer = written.rpartition("####") if isinstance(written, str) else ("", "", "")
+        if not isinstance(question, str) or not question.strip() or not mark or not answer.strip():
             raise DataError(
                 f"{name}, {split} split, row {index}: a question and an answer that ends in `#### result` are needed"
             )
-        yield {"question": row["question"], "answer": answer.strip(), "kind": "math", "solution": solution.strip()}
+        yield {"question": question, "answer": answer.strip(), "kind": "math", "solution": solution.strip()}
+
+
+def files_of(folder, split, suffix):
+    """The files of a split: those with its name as a word in theirs, `train.jsonl` or `train-00000-of-00001.parquet`."""
+    return (file for file in folder.glob(f"*{suffix}") if split in re.split(r"[^a-z]+", file.stem.lower()))
 
 
 def rows(name, split):
@@ -149,7 +156,8 @@ def rows(name, split):
     import datasets  # here, for it is slow to import and the generated problems do not need it
 
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what goes wrong is said below, in one line
     path = Path(name)
     try:
         if path.is_file():
@@ -159,22 +167,19 @@ def rows(name, split):
             yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         elif path.is_dir():
             folder = path / "main" if (path / "main").is_dir() else path  # a clone of the hub's repository
-            files = sorted(
-                str(file) for file in folder.iterdir() if file.suffix in (".jsonl", ".parquet") and split in file.name
-            )
-            if not files:
+            kinds = {"json": ".jsonl", "parquet": ".parquet"}
+            found = {kind: sorted(map(str, files_of(folder, split, suffix))) for kind, suffix in kinds.items()}
+            kind = next((kind for kind, files in found.items() if files), None)
+            if kind is None:
                 raise DataError(f"{name}: no .jsonl or .parquet file with {split!r} in its name")
-            yield from datasets.load_dataset(
-                "parquet" if files[0].endswith("parquet") else "json", data_files=files, split="train", streaming=True
-            )
+            yield from datasets.load_dataset(kind, data_files=found[kind], split="train", streaming=True)
         else:
             yield from datasets.load_dataset("openai/gsm8k", "main", split=split, streaming=True)
-    except (OSError, datasets.exceptions.DatasetsError, ValueError) as error:
+    except (OSError, datasets.exceptions.DatasetsError, ValueError, RuntimeError, StopIteration) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"cannot read {name}, {split} split: {str(error).strip().splitlines()[0]}{OFFLINE * (not path.exists())}"
-        ) from error
+        reason = (str(error).strip() or "it is empty").splitlines()[0]
+        raise DataError(f"cannot read {name}, {split} split: {reason}{OFFLINE * (not path.exists())}") from error
 
 
 OFFLINE = "; offline, give a file or folder in its place (--dataset PATH), or use --dataset arithmetic"
@@ -202,8 +207,12 @@ def shuffled(name, split, seed, position=0):
     def endless():
         for epoch in itertools.count():
             rng, problems = random.Random(f"{seed} {epoch}"), iter(load(name, split))
+            empty = True
             while block := list(itertools.islice(problems, 10_000)):
+                empty = False
                 rng.shuffle(block)
                 yield from block
+            if empty:
+                raise DataError(f"{name}, {split} split: there is no problem in it")
 
     return itertools.islice(endless(), position, None)

@@ -47,7 +47,7 @@ def groups(folders):
             {k: v for k, v in config.items() if k not in ("SEED", "RUN", "commit", "device", "versions")},
             sort_keys=True,
         )
-        by_settings.setdefault(same, []).append((Path(folder).name, rows))
+        by_settings.setdefault(same, []).append((str(folder), rows))
     labels = (runs[0][0] + f" ({len(runs)} runs)" * (len(runs) > 1) for runs in by_settings.values())
     return dict(zip(labels, ([rows for _, rows in runs] for runs in by_settings.values())))
 

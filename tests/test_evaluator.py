@@ -46,7 +46,7 @@ def test_the_answer_of_a_completion_is(completion, answer):
     [
         ("1,080", "1080"), ("-5", "-5"), ("$72.00", "72"), ("72.", "72"), ("72", "72.0"), ("$-5", "-5"), ("-$5", "-5"),
         ("− 5", "-5"), ("\\$72", "72"), ("72 apples", "72"), ("**72**", "72"), ("12 + 7 = 19", "19"), ("0.5", "1/2"),
-        ("1,450,000", "1,450,000"), ("50%", "50"), ("72kg", "72"), ("x = 5", "5"), ("Monday", "monday"),
+        ("1,450,000", "1,450,000"), ("50%", "50"), ("72kg", "72"), ("72/hour", "72"), (".5", "0.5"), ("Total - $72", "72"), ("-€5", "-5"), ("x = 5", "5"), ("Monday", "monday"),
         ("72", "48+24 = <<48+24=72>>72 clips.\n#### 72"),
     ],
 )  # fmt: skip
@@ -59,6 +59,8 @@ def test_a_right_answer_is_right_however_it_is_written(said, gold):
     [
         ("72 or 73", "72"), ("7 2", "72"), ("1,08", "108"), ("5", "-5"), ("720", "72"), ("7.2", "72"), ("1e3", "1"),
         ("1/0", "1"), ("", "72"), ("seventy", "72"), ("72", "48+24 = <<48+24=72>>72 clips.\n#### 73"), ("9**9**9", "9"),
+        ("7*2", "72"), ("6*12", "612"), ("72.5e3", "72"), ("72." + "3" * 41, "72"), ("9^72", "72"), ("1E+72", "72"),
+        ("1/2/3", "2/3"), ("USD-5", "5"), ("–5", "5"), ("72 + 3", "72"), ("5-3", "5"),
     ],
 )  # fmt: skip
 def test_a_wrong_or_undecided_answer_is_wrong(said, gold):
@@ -117,7 +119,19 @@ def test_the_majority_counts_equal_values_together_and_prefers_the_earliest():
 
 
 @pytest.mark.parametrize(
-    "text", ["<reasoning>", "</reasoning><answer>", "\\boxed{", "1,", "9" * 50, "####", "{", "-", "="]
+    "text",
+    [
+        "<reasoning>",
+        "<reasoning></reasoning>",
+        "</reasoning><answer>",
+        "\\boxed{",
+        "1,",
+        "9" * 50,
+        "####",
+        "{",
+        "-",
+        "=",
+    ],
 )
 def test_no_text_of_100_kilobytes_is_slow_or_raises(text):
     import time

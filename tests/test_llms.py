@@ -302,3 +302,39 @@ def test_a_row_longer_than_the_model_reads_is_refused(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     with pytest.raises(llms.ModelError, match="512"):
         llms.sample(model, tokenizer, [[5] * 10], 1, 510, 1.0, None, EVERYTHING)
+
+
+@pytest.mark.parametrize("damage", ["truncated weights", "a missing layer", "no tokenizer", "no config"])
+def test_a_broken_model_folder_is_refused_in_one_line(checkpoint, tmp_path, damage):
+    import json
+    import shutil
+
+    folder = shutil.copytree(checkpoint("qwen2"), tmp_path / "broken")
+    if damage == "truncated weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    elif damage == "a missing layer":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    elif damage == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    else:
+        (folder / "config.json").unlink()
+    with pytest.raises(llms.ModelError) as error:
+        llms.load(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_chat_template_without_a_system_role_gets_one_message(checkpoint):
+    _, tokenizer = llms.load(checkpoint("qwen2"))
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refuse + "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    text = tokenizer.decode(llms.encode(tokenizer, rldatasets.prompt({"question": "How many eggs?"})))
+    assert text.startswith("[user] Respond") and text.endswith("How many eggs?")
+
+
+def test_weights_that_are_not_finite_are_named(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(llms.ModelError, match="not finite"):
+        draw(model, tokenizer)

@@ -402,6 +402,16 @@ def test_dropping_outputs_without_advantage_keeps_the_gradient_at_beta_0_and_not
         assert (gradients[0] - gradients[1]).abs().max() < 1e-6 if same else (gradients[0] - gradients[1]).norm() > 1e-3
 
 
+def test_dropping_every_output_is_a_step_on_a_gradient_of_zero(setup):  # AdamW's momentum moves on, as without dropping
+    weights = []
+    for drop in (False, True):
+        state, rollout = setup(BETA=0.0, DROP_ZERO_ADVANTAGE=drop)
+        main.update(state, rollout, SPREAD, None, None)
+        main.update(state, rollout, torch.zeros(12), None, None)
+        weights.append(torch.cat([p.detach().flatten() for p in state.policy.parameters()]))
+    assert torch.equal(*weights)
+
+
 def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
     state, rollout = setup(MASK_TRUNCATED=True, BETA=0.0, MAX_GRAD_NORM=1e9)
     assert rollout.truncated.any() and not rollout.truncated.all()

@@ -107,10 +107,10 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished,
 
 def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished):
     folder, flags, _ = finished
-    for _ in range(2):
+    for number in (1, 2):
         code, _, err = run(folder, *flags, "--test")
         assert code == 0, err
-        rows = lines(folder / "runs" / "test" / "metrics.jsonl")
+        rows = lines(folder / "runs" / f"test-{number}" / "metrics.jsonl")
         assert [row["step"] for row in rows if "reward" in row] == [1, 2]
         assert [row["step"] for row in rows if "eval/accuracy" in row] == [2]
 

@@ -85,7 +85,13 @@ def test_gsm8k_rows_are_read_from_a_file_and_from_a_folder_of_splits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "broken", [{"question": "?", "answer": "no mark"}, {"question": "?"}, {"question": "", "answer": "#### 1"}]
+    "broken",
+    [
+        {"question": "?", "answer": 72},
+        {"question": "?", "answer": "no mark"},
+        {"question": "?"},
+        {"question": "", "answer": "#### 1"},
+    ],
 )
 def test_a_row_without_an_answer_is_named(tmp_path, broken):
     path = write(tmp_path / "train.jsonl", [ROWS[0], ROWS[1], broken])
@@ -105,3 +111,18 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path):
 def test_the_prompt_asks_for_the_four_tags():
     system, user = rldatasets.prompt(ROWS[0])
     assert all(tag in system["content"] for tag in evaluator.TAGS) and user["content"] == ROWS[0]["question"]
+
+
+def test_an_empty_data_set_is_refused_and_not_waited_for(tmp_path):
+    for number, text in enumerate(("", "\n\n")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        with pytest.raises(rldatasets.DataError):
+            next(rldatasets.shuffled(str(path), "train", 0))
+
+
+def test_a_file_belongs_to_a_split_only_if_the_splits_name_is_a_word_of_its_name(tmp_path):
+    for name in ("latest_train.jsonl", "gsm8k-test.jsonl"):
+        write(tmp_path / name, [dict(ROWS[0], question=name)])
+    assert [p["question"] for p in rldatasets.load(str(tmp_path), "test")] == ["gsm8k-test.jsonl"]
+    assert [p["question"] for p in rldatasets.load(str(tmp_path), "train")] == ["latest_train.jsonl"]
