@@ -920,15 +920,15 @@ def run_folder(actions, flags):
     return run
 
 
-def check_lengths(policy, tokenizer, problems):
-    """Refuse outputs that the model cannot read to their end, before anything is written."""
-    prompts = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in problems]
-    longest, limit = max(prompts) + MAX_NEW_TOKENS, getattr(policy.config, "max_position_embeddings", math.inf)
-    if longest > limit:
+def longest_prompt(policy, tokenizer, test_problems):
+    """MAX_PROMPT_TOKENS, or what the model's context leaves for a prompt; refuses test questions that are longer."""
+    left = getattr(policy.config, "max_position_embeddings", math.inf) - MAX_NEW_TOKENS
+    longest = max(len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in test_problems)
+    if longest > left:
         raise SettingsError(
-            f"prompt and output take up to {longest} tokens, {MODEL} reads {limit}: lower --max_new_tokens"
+            f"{MODEL} has room for prompts of {left} tokens, and {longest} are needed: lower --max_new_tokens"
         )
-    return min(MAX_PROMPT_TOKENS, limit - MAX_NEW_TOKENS)
+    return min(MAX_PROMPT_TOKENS, left)
 
 
 def run_training(actions, flags):
@@ -938,7 +938,7 @@ def run_training(actions, flags):
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
-    globals()["MAX_PROMPT_TOKENS"] = check_lengths(policy, tokenizer, problems)
+    globals()["MAX_PROMPT_TOKENS"] = longest_prompt(policy, tokenizer, problems)
     state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED))
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state, run)
