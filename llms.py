@@ -127,11 +127,16 @@ def at_least_fp32(logits):
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the checkpoint's chat template, or plain paragraphs where it has none."""
     if tokenizer.chat_template:
-        try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError:  # a template that knows no system role: the user says it all
-            user = {"role": "user", "content": "\n\n".join(message["content"] for message in messages)}
-            text = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+        # a template that knows no system role refuses one: then the user says it all
+        user = {"role": "user", "content": "\n\n".join(message["content"] for message in messages)}
+        for attempt in (messages, [user]):
+            try:
+                text = tokenizer.apply_chat_template(attempt, add_generation_prompt=True, tokenize=False)
+                break
+            except jinja2.TemplateError as error:
+                reason = error
+        else:
+            raise ModelError(f"the chat template of {tokenizer.name_or_path} fails: {reason}")
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokenizer("\n\n".join(message["content"] for message in messages) + "\n\n")["input_ids"]
 

@@ -487,7 +487,10 @@ def append(path, rows):
 def read_lines(path):
     """The rows of a file of JSON lines, but for a last one that a crash cut in half."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path} is damaged: {error}") from None
 
 
 def forget_after(path, step):
@@ -578,6 +581,8 @@ def side_by_side(left, right, width=56):
 def summary(run):
     """The end of a run: base → trained in a table, and three test questions with both completions side by side."""
     evaluations = [row for row in read_lines(run / "metrics.jsonl") if "eval/accuracy" in row]
+    if not evaluations:
+        return
     base, trained = evaluations[0], evaluations[-1]
     first, last = f"base (step {base['step']})", f"trained (step {trained['step']})"
     print(f"\n{'test, ' + str(base['eval/n']):16}{first:>18}{last:>22}")
@@ -827,7 +832,6 @@ AT_LEAST_1 = (
 AT_LEAST_0 = (
     "SEED EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
 )
-ABOVE_0 = "TEMPERATURE EVAL_TEMPERATURE MAX_GRAD_NORM"
 
 
 def check_settings():
@@ -837,13 +841,14 @@ def check_settings():
     rules += [(name, math.isfinite(value), "finite") for name, value in now.items() if isinstance(value, float)]
     rules += [(name, now[name] >= 1, "at least 1") for name in AT_LEAST_1.split()]
     rules += [(name, now[name] >= 0, "at least 0") for name in AT_LEAST_0.split()]
-    rules += [(name, now[name] > 0, "above 0") for name in ABOVE_0.split()]
+    rules += [(name, now[name] >= 0.01, "at least 0.01") for name in ("TEMPERATURE", "EVAL_TEMPERATURE")]
     rules += [(name, 0 <= now[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
     longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
     rules += [
         ("GROUP_SIZE", GROUP_SIZE >= 2, "at least 2: an output is compared with the others of its group"),
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("RUN", RUN == Path(RUN).name, "a name without folders"),
+        ("MAX_GRAD_NORM", MAX_GRAD_NORM > 0, "above 0"),
         ("SEED", SEED < 2**63, "below 2 to the 63"),
     ]
     for name, kept, demand in rules:
@@ -892,7 +897,7 @@ def new_run_folder(stem):
     """runs/NAME, not made yet; without --run the first free number behind a stem."""
     if RUN:
         run = Path("runs") / RUN
-        if run.exists() and any(run.iterdir()):
+        if run.exists():
             raise SettingsError(f"{run} exists already: choose another --run, or go on with --resume {run}")
         return run
     names = (f"{stem}-{number}" for number in itertools.count(1))
@@ -901,7 +906,7 @@ def new_run_folder(stem):
 
 def run_folder(actions, flags):
     """Set the constants for a new run or a resumed one, and say which folder is its."""
-    if not actions.resume:
+    if actions.resume is None:
         apply_settings(flags)
         if actions.test:
             globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8))
@@ -923,11 +928,13 @@ def run_folder(actions, flags):
 def longest_prompt(policy, tokenizer, test_problems):
     """MAX_PROMPT_TOKENS, or what the model's context leaves for a prompt; refuses test questions that are longer."""
     left = getattr(policy.config, "max_position_embeddings", math.inf) - MAX_NEW_TOKENS
-    longest = max(len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in test_problems)
-    if longest > left:
+    lengths = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in test_problems]
+    if max(lengths) > left:
         raise SettingsError(
-            f"{MODEL} has room for prompts of {left} tokens, and {longest} are needed: lower --max_new_tokens"
+            f"prompts of {max(lengths)} tokens leave {MODEL} no room for an output: lower --max_new_tokens"
         )
+    if min(lengths) > MAX_PROMPT_TOKENS:
+        raise SettingsError(f"all test questions are longer than --max_prompt_tokens {MAX_PROMPT_TOKENS}")
     return min(MAX_PROMPT_TOKENS, left)
 
 
@@ -940,14 +947,14 @@ def run_training(actions, flags):
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     globals()["MAX_PROMPT_TOKENS"] = longest_prompt(policy, tokenizer, problems)
     state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED))
-    if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
+    if actions.resume is not None and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state, run)
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
     stream = rldatasets.shuffled(DATASET, "train", SEED, state.position)
     stream = itertools.chain([next(stream)], stream)  # a data set that cannot be read is refused here
 
-    run.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True, exist_ok=actions.resume is not None)
     write_config(run)
     for name in ("metrics.jsonl", "samples.jsonl"):
         forget_after(run / name, state.step or -1)  # the base evaluation of step 0 is made again, and is the same
@@ -986,12 +993,14 @@ def run_evaluation(actions, flags):
 def main(argv=None):
     actions, flags = parse(sys.argv[1:] if argv is None else argv)
     try:
-        if actions.against and not actions.evaluate:
+        if actions.against is not None and not actions.evaluate:
             raise SettingsError("--against goes with --evaluate")
+        if "" in (actions.resume, actions.evaluate, actions.against):
+            raise SettingsError("--resume, --evaluate and --against need a name")
         if sum(map(bool, (actions.resume, actions.evaluate, actions.test))) > 1:
             raise SettingsError("--resume, --evaluate and --test exclude each other")
         return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
-    except (SettingsError, RunError, llms.ModelError, rldatasets.DataError) as error:
+    except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:

@@ -100,7 +100,8 @@ def draw(folders, out):
         for axes, (key, title) in zip(grid, panels):
             panel(axes, key, title, runs_by_label, smoothed=name == "train_score")
             axes.set_xlabel("step", fontsize=8)
-        grid[0].legend(fontsize=8)
+        if grid[0].get_legend_handles_labels()[0]:
+            grid[0].legend(fontsize=8)
         path = Path(out) / f"{name}.png"
         figure.savefig(path, dpi=110)
         paths.append(path)
@@ -119,7 +120,11 @@ def main():
             return 2
     out = Path(arguments.out or (folders[0] if len(folders) == 1 else folders[0].parent))
     out.mkdir(parents=True, exist_ok=True)
-    print(*draw(folders, out), sep="\n")
+    try:
+        print(*draw(folders, out), sep="\n")
+    except json.JSONDecodeError as error:
+        print(f"plot.py: error: a damaged file: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
