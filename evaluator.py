@@ -47,8 +47,8 @@ def last_boxed(text):
 
 
 def extract_answer(completion):
-    r"""The answer that a completion gives, or None: its last answer tag, else its last `\boxed{…}`, else what follows its
-    last `####`. What stands only inside the reasoning is no answer."""
+    r"""The answer that a completion gives, or None: its last answer tag, else its last `\boxed{…}`, else what follows
+    its last `####`. What stands only inside the reasoning is no answer."""
     text = outside_reasoning(completion)
     if "<answer>" in text:
         answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
@@ -95,7 +95,7 @@ def math_equal(prediction, gold):
 
 
 def grade(completion, gold):
-    """Is a completion's answer right? The gold is a plain answer, or a GSM8K answer field: what follows `####` counts."""
+    """Is a completion's answer right? The gold is a plain answer or a GSM8K answer field: what follows `####`."""
     answer = extract_answer(completion)
     return answer is not None and math_equal(answer, gold.rpartition("####")[2].strip())
 
@@ -121,7 +121,7 @@ def is_integer(text):
 
 
 def soft_format(completion):
-    """Does it begin with the reasoning, closed, and go on with the answer, closed? Anything may follow, on any lines."""
+    """Does it begin with the reasoning, closed, and go on with the answer, closed? Anything may follow."""
     reasoning, closed, rest = completion.strip().partition("</reasoning>")
     return (
         reasoning.startswith("<reasoning>")

@@ -1,7 +1,7 @@
 """The model: loading, the tiny one, sampling, log-probabilities, saving.
 
-Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities go in and out. What a right
-answer is, what an advantage is, what β and ε are, is not known here.
+Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities. What a right answer is,
+what an advantage is, what β and ε are, is not known here.
 
     load(name)                    a causal language model and its tokenizer, from the hub or from a folder
     build_tiny(folder, corpus)    the model that needs no download, trained on the spot
@@ -51,8 +51,8 @@ class ModelError(ValueError):
 def load(name):
     """A causal language model in fp32 and its tokenizer, from a folder or from the Hugging Face hub.
 
-    The weights stay in fp32 (a step of 1e-6 is lost in bf16); `compute` says in which precision they are used. Dropout is
-    set to 0: the policy that is scored must be the one that sampled. The model is on the GPU if there is one.
+    The weights stay in fp32 (a step of 1e-6 is lost in bf16); `compute` says in which precision they are used. Dropout
+    is set to 0: the policy that is scored must be the one that sampled. The model is on the GPU if there is one.
     """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"no such model folder: {name}")
@@ -83,11 +83,12 @@ def explain(name, error):
     while cause is not None:
         causes, cause = f"{causes} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
     if "GatedRepoError" in causes:
-        return f"{name} is gated: accept its terms on its page, then set the environment variable HF_TOKEN to your access token"
+        return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
         return f"unknown model: {name} is neither a folder nor on the Hugging Face hub (a private one needs HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
-        return f"{name} is not on this machine and the Hugging Face hub cannot be reached: offline, give a folder with the model, or use --model tiny"
+        offline = "offline, give a folder with the model, or use --model tiny"
+        return f"{name} is not on this machine and the Hugging Face hub cannot be reached: {offline}"
     return f"cannot load {name}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
@@ -109,7 +110,7 @@ def frozen_copy(model):
 def compute(model, keep_casts):
     """The precision of a forward pass: bf16 on a GPU (the weights themselves stay in fp32), fp32 on a CPU.
 
-    With `keep_casts` a weight's bf16 copy is kept until the end: right for the many steps of sampling, but the gradients
+    With `keep_casts` a weight's bf16 copy is kept until the end: right for the many steps of sampling, but gradients
     that reach one weight from several places would be added up in bf16.
     """
     on_gpu = model.device.type == "cuda"
@@ -222,7 +223,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
 
 
 def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generator, ends, bar):
-    """Sample some prompts side by side: [(token ids, log-probabilities, entropies)] for each of their outputs in turn."""
+    """Sample some prompts side by side: [(token ids, log-probabilities, entropies)] of each output in turn."""
     rows = len(prompts) * group_size
     ids, attention, _ = batch(prompts, [[]] * len(prompts), model.device)  # [Q, P]
     drawn = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=model.device)
@@ -269,10 +270,10 @@ def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generat
 
 
 def token_logprobs(model, ids, attention, mask, temperature):
-    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of every completion token, fp32, [N, T]; 0 where mask is off.
+    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of each completion token, fp32, [N, T]; 0 off the mask.
 
-    The logits are never there all at once: N·T rows of 150,000 numbers would be most of a step's memory. The trunk gives
-    the hidden states, and the head is applied to a chunk of completion positions at a time, and again in the backward pass.
+    The logits are never there all at once: N·T rows of 150,000 numbers would be most of a step's memory. The trunk
+    gives the hidden states; the head is applied to a chunk of completion positions at a time, and again going backward.
     """
     T = mask.shape[1]
     with compute(model, keep_casts=False):
@@ -318,7 +319,7 @@ TINY = {
 
 
 def tiny_tokenizer(texts):
-    """Qwen2's byte-level BPE and chat template with a vocabulary of its own, of at most 640 tokens; each digit is a token."""
+    """Qwen2's byte-level BPE and chat template with a vocabulary of its own, at most 640 tokens; digits stand alone."""
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
         texts, 640, show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"]
     )
@@ -329,8 +330,8 @@ def tiny_tokenizer(texts):
 
 
 def build_tiny(folder, corpus):
-    """Build a Qwen2-architecture model of about half a million parameters, teach it a corpus [(messages, completion)] by
-    supervised learning on the completions, and save it: about a minute on two cores."""
+    """Build a Qwen2-architecture model of about half a million parameters, teach it a corpus [(messages, completion)]
+    by supervised learning on the completions, and save it: about a minute on two cores."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(
         [

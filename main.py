@@ -21,7 +21,7 @@ Where this leaves the paper, and the edit that goes back:
 1. the reward is a rule and not a network, so line 12 of Algorithm 1 has nothing to train;
 2. std(r) is unbiased and has 1e-4 added; a group of equal rewards gets exactly 0. The paper says neither way;
 3. π_θ, π_θold and π_ref are all read at the sampling temperature (TEMPERATURE = 1.0 makes no difference);
-4. the order of the questions, the warm-up, AdamW's betas and the clipping of the gradient are ours: the paper is silent.
+4. the order of the questions, the warm-up, AdamW's betas and the clipping of the gradient are ours; it is silent.
 """
 
 import argparse
@@ -140,8 +140,8 @@ class RunError(RuntimeError):
 def group_advantages(rewards):
     """Group-relative advantages: Â_i = (r_i - mean(r)) / std(r) over the G outputs of each question (§4.1.2).
 
-    rewards [Q, G] -> [Q, G], fp32 or wider. Rewards 1, 0, 0, 0 give 1.5, -0.5, -0.5, -0.5. The std is unbiased with 1e-4
-    added; where all rewards of a group are equal the result is exactly 0, not the rounding error over 1e-4.
+    rewards [Q, G] -> [Q, G], fp32 at least. Rewards 1, 0, 0, 0 give 1.5, -0.5, -0.5, -0.5. The std is unbiased, 1e-4
+    is added; where all rewards of a group are equal the result is exactly 0, not the rounding error over 1e-4.
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     advantages = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
@@ -155,7 +155,7 @@ def group_advantages(rewards):
 
 
 def importance_ratio(logp, logp_old, mask):
-    """π_θ/π_θold: of each token, [N, T], or with RATIO = "sequence" the geometric mean of an output's (GSPO), [N, 1]."""
+    """π_θ/π_θold: of each token, [N, T], or with RATIO = "sequence" their geometric mean (GSPO), [N, 1]."""
     log_ratio = logp - logp_old  # [N, T]
     if RATIO == "sequence":
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
@@ -179,11 +179,11 @@ def kl_estimate(logp, logp_ref):
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, num_tokens=None):
     """Minus the objective of eq. (3), with the KL of eq. (4): a scalar that is to go down.
 
-    logp, logp_old, logp_ref  [N, T]         log π_θ, log π_θold, log π_ref of each sampled token; logp_ref unread if β = 0
+    logp, logp_old, logp_ref  [N, T]         log π_θ, log π_θold, log π_ref of each token; logp_ref unread if β = 0
     advantages                [N] or [N, T]  Â_i for all tokens of output i, or Â_{i,t}
     mask                      [N, T]         1 on the |o_i| tokens of output i, the end token included
-    num_sequences, num_tokens                N = Q·G and Σ|o_i| of the whole update, where these rows are a micro-batch of
-                                             it: the losses of all micro-batches then add up to the loss of the whole
+    num_sequences, num_tokens                N = Q·G and Σ|o_i| of the whole update, where these rows are one part of
+                                             it: the losses of all its parts then add up to the loss of the whole
     """
     mask = mask.bool()
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  |o_i|
@@ -216,7 +216,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
 
 
 def micro_batches(rollout, rows):
-    """Split row numbers into lists, longest rows first, such that none takes more than TOKEN_BUDGET with its padding."""
+    """Split row numbers into lists, longest first, such that none takes more than TOKEN_BUDGET with its padding."""
     completions = rollout.mask.sum(1).tolist()
     prompts = (rollout.attention.sum(1) - rollout.mask.sum(1)).tolist()
     batches = []
@@ -312,7 +312,7 @@ def update(state, rollout, advantages, logp_old, logp_ref):
 
 
 def score_completions(texts, problems):
-    """r_i = Σ weight · reward: [Q, G], and each reward by name and unweighted: {name: [N]}. G texts to every problem."""
+    """r_i = Σ weight · reward: [Q, G], and each reward by name and unweighted: {name: [N]}. G texts a problem."""
     group = len(texts) // len(problems)
     rows = [evaluator.rewards(text, problems[i // group]) for i, text in enumerate(texts)]
     by_name = {name: [row[name] for row in rows] for name in rows[0]}
@@ -335,7 +335,7 @@ def pass_at_k(n, c, k):
 
 
 def evaluate(policy, tokenizer, problems):
-    """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: the metrics, and a record per problem."""
+    """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: metrics, and a record per problem."""
     prompts = [llms.encode(tokenizer, rldatasets.prompt(problem)) for problem in problems]
     greedy = llms.sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0, None, CACHE_TOKENS)
     records = [
@@ -523,7 +523,7 @@ def complaints(row):
     """Sentences on what is out of its healthy range in a row of training metrics."""
     kl, first = row["kl"] or 0.0, row["step"] == 1
     if MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3:
-        yield "loss is about 0 at μ = 1: expected. All ratios are 1, a group's advantages add up to 0; the gradient is not 0"
+        yield "loss is about 0 at μ = 1: expected. Ratios are 1, a group's advantages sum to 0; its gradient is not 0"
     if row["zero_std_groups"] > 0.9:
         yield "9 of 10 groups have equal rewards and teach nothing: too easy, too hard, or one sample G times"
     if first and kl > 1e-2:
@@ -567,7 +567,7 @@ def scores(metrics):
     more = "".join(f" | {key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key)
     return (
         f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
-        f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} ({metrics['eval/n']} questions)"
+        f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
     )
 
 
@@ -985,8 +985,8 @@ def run_evaluation(actions, flags):
     if actions.against:
         gains = [a - b for a, b in zip(*right)]
         half = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-        print(f"difference: {statistics.mean(gains):+.3f} ± {half:.3f} (95 %, paired); {gains.count(1)} questions only")
-        print(f"{names[0]} gets right, {gains.count(-1)} only {names[1]}")
+        print(f"difference: {statistics.mean(gains):+.3f} ± {half:.3f} (95 %, paired)")
+        print(f"right only by {names[0]}: {gains.count(1)}, only by {names[1]}: {gains.count(-1)}, of {len(gains)}")
     return 0
 
 

@@ -147,12 +147,12 @@ def gsm8k(name, split):
 
 
 def files_of(folder, split, suffix):
-    """The files of a split: those with its name as a word in theirs, `train.jsonl` or `train-00000-of-00001.parquet`."""
+    """The files of a split: with its name as a word in theirs, `train.jsonl` or `train-00000-of-00001.parquet`."""
     return (file for file in folder.glob(f"*{suffix}") if split in re.split(r"[^a-z]+", file.stem.lower()))
 
 
 def rows(name, split):
-    """Stream the raw rows of a split, from the hub, a folder with files named after the splits, or one file (any split)."""
+    """Stream the raw rows of a split, from the hub, a folder with files named by split, or one file (any split)."""
     import datasets  # here, for it is slow to import and the generated problems do not need it
 
     datasets.disable_progress_bars()
@@ -189,7 +189,7 @@ OFFLINE = "; offline, give a file or folder in its place (--dataset PATH), or us
 
 
 def load(name, split):
-    """The problems of a split, "train" or "test", once through in the official order; lazily, so that they can stream."""
+    """The problems of a split, "train" or "test", once in the official order; lazily, so that they can stream."""
     if name == "arithmetic":
         return arithmetic(split)
     if name == "gsm8k" or Path(name).exists():
@@ -200,7 +200,7 @@ def load(name, split):
 def shuffled(name, split, seed, position=0):
     """The problems of a split without end, each epoch in a new order, beginning with the position-th (counted from 0).
 
-    The order depends on the seed and the epoch alone. It is shuffled in blocks of 10,000 problems as they stream in, which
+    The order depends on the seed and the epoch alone. Problems are shuffled in blocks of 10,000 as they stream in, which
     is all of GSM8K.
     """
 
