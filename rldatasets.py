@@ -200,7 +200,7 @@ def load(name, split):
 def shuffled(name, split, seed, position=0):
     """The problems of a split without end, each epoch in a new order, beginning with the position-th (counted from 0).
 
-    The order depends on the seed and the epoch alone. Problems are shuffled in blocks of 10,000 as they stream in, which
+    The order depends on the seed and the epoch alone. Problems are shuffled in blocks of 10,000 as they stream in: that
     is all of GSM8K.
     """
 

@@ -1,6 +1,5 @@
 """The maths and the loop of main.py. T1 … T46 are the numbers of the project's list of checks."""
 
-import copy
 import json
 import math
 import random
@@ -649,4 +648,4 @@ def test_the_weights_of_the_rewards_are_the_constants(constants):
     assert main.score_completions([text] * 2, [problem])[0].tolist() == [[2.75, 2.75]]  # 2 + 0.5 + 0.5 · 2/4
     constants(WEIGHT_CORRECTNESS=0.0, WEIGHT_TAG_COUNT=4.0)
     assert main.score_completions([text], [problem])[0].item() == 2.5
-    assert copy.copy(evaluator.rewards(text, problem))["tag_count"] == 0.5  # unweighted by itself
+    assert evaluator.rewards(text, problem)["tag_count"] == 0.5  # unweighted by itself
