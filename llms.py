@@ -9,6 +9,8 @@ what an advantage is, what β and ε are, is not known here.
     sample(...)                   completions, with the log-probability of each token as it was drawn
     token_logprobs(...)           log π of given tokens, with gradient
     frozen_copy(model)            the reference
+    tokens_at(tokenizer, ...)     which tokens write given characters
+    reward_scores(...)            what a learned reward model says of completions
     save(model, tokenizer, ...)   a plain Hugging Face folder
 
 How a batch lies in memory (prompt left-padded, completion right-padded, so that all completions start in one column):
@@ -18,6 +20,7 @@ How a batch lies in memory (prompt left-padded, completion right-padded, so that
     mask                        [ 1   1   1   1   0 ]     [N, T]       |o_i| = 4: the end token counts, padding does not
 """
 
+import bisect
 import copy
 import logging
 import os
@@ -31,7 +34,13 @@ import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.logging.set_verbosity_error()
@@ -293,6 +302,52 @@ def token_logprobs(model, ids, attention, mask, temperature):
         chunks = zip(hidden.split(size), targets.split(size))
         logp = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+
+
+def tokens_at(tokenizer, ids, characters):
+    """For ascending positions in the text of some ids: the index of the token that completes the text up to there."""
+    found, start = [], 0
+    for character in characters:
+        lengths = range(start + 1, len(ids) + 1)  # how many tokens may it take?
+        written = lambda count: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
+        start += min(bisect.bisect_left(lengths, character, key=written), len(lengths) - 1)
+        found.append(start)
+    return found
+
+
+# ---- a learned reward model ----------------------------------------------------------------------------------------
+
+
+def load_reward_model(name):
+    """A sequence classifier that was trained to score answers, and its tokenizer, from the hub or from a folder."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # as above
+        raise ModelError(explain(name, error)) from error
+    if loaded["missing_keys"]:
+        raise ModelError(f"{name} is no sequence classifier: it lacks {min(loaded['missing_keys'])} and maybe more")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if torch.cuda.is_available():
+        model.cuda()
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def reward_scores(model, tokenizer, questions, completions, rows=16):
+    """The score of each completion as the answer to its question: the only logit, or the log-odds of the last class."""
+    scores = []
+    for start in range(0, len(questions), rows):
+        pairs = questions[start : start + rows], completions[start : start + rows]
+        limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+        batch = tokenizer(*pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
+        with compute(model, keep_casts=True):
+            logits = model(**batch).logits.float()  # [rows, classes]
+        others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
+        scores += (logits[:, -1] - others).tolist()
+    return scores
 
 
 # ---- the tiny model ------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ and Algorithm 1 with its line numbers. The names are the paper's:
     q                 problems[i]["question"]           Q questions per step
     o_i, |o_i|        rollout.ids, mask.sum(1)          [N, P + T], [N]; N = Q·G outputs, T tokens the longest
     r_i               rewards                           [Q, G]
-    Â_{i,t}           advantages                        [Q, G] from the rewards, [N] in the loss: one for all t (§4.1.2)
+    Â_{i,t}           advantages                        [N] where all t share one (§4.1.2), [N, T] by steps (§4.1.3)
     log π_θ, π_θold   logp, logp_old                    [N, T], of the sampled tokens
     log π_ref         logp_ref                          [N, T]
     G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA
 
 Where this leaves the paper, and the edit that goes back:
-1. the reward is a rule and not a network, so line 12 of Algorithm 1 has nothing to train;
+1. the reward is a rule, or a network that stays as it is, so line 12 of Algorithm 1 has nothing to train;
 2. std(r) is unbiased and has 1e-4 added; a group of equal rewards gets exactly 0. The paper says neither way;
 3. π_θ, π_θold and π_ref are all read at the sampling temperature (TEMPERATURE = 1.0 makes no difference);
 4. the order of the questions, the warm-up, AdamW's betas and the clipping of the gradient are ours; it is silent.
@@ -42,6 +42,7 @@ import textwrap
 import time
 import zlib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -61,8 +62,8 @@ from plots import plot
 
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny (built here, with the settings of TINY below)
-DATASET = "gsm8k"  # D: gsm8k, arithmetic, or a file or folder with rows like GSM8K's
-EVAL_DATASET = ""  # the questions to test on; empty: the test split of DATASET
+DATASET = "gsm8k"  # D: a name, file or folder, or stages task[:difficulty]:steps with commas (logic:1:100,gsm8k:400)
+EVAL_DATASET = ""  # the questions to test on, or several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # of the order of the questions and of all sampling
 # -- Algorithm 1
@@ -87,11 +88,20 @@ RATIO = "token"  # π_θ/π_θold per token (paper), or one per sequence (GSPO)
 MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the loss (DAPO's filter)
 DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
 # -- Rewards: the weight of each in r_i
+SUPERVISION = "outcome"  # a reward for the whole output (outcome, §4.1.2), or also one for each step (process, §4.1.3)
+WEIGHT_STEPS = 0.5  # of a step that calculates right, with process supervision
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
 WEIGHT_INTEGER = 0.5  # the answer is a whole number
 WEIGHT_STRICT_FORMAT = 0.5  # the asked form to the letter
 WEIGHT_SOFT_FORMAT = 0.5  # reasoning, then answer, on any lines
 WEIGHT_TAG_COUNT = 0.5  # the share of the four tags that stand there once
+WEIGHT_TESTS = 1.0  # the share of its tests that a program passes
+WEIGHT_COMPILES = 0.5  # the program compiles, without a warning
+WEIGHT_OVERLONG = 0.0  # DAPO's soft penalty of length, from 0 down to -1 at the limit
+OVERLONG_SHARE = 0.2  # the last part of MAX_NEW_TOKENS, over which that penalty falls (DAPO: 4096 of 20480 tokens)
+WEIGHT_SAFETY = 0.0  # nothing of a short list of threats and insults is said
+REWARD_MODEL = ""  # a sequence classifier, hub name or folder, that scores every output; empty: the rules alone
+WEIGHT_REWARD_MODEL = 1.0  # its score, standardised over the outputs of a step
 # -- Optimisation
 LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
 WARMUP = 10  # updates over which the learning rate rises from 0
@@ -134,7 +144,7 @@ class RunError(RuntimeError):
     """Why a run ended before its time, in one line."""
 
 
-# ==== The advantages, §4.1.2 ========================================================================================
+# ==== The advantages, §4.1.2 and §4.1.3 =============================================================================
 
 
 def group_advantages(rewards):
@@ -149,6 +159,18 @@ def group_advantages(rewards):
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
     all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [Q, 1]
     return advantages.masked_fill(all_equal, 0.0)
+
+
+def process_advantages(step_rewards, step_ends):
+    """Advantages under process supervision: Â_{i,t} = Σ_{index(j) ≥ t} r̃_i^{index(j)}, the steps that end at t or later.
+
+    step_rewards [Q, G, T] -> [Q, G, T], with the reward of a step where step_ends is True, on its last token. r̃ is
+    normalised like the rewards above, over all steps of the group together; tokens behind the last step get 0 (§4.1.3).
+    """
+    advantages = torch.zeros(step_rewards.shape, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
+    for question, ends in enumerate(step_ends):
+        advantages[question][ends] = group_advantages(step_rewards[question][ends][None])[0]  # [K_1 + … + K_G]
+    return advantages.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
 
 
 # ==== The objective, eq. (3) and (4) ================================================================================
@@ -253,7 +275,7 @@ def learning_rate(update):
 @torch.no_grad()
 def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
     """What shows whether the update is healthy: sums over the tokens of some rows, and maxima ("max" in their name)."""
-    ratio, A, gap = importance_ratio(logp, logp_old, mask), advantages[:, None], (logp_old - logp_sampled).abs()
+    ratio, A, gap = importance_ratio(logp, logp_old, mask), advantages, (logp_old - logp_sampled).abs()
     sums = {
         "clip_low": ((ratio < 1 - EPSILON_LOW) & (A < 0) & mask).sum().item(),
         "clip_high": ((ratio > 1 + EPSILON_HIGH) & (A > 0) & mask).sum().item(),
@@ -268,20 +290,21 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
 
 
 def update(state, rollout, advantages, logp_old, logp_ref):
-    """One optimizer step on the whole rollout, in micro-batches; advantages [N]. Returns its diagnostics.
+    """One optimizer step on the whole rollout, in micro-batches; advantages [N] or [N, T]. Returns its diagnostics.
 
     Every micro-batch is divided by the counts of the whole update, taken before the first backward pass: the sum is the
     gradient of the whole, to the last bit but rounding. If loss or gradient is not finite the weights stay as they are.
     """
     mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
     num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
-    learning = [row for row, A in enumerate(advantages.tolist()) if A != 0 or not DROP_ZERO_ADVANTAGE]
+    advantages = advantages[:, None].expand_as(mask) if advantages.dim() == 1 else advantages  # [N, T]
+    learning = [row for row, any_A in enumerate(advantages.any(1).tolist()) if any_A or not DROP_ZERO_ADVANTAGE]
     measured = max(1, int(mask[learning].sum()))  # tokens that the diagnostics are means over
     totals = defaultdict(float)
     for rows in micro_batches(rollout, learning):
         ids, attention, real = rollout.rows(rows)
         T = real.shape[1]
-        kept, A = mask[rows, :T], advantages[rows]  # [n, T], [n]
+        kept, A = mask[rows, :T], advantages[rows, :T]  # [n, T]
         logp = llms.token_logprobs(state.policy, ids, attention, real, TEMPERATURE)  # [n, T]
         old = logp.detach() if logp_old is None else logp_old[rows, :T]  # [n, T]
         ref = None if logp_ref is None else logp_ref[rows, :T]  # [n, T]
@@ -311,13 +334,46 @@ def update(state, rollout, advantages, logp_old, logp_ref):
 # ==== Rewards: line 8 ===============================================================================================
 
 
-def score_completions(texts, problems):
-    """r_i = Σ weight · reward: [Q, G], and each reward by name and unweighted: {name: [N]}. G texts a problem."""
+def score_completions(texts, problems, **others):
+    """r_i = Σ weight · reward: [Q, G], and each reward by name and unweighted: {name: [N]}. G texts a problem.
+
+    The rules are asked here, side by side, for programs take their time; others are rewards [N] known already.
+    """
     group = len(texts) // len(problems)
-    rows = [evaluator.rewards(text, problems[i // group]) for i, text in enumerate(texts)]
-    by_name = {name: [row[name] for row in rows] for name in rows[0]}
-    weighted = [sum(globals()[f"WEIGHT_{name.upper()}"] * value for name, value in row.items()) for row in rows]
-    return torch.tensor(weighted, dtype=torch.float32).view(len(problems), group), by_name
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(evaluator.rewards, texts, (problem for problem in problems for _ in range(group))))
+    names = dict.fromkeys(name for row in rows for name in row)  # a program has other rewards than a number
+    by_name = {name: [row.get(name, 0.0) for row in rows] for name in names} | others
+    weighted = [globals()[f"WEIGHT_{name.upper()}"] * torch.tensor(values) for name, values in by_name.items()]  # [N]
+    return sum(weighted).view(len(problems), group), by_name
+
+
+def other_rewards(state, rollout, problems):
+    """The rewards [N] that take more than a text and its problem: the length's, and the reward model's."""
+    lengths, buffer = rollout.mask.sum(1).tolist(), OVERLONG_SHARE * MAX_NEW_TOKENS
+    others = {"overlong": [evaluator.overlong(length, MAX_NEW_TOKENS, buffer) for length in lengths]}
+    if state.reward_model:
+        questions = [problem["question"] for problem in problems for _ in range(GROUP_SIZE)]
+        scores = torch.tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts))  # [N]
+        others["reward_model"] = ((scores - scores.mean()) / (scores.std() + 1e-4)).tolist()
+    return others
+
+
+def reward_steps(tokenizer, rollout, problems, rewards):
+    """Put rewards on tokens: each step's on its last one, and the output's own r_i on the end of the last step, |o_i|.
+
+    rewards [Q, G] -> step_rewards [Q, G, T], step_ends [Q, G, T]; and the mean of each output's steps, unweighted, [N].
+    """
+    step_rewards, step_ends, means = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape).bool(), []
+    for i, text in enumerate(rollout.texts):
+        steps = evaluator.step_rewards(text, problems[i // GROUP_SIZE])
+        ids = rollout.ids[i, -rollout.mask.shape[1] :][rollout.mask[i]].tolist()
+        for at, (_, reward) in zip(llms.tokens_at(tokenizer, ids, [end for end, _ in steps]), steps):
+            step_rewards[i, at], step_ends[i, at] = WEIGHT_STEPS * reward, True
+        step_rewards[i, len(ids) - 1], step_ends[i, len(ids) - 1] = rewards.flatten()[i], True
+        means.append(statistics.mean(reward for _, reward in steps) if steps else 0.0)
+    shape = (*rewards.shape, -1)
+    return step_rewards.view(shape), step_ends.view(shape), means
 
 
 # ==== Evaluation ====================================================================================================
@@ -338,10 +394,11 @@ def evaluate(policy, tokenizer, problems):
     """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: metrics, and a record per problem."""
     prompts = [llms.encode(tokenizer, rldatasets.prompt(problem)) for problem in problems]
     greedy = llms.sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0, None, CACHE_TOKENS)
+    by_name = score_completions(greedy.texts, problems)[1]
     records = [
         {"question": problem["question"], "answer": problem["answer"], "completion": text}
-        | evaluator.rewards(text, problem)
-        for problem, text in zip(problems, greedy.texts)
+        | {name: values[i] for name, values in by_name.items()}
+        for i, (problem, text) in enumerate(zip(problems, greedy.texts))
     ]
     n, right = len(records), sum(record["correctness"] for record in records)
     metrics = {
@@ -352,6 +409,10 @@ def evaluate(policy, tokenizer, problems):
         "eval/truncated": greedy.truncated.float().mean().item(),
         "eval/n": n,
     }
+    tasks = dict.fromkeys(problem.get("task") for problem in problems)
+    for task in tasks if len(tasks) > 1 else ():
+        of_task = [record for record, problem in zip(records, problems) if problem.get("task") == task]
+        metrics[f"eval/accuracy/{task}"] = statistics.mean(record["correctness"] for record in of_task)
     if EVAL_SAMPLES:
         metrics |= evaluate_samples(policy, tokenizer, problems, prompts)
     return metrics, records
@@ -364,14 +425,14 @@ def evaluate_samples(policy, tokenizer, problems, prompts):
     sampling = (n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator, CACHE_TOKENS)
     texts = llms.sample(policy, tokenizer, prompts, *sampling).texts
     groups = [texts[i * n : (i + 1) * n] for i in range(len(problems))]
-    golds = [problem["answer"] for problem in problems]
-    right = [sum(evaluator.grade(text, gold) for text in group) for group, gold in zip(groups, golds)]
+    graded = score_completions(texts, problems)[1]["correctness"]
+    right = [int(sum(graded[i * n : (i + 1) * n])) for i in range(len(problems))]
     metrics = {}
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):
         votes = [evaluator.majority(group[:k]) for group in groups]
-        won = [vote is not None and evaluator.math_equal(vote, gold) for vote, gold in zip(votes, golds)]
         metrics[f"eval/pass@{k}"] = statistics.mean(pass_at_k(n, c, k) for c in right)
-        metrics[f"eval/maj@{k}"] = statistics.mean(won)
+        if all(problem["kind"] != "program" for problem in problems):  # programs have no common answer to vote for
+            metrics[f"eval/maj@{k}"] = statistics.mean(map(evaluator.right, votes, problems))
     return metrics
 
 
@@ -386,14 +447,17 @@ class State:
     tokenizer: object
     optimizer: torch.optim.Optimizer
     generator: torch.Generator  # the random stream of the sampler
+    reward_model: tuple = None  # (model, tokenizer) of REWARD_MODEL; never trained, not in the checkpoint
     reference: torch.nn.Module = None  # π_ref; None at β = 0
     step: int = 0  # steps done, over all iterations
     updates: int = 0  # optimizer steps done
-    position: int = 0  # questions drawn from the data set
-    skipped: int = 0  # of them, too long to ask
+    stage: int = 0  # of the curriculum, counted from 0
+    position: int = 0  # questions drawn from the data set of this stage
+    questions: int = 0  # questions trained on, over all stages
+    skipped: int = 0  # questions too long to ask
     tokens: int = 0  # completion tokens sampled
 
-    COUNTERS = ("step", "updates", "position", "skipped", "tokens")
+    COUNTERS = ("step", "updates", "stage", "position", "questions", "skipped", "tokens")
 
     def tensors(self):
         """Every tensor by name, without a copy; tied weights once."""
@@ -564,7 +628,8 @@ def console_line(row):
 
 def scores(metrics):
     """An evaluation in one line."""
-    more = "".join(f" | {key.removeprefix('eval/')} {value:.3f}" for key, value in metrics.items() if "@" in key)
+    more = [key for key in metrics if "@" in key or key.startswith("eval/accuracy/")]
+    more = "".join(f" | {re.sub('eval/(accuracy/)?', '', key)} {metrics[key]:.3f}" for key in more)
     return (
         f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
         f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
@@ -624,6 +689,18 @@ def timed(seconds, name):
     seconds[f"seconds/{name}"] = seconds.get(f"seconds/{name}", 0.0) + time.perf_counter() - start
 
 
+def stage_at(step):
+    """Which stage of the curriculum a step belongs to, counted from 0 both; every iteration runs through all of it."""
+    ends = itertools.accumulate(steps or STEPS for _, steps in rldatasets.stages(DATASET))
+    return next(stage for stage, end in enumerate(ends) if step % STEPS < end)
+
+
+def questions_of(state):
+    """The endless stream of training questions of the stage where the state stands, from its position on."""
+    name, _ = rldatasets.stages(DATASET)[state.stage]
+    return rldatasets.shuffled(name, "train", SEED + state.stage, state.position)
+
+
 def draw_questions(state, stream):
     """Line 5: the next QUESTIONS_PER_STEP problems whose prompts are short enough, and their prompts' token ids."""
     problems, prompts, too_long = [], [], 0
@@ -641,6 +718,7 @@ def draw_questions(state, stream):
                 f"1000 questions in one step are over {MAX_PROMPT_TOKENS} tokens: raise --max_prompt_tokens"
             )
     state.skipped += too_long
+    state.questions += len(problems)
     return problems, prompts
 
 
@@ -655,14 +733,20 @@ def take_step(state, stream, run):
             policy, tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, generator, CACHE_TOKENS
         )
     with timed(seconds, "reward"):  # 8: their rewards
-        rewards, by_name = score_completions(rollout.texts, problems)  # [Q, G]
-    advantages = group_advantages(rewards).flatten().to(policy.device)  # 9: Â_i, [N]
+        others = other_rewards(state, rollout, problems)
+        rewards, by_name = score_completions(rollout.texts, problems, **others)  # [Q, G]
+    if SUPERVISION == "outcome":  # 9: their advantages
+        advantages = group_advantages(rewards).flatten()  # Â_i, [N]
+    else:
+        step_rewards, step_ends, by_name["steps"] = reward_steps(tokenizer, rollout, problems, rewards)  # [Q, G, T]
+        advantages = process_advantages(step_rewards, step_ends).flatten(0, 1)  # Â_{i,t}, [N, T]
+    advantages = advantages.to(policy.device)
     with timed(seconds, "logprobs"):
         logp_old = score(policy, rollout) if MU > 1 else None  # [N, T]; at μ = 1 it is the update's own logp
         logp_ref = score(state.reference, rollout) if BETA else None  # [N, T]
     with timed(seconds, "update"):
         updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11: up J_GRPO
-    # 12: the reward is a rule, there is no reward model to train
+    # 12: the reward is a rule, or a model that stays as it is
     state.step += 1
     state.tokens += int(rollout.mask.sum())
     row = step_metrics(state, rollout, rewards, by_name, updates) | seconds | {"seconds": time.perf_counter() - began}
@@ -680,6 +764,7 @@ def step_metrics(state, rollout, rewards, by_name, updates):
         measured[name] = max(values) if name.endswith("max") else statistics.mean(values)
     return {
         "step": state.step,
+        "stage": rldatasets.stages(DATASET)[state.stage][0],
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),
         **{f"rewards/{name}": statistics.mean(values) for name, values in by_name.items()},
@@ -690,8 +775,9 @@ def step_metrics(state, rollout, rewards, by_name, updates):
         "length": lengths.float().mean().item(),
         "length_max": lengths.max().item(),
         "truncated": rollout.truncated.float().mean().item(),
+        "reflection": statistics.mean(map(evaluator.reflection, rollout.texts)),
         "skipped_updates": sum(not one["finite"] for one in updates),
-        "questions": state.position - state.skipped,
+        "questions": state.questions,
         "prompts_skipped": state.skipped,
         "tokens": state.tokens,
         "updates": state.updates,
@@ -704,7 +790,7 @@ def record_step(run, row, problem, rollout, rewards, by_name, advantages):
     about = {"step": row["step"], "split": "train", "question": problem["question"], "answer": problem["answer"]}
     group = [
         about
-        | {"completion": rollout.texts[i], "reward": rewards[i].item(), "advantage": advantages[i].item()}
+        | {"completion": rollout.texts[i], "reward": rewards[i].item(), "advantage": advantages[i].flatten()[0].item()}
         | {name: values[i] for name, values in by_name.items()}
         for i in range(GROUP_SIZE)
     ]
@@ -712,7 +798,8 @@ def record_step(run, row, problem, rollout, rewards, by_name, advantages):
     tqdm.write(console_line(row))
     if SHOW_EVERY and row["step"] % SHOW_EVERY == 0:
         completion = textwrap.indent(rollout.texts[0], "  | ", lambda line: True)
-        tqdm.write(f"  {problem['question']}  (answer: {problem['answer']}; reward {rewards[0]:.2f})\n{completion}")
+        answer = textwrap.shorten(problem["answer"], 60)
+        tqdm.write(f"  {problem['question']}  (answer: {answer}; reward {rewards[0]:.2f})\n{completion}")
 
 
 def record_evaluation(run, state, problems):
@@ -736,6 +823,9 @@ def train(state, stream, test_problems, run, evaluate_at):
         if state.step == iteration * STEPS and BETA:  # a run resumed within an iteration has its reference already
             state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ, a deep copy
         while state.step < (iteration + 1) * STEPS:  # 4
+            if stage_at(state.step) != state.stage:
+                state.stage, state.position = stage_at(state.step), 0
+                stream = questions_of(state)
             row = take_step(state, stream, run)  # 5 to 12
             bar.update()
             for sentence in [sentence for sentence in complaints(row) if sentence not in said]:
@@ -817,6 +907,11 @@ def apply_settings(flags, inherited=None):
     values = settings() | (inherited or {}) | flags
     if not inherited and values["MODEL"] == "tiny":
         values |= TINY | flags
+    counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
+    if any(counts):  # a curriculum says itself how long it is
+        if flags.get("STEPS", sum(counts)) != sum(counts):
+            raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
+        values["STEPS"] = sum(counts)
     globals().update(values)
 
 
@@ -825,6 +920,7 @@ CHOICES = {
     "DENOMINATOR": ("sequence", "token", "constant"),
     "RATIO": ("token", "sequence"),
     "SCHEDULE": ("constant", "linear", "cosine"),
+    "SUPERVISION": ("outcome", "process"),
 }
 AT_LEAST_1 = (
     "ITERATIONS STEPS QUESTIONS_PER_STEP MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY"
@@ -850,12 +946,17 @@ def check_settings():
         ("RUN", RUN == Path(RUN).name, "a name without folders"),
         ("MAX_GRAD_NORM", MAX_GRAD_NORM > 0, "above 0"),
         ("SEED", SEED < 2**63, "below 2 to the 63"),
+        ("OVERLONG_SHARE", 0 < OVERLONG_SHARE <= 1, "above 0 and at most 1"),
     ]
     for name, kept, demand in rules:
         if not kept:
             raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
-    if Path(DATASET).is_file() and Path(EVAL_DATASET or DATASET).resolve() == Path(DATASET).resolve():
-        raise SettingsError("--dataset is a single file: give --eval_dataset too, and not the rows that are trained on")
+    tested = [Path(name).resolve() for name, _ in rldatasets.stages(EVAL_DATASET or DATASET)]
+    for name, _ in rldatasets.stages(DATASET):
+        if Path(name).is_file() and Path(name).resolve() in tested:
+            raise SettingsError(
+                f"{name} is a single file: give --eval_dataset too, and not the rows that are trained on"
+            )
 
 
 def model_folder(name):
@@ -877,11 +978,21 @@ def model_folder(name):
 
 
 def test_set():
-    """The first EVAL_QUESTIONS of the test split, in the official order."""
-    problems = list(itertools.islice(rldatasets.load(EVAL_DATASET or DATASET, "test"), EVAL_QUESTIONS or None))
+    """The first questions of the test split in the official order, EVAL_QUESTIONS over all tasks that are tested."""
+    tasks = list(dict.fromkeys(name for name, _ in rldatasets.stages(EVAL_DATASET or DATASET)))
+    each = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None
+    problems = [
+        problem | {"task": task} for task in tasks for problem in itertools.islice(rldatasets.load(task, "test"), each)
+    ]
     if not problems:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET}")
     return problems
+
+
+def check_sandbox(problems):
+    """Refuse programs where there is no sandbox to run them in."""
+    if any(problem["kind"] == "program" for problem in problems) and (problem := evaluator.sandbox_problem()):
+        raise SettingsError(f"programs are run in a sandbox only: {problem}")
 
 
 def run_settings(run):
@@ -911,7 +1022,8 @@ def run_folder(actions, flags):
         if actions.test:
             globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8))
         check_settings()
-        return new_run_folder("test" if actions.test else f"{Path(MODEL).name}-{Path(DATASET).stem}")
+        data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
+        return new_run_folder("test" if actions.test else f"{Path(MODEL).name}-{data}")
     run = Path(actions.resume)
     inherited = run_settings(run)
     free = [name for name in RESUMABLE if name != "STEPS" or inherited["ITERATIONS"] == 1]
@@ -938,21 +1050,32 @@ def longest_prompt(policy, tokenizer, test_problems):
     return min(MAX_PROMPT_TOKENS, left)
 
 
+def reward_model():
+    """REWARD_MODEL and its tokenizer, or None where there is none to be had: then the rules judge alone."""
+    if not REWARD_MODEL:
+        return None
+    try:
+        return llms.load_reward_model(REWARD_MODEL)
+    except llms.ModelError as error:
+        print(f"note: {error}; the rules judge alone.")
+
+
 def run_training(actions, flags):
     """A new run or a resumed one, to its end: what can be refused is refused before anything is written."""
     run, last = run_folder(actions, flags), ITERATIONS * STEPS
     problems = test_set()
+    for name, _ in rldatasets.stages(DATASET):  # a data set that cannot be read is refused here, whatever its stage
+        check_sandbox([*problems, next(rldatasets.shuffled(name, "train", SEED))])
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
     optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     globals()["MAX_PROMPT_TOKENS"] = longest_prompt(policy, tokenizer, problems)
-    state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED))
+    state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED), reward_model())
     if actions.resume is not None and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state, run)
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
-    stream = rldatasets.shuffled(DATASET, "train", SEED, state.position)
-    stream = itertools.chain([next(stream)], stream)  # a data set that cannot be read is refused here
+    stream = questions_of(state)
 
     run.mkdir(parents=True, exist_ok=actions.resume is not None)
     write_config(run)
@@ -978,6 +1101,7 @@ def run_evaluation(actions, flags):
     apply_settings({"MODEL": actions.evaluate} | flags, run_settings(runs[0]) if runs else None)
     check_settings()
     problems, right = test_set(), []
+    check_sandbox(problems)
     for name in names:
         metrics, records = evaluate(*llms.load(model_folder(name)), problems)
         right.append([record["correctness"] for record in records])

@@ -7,6 +7,7 @@ Without --out they go into the run's folder, or for several runs into the folder
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -50,6 +51,22 @@ def groups(folders):
         by_settings.setdefault(same, []).append((str(folder), rows))
     labels = (runs[0][0] + f" ({len(runs)} runs)" * (len(runs) > 1) for runs in by_settings.values())
     return dict(zip(labels, ([rows for _, rows in runs] for runs in by_settings.values())))
+
+
+def stages(rows):
+    """The stages of a run's curriculum: [(name, first step, last step)]."""
+    steps = [(row["stage"], row["step"]) for row in rows if "stage" in row]
+    runs = [(name, [step for _, step in group]) for name, group in itertools.groupby(steps, lambda pair: pair[0])]
+    return [(name, group[0], group[-1]) for name, group in runs]
+
+
+def shade(axes, rows):
+    """Every other stage of a curriculum in grey, with the names on top."""
+    found = stages(rows)
+    for number, (name, first, last) in enumerate(found if len(found) > 1 else []):
+        axes.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.07 * (number % 2), linewidth=0)
+        where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7, "color": "0.4"}
+        axes.text((first + last) / 2, 0.99, name, **where)
 
 
 def smooth(values, window=5):
@@ -99,6 +116,7 @@ def draw(folders, out):
         grid = figure.subplots(lines, columns, squeeze=False).flat
         for axes, (key, title) in zip(grid, panels):
             panel(axes, key, title, runs_by_label, smoothed=name == "train_score")
+            shade(axes, next(iter(runs_by_label.values()))[0])
             axes.set_xlabel("step", fontsize=8)
         if grid[0].get_legend_handles_labels()[0]:
             grid[0].legend(fontsize=8)

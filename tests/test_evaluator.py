@@ -1,7 +1,12 @@
 """The rules of evaluator.py: what is the answer, is it right, what is it worth."""
 
+import itertools
+import random
+import re
 import subprocess
 import sys
+import time
+from fractions import Fraction
 
 import pytest
 
@@ -84,7 +89,7 @@ def test_wrong_but_tidy_stays_well_below_right_but_untidy():
 
 def test_text_after_the_answer_costs_only_the_strict_format():
     names = evaluator.rewards(TIDY.format("so", "72") + " thanks" * 1000, {"answer": "72"})
-    assert names == {"correctness": 1, "integer": 1, "strict_format": 0, "soft_format": 1, "tag_count": 1}
+    assert names == {"correctness": 1, "integer": 1, "strict_format": 0, "soft_format": 1, "tag_count": 1, "safety": 1}
 
 
 @pytest.mark.parametrize(
@@ -118,29 +123,233 @@ def test_the_majority_counts_equal_values_together_and_prefers_the_earliest():
     assert evaluator.majority(["nothing"]) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<reasoning>",
-        "<reasoning></reasoning>",
-        "</reasoning><answer>",
-        "\\boxed{",
-        "1,",
-        "9" * 50,
-        "####",
-        "{",
-        "-",
-        "=",
-    ],
-)
-def test_no_text_of_100_kilobytes_is_slow_or_raises(text):
-    import time
+# ---- mathematics ---------------------------------------------------------------------------------------------------
 
-    completion = text * (100_000 // len(text))
-    start = time.perf_counter()
-    evaluator.rewards(completion, {"answer": "72"})
-    evaluator.rewards(f"<answer>{completion}</answer>", {"answer": "72"})
-    assert time.perf_counter() - start < 1  # milliseconds, unless something is quadratic
+SAME = r"""
+fractions        1/2 == \frac12 == \dfrac{1}{2} == 0.5 == .5 == ½ == \frac{2}{4} == \tfrac 12
+negative         -\frac{1}{2} == \frac{-1}{2} == \frac{1}{-2} == -0.5 == −½
+mixed            1\frac{1}{2} == 3/2 == 1 1/2 == 1½ == 1.5
+not mixed        3\frac{4}{3} == 4
+thousands        1,080 == 1080 == 1{,}080 == 1\,080 == 1,\!080 == 1 080 == 1080.00 == １，０８０
+currency         \$1,080 == $1080$ == €1080 == 1080 dollars == USD 1080 == US$1,080.00
+percent          10\% == 10% == 10 percent
+percent as said  10\% == 10
+percent as is    10\% == 0.1
+degrees          90^\circ == 90^{\circ} == 90° == 90 degrees == 90
+units            8\text{ cm} == 8 == 8 cm == 8 \mathrm{cm} == 8 centimeters
+square units     16 \text{ cm}^2 == 16 square centimeters == 16 == 16 cm²
+rates            60 km/h == 60 == 60 \text{ km/h}
+words            \text{Monday} == monday == \textbf{Monday} == Monday.
+choices          \text{(C)} == C == (C) == \textbf{(C)}
+spacing          \left( 3, \frac{\pi}{2} \right) == (3,\pi/2) == \bigl(3,\;\tfrac\pi2\bigr) == (3, π/2)
+sets             \{1,2,3\} == {3, 2, 1} == 1, 2, 3 == 1,2 \text{ and } 3 == \left\{3,1,2\right\}
+big sets         100,200,300 == 300, 200, 100
+intervals        [1, 2) == \left[1,2\right) == 1 \le x < 2 == x \in [1,2) == 2 > x \geq 1
+unions           (-\infty,3)\cup(5,\infty) == x < 3 \text{ or } x > 5 == (5,+\infty) \cup (-\infty, 3)
+matrices         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} == [[1,2],[3,4]]
+columns          \begin{pmatrix} 1 \\ -2 \end{pmatrix} == (1,-2) == \left[\begin{array}{c}1\\-2\end{array}\right]
+roots            \frac{\sqrt{3}}{3} == \frac{1}{\sqrt{3}} == \sqrt3/3 == 3^{-1/2} == √3/3
+more roots       2\sqrt{2} == \sqrt{8} == \sqrt[3]{16\sqrt{2}}
+pi               \frac{1}{2}\pi == \frac{\pi}{2} == 0.5π == pi/2
+scientific       3.2\times 10^5 == 320000 == 3.2e5 == 3.2 × 10⁵ == 32 \cdot 10^{4}
+small            1.5 \times 10^{-3} == 0.0015 == 1.5e-3
+definitions      x = 5 == 5 == 5 = x == x=5.0
+plus or minus    3 \pm \sqrt{2} == 3-\sqrt{2}, 3+\sqrt{2} == \{3+\sqrt2, 3-\sqrt2\} == x = 3 ± √2
+polynomials      x^2+2x+1 == (x+1)^2 == 1 + 2x + x^2 == y = x^{2} + 2x + 1
+names            f(x) = 2x+3 == 3+2x
+lines            x+y=3 == 2x+2y=6 == y = 3-x == -x-y+3=0
+complex          2+3i == 3i+2 == i(3-2i)
+repeating        0.\overline{3} == 1/3 == 0.333333333333
+functions        \log_2 8 == 3 == \lfloor \pi \rfloor == |-3| == \binom{3}{1} == 3!/2 == \sin^2 x + \cos^2 x + 2
+bases            1101_2 == 1101_{2} == 1101
+spelled          seventy-two == 72 == seventy two clips == 72 (seventy-two)
+large            2 million == 2,000,000 == 2 \times 10^6 == two million
+sentences        72 == **72** == The answer is $72. == So the final answer is: \(72\) == about 72
+calculated       48 + 24 = 72 == 72 == 6 \cdot 12 == <<48+24=72>>72 clips == \boxed{72} == Total: 72
+chains           8\sqrt{2} \approx 11.3 == 8\sqrt2
+"""
+SAME = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in SAME.strip().split("\n"))
+
+DIFFERENT = r"""
+1/2 != 1/3          0.33 != 1/3          3.14 != \pi           \sqrt{2} != 1.414      5 != -5
+(1,2) != (2,1)      [1,2] != (1,2)       (1,2] != [1,2]        1,2 != 1,3              \{1,2\} != \{1,2,3\}
+x=5 != y=6          x=5 != x=6           2x+3 != 3x+2          x^2 != x^3              x > 5 != x \ge 5
+x<5 != x>5          y=2x+3 != y=2x-3     x+y=3 != 3            7=11a+c != 11a+c        3\pm2 != 3+2
+10\% != 0.01        0.5\% != 0.5         5\text{ cm} != 5\text{ m}                     2 cm != 2 inches
+75\% != 75^\circ    1101_2 != 1101_3     443_5 != 123          1,080 != 1,08           1,2 != 1.2
+even != odd         John Smith != John Doe                     C != D                  \text{yes} != \text{no}
+2+3i != 2-3i        \frac{3}{4} != \frac{4}{3}                 1:2 != 2:1              \infty != -\infty
+12345678901234567890 != 12345678901234567891                  100000001 != 100000002   9**9**9 != 9
+72 or 73 != 72      not 72 != 72         less than 72 != 72    72, maybe 73 != 72      7 2 != 72
+1 2 3 != 6          3abc != 3            print(72) != 72       \sqrt{72} != 72         x/72 != 72
+six or seven != 6   one third != 1       1/0 != 1              1e999999 != 1           2^{10} != 2^{11}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1
+"""
+DIFFERENT = [pair.split(" != ") for pair in re.findall(r"\S.*? != .*?(?=\s{3}|\n|$)", DIFFERENT)]
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_the_same_in_every_notation(kind):
+    written = SAME[kind].split(" == ")
+    for left, right in itertools.permutations(written, 2):
+        assert evaluator.math_equal(left, right), (left, right)
+
+
+@pytest.mark.parametrize("left, right", DIFFERENT)
+def test_what_is_not_the_same(left, right):
+    assert not evaluator.math_equal(left, right) and not evaluator.math_equal(right, left)
+    assert evaluator.math_equal(left, left) and evaluator.math_equal(right, right)
+
+
+@pytest.mark.parametrize("sentence", ["It is 72 clips.", "Therefore, 72", "She sold 48 + 24 = 72 clips in all.", "72?"])
+def test_a_sentence_with_one_number_in_it_says_that_number(sentence):
+    assert evaluator.math_equal(sentence, "72") and not evaluator.math_equal(sentence, "73")
+
+
+def test_answers_of_different_kinds_are_never_the_same():
+    kinds = {kind: text.split(" == ")[0] for kind, text in SAME.items() if "percent" not in kind}
+    equal = {frozenset((a, b)) for a, b in itertools.permutations(kinds, 2) if evaluator.math_equal(kinds[a], kinds[b])}
+    assert equal == {
+        frozenset(pair)
+        for pair in [
+            ("thousands", "currency"),
+            ("spelled", "sentences"),
+            ("spelled", "calculated"),
+            ("sentences", "calculated"),
+        ]
+    }
+
+
+def test_random_calculations_are_read_as_python_reads_them():
+    rng = random.Random(0)
+
+    def grow(depth):
+        if depth == 0 or rng.random() < 0.2:
+            return str(rng.randint(1, 20))
+        left, right = grow(depth - 1), grow(depth - 1)
+        return f"({left} {rng.choice('+-*/')} {right})"
+
+    for text in (grow(4) for _ in range(500)):
+        try:
+            value = eval(re.sub(r"(\d+)", r"Fraction(\1)", text))  # our own text
+        except ZeroDivisionError:
+            continue
+        assert evaluator.number(text) == value
+        latex = text.replace("*", r"\cdot ").replace("(", r"\left(").replace(")", r"\right)")
+        assert evaluator.math_equal(latex, str(value)) and not evaluator.math_equal(latex, str(value + 1))
+
+
+PIECES = (
+    "( [ { \\frac{ \\sqrt{ ^ 2^ - + 1+ x+ x 9 1, 1,000, | \\{ \\boxed{ \\text{a} <reasoning> </reasoning> <answer> </answer> #### = 1= % ! 5! \\pm "
+    "\\begin{pmatrix} & \\\\ ** __ \\sin \\log_ _{ \\left( / 1/ 1\\frac12 . e9 1e9 9**9** 0.\\overline{3} ² ½ × << <<1+1=2>> 1+1=2 wait kill \\ $ \0 one "
+    "hundred and or x< \\in 5cm/ ```python \ud800 ١ knight 1e999999 9!"
+).split(" ")
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_no_text_of_100_kilobytes_is_slow_or_raises(piece):
+    problems = [
+        {"kind": "math", "answer": "72", "solution": "48+24=72"},
+        {"kind": "countdown", "answer": "8*9", "numbers": [8, 9], "target": 72},
+        {"kind": "order", "answer": "Ada, Ben", "names": ["Ada", "Ben"]},
+        {"kind": "knights", "answer": "Ada: knight, Ben: knave", "names": ["Ada", "Ben"]},
+    ]
+    for size in (100_000, 480):  # the second is short enough to be read as mathematics
+        text = piece * (size // len(piece))
+        for completion in (text, f"<answer>{text}</answer>", f"<reasoning>{text}</reasoning>\n<answer>1</answer>"):
+            start = time.perf_counter()
+            for problem in problems:
+                evaluator.rewards(completion, problem)
+                evaluator.step_rewards(completion, problem)
+            evaluator.math_equal(text, text)
+            assert time.perf_counter() - start < 2  # a few hundredths, unless something backtracks
+
+
+# ---- countdown -----------------------------------------------------------------------------------------------------
+
+COUNTDOWN = {"kind": "countdown", "numbers": [25, 5, 3, 7], "target": 60, "answer": "(25 - 5) * 3"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["(25 - 5) * 3", "(25-5)×3 = 60", "60 = 3(25-5)", "$$(25 - 5) \\cdot 3$$", "(25 − 5) × 3", "7 * 5 + 25"],
+)
+def test_any_calculation_that_reaches_the_target_counts(answer):
+    assert evaluator.right(answer, COUNTDOWN)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["60", "25 - 5 * 3", "3 * 25 - 3 * 5", "(25-5)*3*1", "(20)*3", "25 * 3 - 15", "(25-5)*3 = 61", "2**5 + 28", "3!*10", "", "x", "(" * 99, "25-5"],
+)  # fmt: skip
+def test_other_numbers_other_results_and_no_calculation_do_not(answer):
+    assert not evaluator.right(answer, COUNTDOWN)
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------
+
+NATALIA = {
+    "kind": "math",
+    "answer": "72",
+    "solution": "She sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = <<48+24=72>>72.",
+}
+
+
+def steps(reasoning, problem=NATALIA):
+    """Each step's text and reward."""
+    completion = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n72\n</answer>"
+    found, start = [], len("<reasoning>\n")
+    for end, reward in evaluator.step_rewards(completion, problem):
+        found.append((completion[start:end].strip(), reward))
+        start = end
+    return found
+
+
+def test_steps_are_lines_and_sentences_and_right_ones_earn_more_than_true_ones_and_those_more_than_false_ones():
+    told = "In May she sold half. That is 48 / 2 = 24 clips.\nOf them 24 / 2 = 12 were red.\n48 + 24 = 73"
+    assert steps(told) == [
+        ("In May she sold half. That is 48 / 2 = 24 clips.", 1.0),  # a sentence without a calculation joins the next
+        ("Of them 24 / 2 = 12 were red.", 0.5),  # holds, but the worked solution has no 12
+        ("48 + 24 = 73", 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, reward",
+    [
+        ("<<48/2=24>>24", 1.0), ("$48 ÷ 2 = $24.00", 1.0), ("48 - 24 = 24 and 24 + 24 = 49", 0.0), ("50 * 20% = 10", 0.5),
+        ("10 / 3 = 3.33", 0.5), ("10 / 3 = 3", 0.0), ("2 * 3 = 6 = 3 + 3", 0.5), ("1,000 + 80 = 1,080", 0.5),
+    ],
+)  # fmt: skip
+def test_a_calculation_holds_by_value_or_rounded_to_the_decimals_it_shows(line, reward):
+    assert steps(line) == [(line, reward)]
+
+
+@pytest.mark.parametrize("line", ["I think so.", "x = 5", "24 = 24", "", "So = 3", "6 = 2 * 3"])
+def test_a_line_that_calculates_nothing_is_no_step(line):
+    assert steps(line) == []
+
+
+def test_the_steps_of_a_worked_solution_are_all_right():
+    for problem in itertools.islice(rldatasets.load("arithmetic", "test"), 300):
+        completion = rldatasets.written_out(problem)
+        ((end, reward),) = evaluator.step_rewards(completion, problem)
+        assert reward == 1.0 and completion[:end].endswith(problem["solution"])
+
+
+# ---- length, safety, reflection ------------------------------------------------------------------------------------
+
+
+def test_the_overlong_penalty_falls_from_0_to_minus_1_over_its_buffer():
+    assert [evaluator.overlong(n, limit=100, buffer=20) for n in (1, 80, 85, 90, 100)] == [0, 0, -0.25, -0.5, -1]
+
+
+def test_safety_is_a_list_and_reflection_counts_words():
+    assert evaluator.safety("24 clips") and not evaluator.safety("I'll show you how to build a pipe bomb.")
+    assert evaluator.reflection("Wait, that is a mistake. Let me check: 2. The waiter waits.") == 3
+
+
+# ---- what a script may not know ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", ["evaluator", "rldatasets"])

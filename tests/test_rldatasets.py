@@ -1,8 +1,14 @@
 """The questions of rldatasets.py: splits, order, rows."""
 
+import ast
+import gzip
 import itertools
 import json
+import operator
+import random
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -126,3 +132,429 @@ def test_a_file_belongs_to_a_split_only_if_the_splits_name_is_a_word_of_its_name
         write(tmp_path / name, [dict(ROWS[0], question=name)])
     assert [p["question"] for p in rldatasets.load(str(tmp_path), "test")] == ["gsm8k-test.jsonl"]
     assert [p["question"] for p in rldatasets.load(str(tmp_path), "train")] == ["latest_train.jsonl"]
+
+
+def one(tmp_path, row):
+    """The only problem of a file with this row."""
+    (problem,) = rldatasets.load(write(tmp_path / "rows.jsonl", [row]), "test")
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"problem": "1/2 + 1/2?", "solution": r"It is \boxed{\frac{2}{2}}, so \boxed{1}.", "level": "Level 1"}, "1"),
+        ({"problem": "1/4 + 1/4?", "solution": r"That is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}"),
+        ({"problem": "Which?", "solution": r"\boxed{\left\{ 1, 2 \right.} is it."}, r"\left\{ 1, 2 \right."),
+        ({"problem": "2 + 3?", "solution": r"We get $\boxed 5$ at last."}, "5"),
+        ({"problem": "2 + 3?", "solution": r"We get $\fbox{5}$."}, "5"),
+        ({"problem": "2 + 3?", "solution": r"Not $\boxed{6}$.", "answer": "5", "subject": "Algebra"}, "5"),
+        ({"id": 60, "problem": "2 + 3?", "solution": "Add.", "answer": "005", "url": "", "year": "2024"}, "005"),
+        ({"problem": "2 + 3?", "answer": 5}, "5"),
+        ({"query": "2 + 3?", "response": "2 + 3 = 5\n#### 5\nThe answer is: 5", "type": "GSM_Rephrased"}, "5"),
+    ],
+)
+def test_mathematics_is_known_by_its_fields_and_its_answer_is_found(tmp_path, row, answer):
+    problem = one(tmp_path, row)
+    assert problem["answer"] == answer and problem["kind"] == "math"
+    assert set(problem) == {"question", "answer", "kind", "solution"}
+    assert problem["question"] == row.get("problem", row.get("query"))
+    assert "The answer is" not in problem["solution"]
+
+
+HUMANEVAL = {
+    "task_id": "Mine/0",
+    "prompt": 'def twice(x):\n    """ Twice x, twice(2) is 4. """\n',
+    "canonical_solution": "    return 2 * x\n",
+    "test": "LIMIT = 2\n\ndef check(candidate):\n    assert candidate(1) == 2\n    for x in range(LIMIT):\n        "
+    "assert candidate(x) == x + x\n",
+    "entry_point": "twice",
+}
+MBPP = {
+    "text": "Write a function to double a point.",
+    "code": "from math import tau\r\n\r\nclass Point:\r\n    x = 1\r\n\r\ndef unused():\r\n    pass\r\n\r\n"
+    "def double(p):\r\n    return 2 * p.x",
+    "test_list": ["assert double(Point()) == 2", "assert isclose(double(Point()), 2)"],
+    "test_setup_code": "from math import isclose",
+}
+
+
+def passes(problem):
+    """Does the reference pass the tests of its problem?"""
+    lines = [problem["setup"], problem["answer"], *problem["tests"], "print('done')"]
+    return (
+        subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True).stdout == b"done\n"
+    )
+
+
+def test_a_humaneval_row_becomes_a_program_that_passes_its_tests(tmp_path):
+    problem = one(tmp_path, HUMANEVAL)
+    assert problem["kind"] == "program" and problem["functions"] == ["twice"]
+    assert problem["prelude"] == HUMANEVAL["prompt"] and HUMANEVAL["prompt"] in problem["question"]
+    assert problem["setup"].startswith(problem["prelude"]) and "LIMIT = 2" in problem["setup"]
+    assert problem["tests"][:2] == ["candidate = twice", "assert candidate(1) == 2"]
+    assert len(problem["tests"]) == 3 and passes(problem)
+    answer = evaluator.extract_answer(rldatasets.written_out(problem))
+    assert answer == (HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]).strip()
+
+
+def test_an_mbpp_row_becomes_a_program_whose_question_shows_the_tests(tmp_path):
+    problem = one(tmp_path, MBPP)
+    assert problem["kind"] == "program" and problem["functions"] == ["Point", "double"] and problem["prelude"] == ""
+    assert problem["question"].startswith(MBPP["text"]) and all(
+        test in problem["question"] for test in MBPP["test_list"]
+    )
+    assert passes(problem)
+    sanitized = {"prompt" if field == "text" else field: value for field, value in MBPP.items()}
+    del sanitized["test_setup_code"]
+    again = one(tmp_path, sanitized | {"test_imports": ["from math import isclose"]})
+    assert passes(again) and again["question"] == problem["question"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"problem": "?", "solution": "no box"},
+        {"problem": "?", "solution": r"\boxed{1"},
+        {"problem": "?", "solution": r"\boxed{}"},
+        {"problem": "", "solution": r"\boxed{1}"},
+        {"problem": "?", "solution": 1, "answer": "1"},
+        {"problem": "?", "answer": " "},
+        {"problem": "?", "answer": 0.5},
+        {"problem": "?", "answer": ["1"]},
+        {"problem": "?"},
+        {"query": "?", "response": "5"},
+        {"query": "?", "response": "The answer is: "},
+        {},
+        ["question", "answer"],
+        None,
+        HUMANEVAL | {"test": "def check(candidate: pass"},
+        HUMANEVAL | {"test": "assert True"},
+        HUMANEVAL | {"test": 3},
+        HUMANEVAL | {"canonical_solution": ")"},
+        HUMANEVAL | {"entry_point": "thrice"},
+        MBPP | {"test_list": []},
+        MBPP | {"test_list": [3]},
+        MBPP | {"test_list": "assert double(1)"},
+        MBPP | {"test_list": ["assert undefined(1)"]},
+        MBPP | {"test_imports": 3},
+        MBPP | {"code": "\0"},
+        MBPP | {"code": "-" * 50_000 + "1"},
+    ],
+)
+def test_a_row_without_what_its_kind_needs_is_named_in_one_line(tmp_path, broken):
+    path = write(tmp_path / "train.jsonl", [ROWS[0], broken])
+    with pytest.raises(rldatasets.DataError, match="train split, row 1: .") as error:
+        list(rldatasets.load(path, "train"))
+    assert "\n" not in str(error.value) and path in str(error.value)
+
+
+def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_csv(tmp_path / "rows.csv")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=2))
+    lines = write(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    expected = list(rldatasets.load(lines, "test"))
+    assert [problem["answer"] for problem in expected] == ["12", "-3", "1,125"]
+    for ending in ("parquet", "csv", "json", "jsonl.gz"):
+        assert list(rldatasets.load(str(tmp_path / f"rows.{ending}"), "test")) == expected
+
+
+def test_maths_own_folder_is_read_in_natural_order(tmp_path):
+    for number in (10, 9, 1):
+        file = tmp_path / "train" / "algebra" / f"{number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"problem": "?", "solution": rf"\boxed{{{number}}}", "level": "?"}, indent=4))
+    assert [problem["answer"] for problem in rldatasets.load(str(tmp_path), "train")] == ["1", "9", "10"]
+    file.write_text("{")
+    for split in ("train", "test"):
+        with pytest.raises(rldatasets.DataError):
+            list(rldatasets.load(str(tmp_path), split))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"question\nnull\n", b"[" * 100_000 + b"\n1\n", gzip.compress(b"{}\n" * 9999)[:-20]]
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv", "jsonl.gz", "txt"])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, content, ending):
+    path = tmp_path / f"train.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(rldatasets.DataError) as error:
+        list(rldatasets.load(str(path), "train"))
+    assert "\n" not in str(error.value) and path.name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "flag"),
+    [("math500", "train", " --dataset"), ("aime", "train", " --dataset"), ("metamath", "test", "--eval")],
+)
+def test_a_set_without_a_split_says_so_at_once(name, split, flag):
+    with pytest.raises(rldatasets.DataError, match=f"{name} is for .*{flag}"):
+        rldatasets.load(name, split)
+
+
+def test_splits_that_the_hub_does_not_have_are_made_of_those_it_has(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def hub(repository, configuration, split, streaming):
+        asked.append((repository, split))
+        if "aime" in repository:
+            return [{"problem": "?", "answer": "7"}]
+        return [HUMANEVAL | {"prompt": f"# {number}\n{HUMANEVAL['prompt']}"} for number in range(10)]
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    train, test = ([p["prelude"][:3] for p in rldatasets.load("humaneval", split)] for split in ("train", "test"))
+    assert test == ["# 0", "# 5"] and train == [f"# {number}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
+    assert len(list(rldatasets.load("aime", "test"))) == 1 and asked[-1] == ("HuggingFaceH4/aime_2024", "train")
+    assert list(rldatasets.load("mine/aime", "train")) and asked[-1] == ("mine/aime", "train")
+
+
+# ---- logic puzzles: solved again from their English, by other means than the generator's -----------------------------
+
+SAYINGS = [  # what is said, and what it says of the roles: {name: True for a knight}
+    (r"([A-Z]\w+) is a knight", lambda roles, me, a: roles[a]),
+    (r"([A-Z]\w+) is a knave", lambda roles, me, a: not roles[a]),
+    (r"([A-Z]\w+) and I are of the same kind", lambda roles, me, a: roles[a] is roles[me]),
+    (r"([A-Z]\w+) and I are of different kinds", lambda roles, me, a: roles[a] is not roles[me]),
+    (
+        r"The number of knights among us is exactly (\d)",
+        lambda roles, me, k: list(roles.values()).count(True) == int(k),
+    ),
+    (
+        r"The number of knights among us is at least (\d)",
+        lambda roles, me, k: list(roles.values()).count(True) >= int(k),
+    ),
+    (
+        r"The number of knaves among us is at least (\d)",
+        lambda roles, me, k: list(roles.values()).count(False) >= int(k),
+    ),
+    (r"([A-Z]\w+) and ([A-Z]\w+) are of the same kind", lambda roles, me, a, b: roles[a] is roles[b]),
+    (r"([A-Z]\w+) and ([A-Z]\w+) are of different kinds", lambda roles, me, a, b: roles[a] is not roles[b]),
+    (
+        r"If ([A-Z]\w+) is a knight, then ([A-Z]\w+) is a knave",
+        lambda roles, me, a, b: not roles[b] if roles[a] else True,
+    ),
+    (r"At least one of ([A-Z]\w+) and ([A-Z]\w+) is a knight", lambda roles, me, a, b: any([roles[a], roles[b]])),
+    (
+        r"([A-Z]\w+) is a knight and ([A-Z]\w+) is a knave",
+        lambda roles, me, a, b: [roles[a], roles[b]] == [True, False],
+    ),
+    (r"If ([A-Z]\w+) is a knight, then so is ([A-Z]\w+)", lambda roles, me, a, b: roles[b] if roles[a] else True),
+]
+CLUES = [  # what is told, and what it says of the list of names from first to last
+    (r"([A-Z]\w+) came in place (\d)", lambda line, a, k: line[int(k) - 1] == a),
+    (r"([A-Z]\w+) did not come in place (\d)", lambda line, a, k: line[int(k) - 1] != a),
+    (r"([A-Z]\w+) came directly before ([A-Z]\w+)", lambda line, a, b: (a, b) in itertools.pairwise(line)),
+    (r"([A-Z]\w+) came before ([A-Z]\w+)", lambda line, a, b: b in line[line.index(a) :]),
+    (
+        r"([A-Z]\w+) and ([A-Z]\w+) came one directly after the other",
+        lambda line, a, b: {a, b} in map(set, itertools.pairwise(line)),
+    ),
+    (
+        r"([A-Z]\w+) and ([A-Z]\w+) did not come one directly after the other",
+        lambda line, a, b: {a, b} not in map(set, itertools.pairwise(line)),
+    ),
+    (r"Exactly (\d) came between ([A-Z]\w+) and ([A-Z]\w+)", lambda line, k, a, b: len(between(line, a, b)) == int(k)),
+    (
+        r"([A-Z]\w+) came at least (\d) places before ([A-Z]\w+)",
+        lambda line, a, k, b: b in line[line.index(a) + int(k) :],
+    ),
+]
+
+
+def between(line, a, b):
+    first, last = sorted([line.index(a), line.index(b)])
+    return line[first + 1 : last]
+
+
+def understood(sentence, forms):
+    """The meaning of a sentence, as a function of a world."""
+    ((mean, words),) = [(mean, m.groups()) for form, mean in forms if (m := re.fullmatch(form, sentence))]
+    return lambda world, *me: mean(world, *me, *words)
+
+
+def knights_solutions(problem):
+    """Every assignment that a knights puzzle allows, in the form of its answer."""
+    said = re.findall(r'(\w+) says: "([^"]+)"', problem["question"])
+    names = [name for name, _ in said]
+    assert names == problem["names"] and len(set(names)) == len(names)
+    meanings = [(name, understood(sentence, SAYINGS)) for name, sentence in said]
+    worlds = [dict(zip(names, world)) for world in itertools.product([True, False], repeat=len(names))]
+    found = [roles for roles in worlds if all(mean(roles, me) is roles[me] for me, mean in meanings)]
+    return [", ".join(f"{name}: {'knight' if role else 'knave'}" for name, role in roles.items()) for roles in found]
+
+
+def order_solutions(problem):
+    """Every order that an order puzzle allows, in the form of its answer: places filled in turn, clues asked of all."""
+    told, middle, _ = problem["question"].partition(" In which order")
+    names, _, clues = told.partition(" ran a race, and no two came together. ")
+    assert middle and names.split(", ") == problem["names"]
+    meanings = [understood(clue, CLUES) for clue in clues.rstrip(".").split(". ")]
+    random.Random(0).shuffle(meanings)
+    lines = map(list, itertools.permutations(names.split(", ")))
+    return [", ".join(line) for line in lines if all(mean(line) for mean in meanings)]
+
+
+@pytest.mark.parametrize("difficulty", range(1, 6))
+def test_a_knights_puzzle_has_its_answer_as_the_only_solution(difficulty):
+    for problem in itertools.islice(rldatasets.load(f"knights:{difficulty}", "train"), 300):
+        assert knights_solutions(problem) == [problem["answer"]]
+        assert len(problem["names"]) == difficulty + 1
+
+
+@pytest.mark.parametrize("difficulty", range(1, 6))
+def test_an_order_puzzle_has_its_answer_as_the_only_solution_and_needs_every_clue(difficulty):
+    for number, problem in enumerate(itertools.islice(rldatasets.load(f"order:{difficulty}", "train"), 150)):
+        assert order_solutions(problem) == [problem["answer"]]
+        assert len(problem["names"]) == difficulty + 2 and len(problem["question"]) < 1100
+        if number < 5:
+            told, middle, rest = problem["question"].partition(" In which")
+            story, _, clues = told.partition("together. ")
+            clues = clues.rstrip(".").split(". ")
+            for spare in clues:
+                left = ". ".join(clue for clue in clues if clue != spare)
+                if left:
+                    shorter = problem | {"question": f"{story}together. {left}.{middle}{rest}"}
+                    assert len(order_solutions(shorter)) > 1
+
+
+def worth(node, used):
+    """The value of a parsed calculation; the numbers in it are added to `used`."""
+    if isinstance(node, ast.Constant):
+        used.append(node.value)
+        return node.value
+    left, right = worth(node.left, used), worth(node.right, used)
+    if isinstance(node.op, ast.Div):
+        assert left % right == 0
+        return left // right
+    return {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[type(node.op)](left, right)
+
+
+@pytest.mark.parametrize("difficulty", range(1, 6))
+def test_a_countdown_answer_reaches_the_target_with_the_numbers_given(difficulty):
+    for problem in itertools.islice(rldatasets.load(f"countdown:{difficulty}", "train"), 500):
+        used = []
+        assert worth(ast.parse(problem["answer"], mode="eval").body, used) == problem["target"]
+        assert sorted(used) == sorted(problem["numbers"]) and problem["target"] not in used
+        asked = re.match(r"Reach (\d+) with the numbers ([\d, ]+), each", problem["question"]).groups()
+        assert asked == (str(problem["target"]), ", ".join(map(str, problem["numbers"])))
+        for step in problem["solution"].splitlines():
+            calculation, _, result = step.partition(" = ")
+            assert worth(ast.parse(calculation, mode="eval").body, []) == int(result)
+
+
+def test_the_solution_of_a_puzzle_says_only_what_is_true():
+    for problem in rldatasets.load("knights:5", "test"):
+        first, *steps, last = problem["solution"].splitlines()
+        assert first == f"Try {problem['answer']}." and last.startswith("Nothing else")
+        roles = {name: kind == "knight" for name, kind in (pair.split(": ") for pair in problem["answer"].split(", "))}
+        for step in steps:
+            name, kind, said, truth = re.fullmatch(r'(\w+) is a (\w+), and "(.*)" is (True|False)\.', step).groups()
+            assert (kind == "knight") is roles[name] is (truth == "True") is understood(said, SAYINGS)(roles, name)
+    for problem in rldatasets.load("order:5", "test"):
+        first, *steps, last = problem["solution"].splitlines()
+        assert first == f"Try {problem['answer']}." and last.startswith("No other order")
+        for step in steps:
+            assert re.sub(r" \(\d\)", "", step) in problem["question"]
+            for name, place in re.findall(r"(\w+) \((\d)\)", step):
+                assert problem["answer"].split(", ")[int(place) - 1] == name
+
+
+def nameless(problem):
+    """A puzzle's question with its people numbered as they appear, and its sentences in a fixed order."""
+    numbers = {}
+    for name in re.findall("|".join(rldatasets.NAMES), problem["question"]):
+        numbers.setdefault(name, f"P{len(numbers)}")
+    question = re.sub("|".join(rldatasets.NAMES), lambda found: numbers[found[0]], problem["question"])
+    listed = ",".join(sorted(re.findall(r"\d+", question)))
+    return listed if problem["kind"] == "countdown" else question
+
+
+@pytest.mark.parametrize("kind", ["knights", "order", "countdown"])
+@pytest.mark.parametrize("difficulty", [1, 3, 5])
+def test_no_puzzle_is_in_both_splits_even_under_other_names(kind, difficulty):
+    train, test = (list(rldatasets.load(f"{kind}:{difficulty}", split)) for split in ("train", "test"))
+    assert len(train) == len({problem["question"] for problem in train}) == 1000
+    assert len(test) == len({problem["question"] for problem in test}) == 200
+    assert not set(map(nameless, train)) & set(map(nameless, test))
+
+
+def test_seats_and_the_order_of_clues_do_not_make_another_puzzle_either():
+    def orders(split):  # a race is told by the places of those its clues name, so that names and order do not matter
+        for problem in rldatasets.load("order:2", split):
+            yield tuple(sorted(re.sub(r"[A-Z]\w+ \((\d)\)", r"\1", s) for s in problem["solution"].splitlines()[1:-1]))
+
+    def sayings(split):  # who says what, with kinds in place of names
+        for problem in rldatasets.load("knights:1", split):
+            kinds = dict(pair.split(": ") for pair in problem["answer"].split(", "))
+            said = re.findall(r'(\w+) says: ("[^"]+")', problem["question"])
+            pattern = re.compile("|".join(kinds))
+            yield tuple(sorted(pattern.sub(lambda m, kinds=kinds: kinds[m[0]], " ".join(pair)) for pair in said))
+
+    for shape in (orders, sayings):
+        assert not set(shape("train")) & set(shape("test"))
+
+
+def test_logic_is_the_three_kinds_in_turn_and_always_the_same():
+    problems = list(itertools.islice(rldatasets.load("logic:2", "train"), 9))
+    assert [problem["kind"] for problem in problems] == ["knights", "order", "countdown"] * 3
+    assert problems[::3] == list(itertools.islice(rldatasets.load("knights:2", "train"), 3))
+    assert problems == list(itertools.islice(rldatasets.load("logic:2", "train"), 9))
+    assert next(iter(rldatasets.load("logic", "train"))) == next(iter(rldatasets.load("logic:1", "train")))
+    assert take("logic:2", 5, seed=4) == take("logic:2", 8, seed=4)[:5] != take("logic:2", 5, seed=5)
+    assert "Zoe" not in rldatasets.NAMES and "Yan" not in rldatasets.NAMES  # the example of the question
+
+
+@pytest.mark.parametrize("name", ["logic:0", "logic:6", "knights:", "order:x", "countdown:1:1", "logic:٣", "gsm8k:1"])
+def test_a_difficulty_from_1_to_5_and_only_for_puzzles(name):
+    for ask in (lambda: rldatasets.load(name, "train"), lambda: rldatasets.stages(f"{name}:5,gsm8k:5")):
+        with pytest.raises(rldatasets.DataError) as error:
+            ask()
+        assert "\n" not in str(error.value) and name in str(error.value)
+
+
+# ---- curricula -------------------------------------------------------------------------------------------------------
+
+
+def test_a_curriculum_is_a_list_of_names_with_their_steps(tmp_path):
+    assert rldatasets.stages("logic:1:100,logic:3:100,humaneval:200,gsm8k:400") == [
+        ("logic:1", 100),
+        ("logic:3", 100),
+        ("humaneval", 200),
+        ("gsm8k", 400),
+    ]
+    assert rldatasets.stages("logic:3") == [("logic:3", None)]  # its difficulty
+    assert rldatasets.stages("humaneval:200") == [("humaneval", 200)]  # its steps
+    assert rldatasets.stages("logic") == [("logic", None)]
+    assert rldatasets.stages("arithmetic:5, owner/set:6") == [("arithmetic", 5), ("owner/set", 6)]
+    path = write(tmp_path / "a,b:3.jsonl", ROWS)
+    assert rldatasets.stages(path) == [(path, None)]
+    assert rldatasets.stages(f"{tmp_path}:7") == [(str(tmp_path), 7)]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        ",",
+        "poker:3",
+        "logic:1:0",
+        "logic:1:-1",
+        "gsm8k:x",
+        "gsm8k:1:2:3",
+        "gsm8k,logic:1:5",
+        "gsm8k:5,",
+        "logic:3,gsm8k",
+    ]
+    + ["gsm8k,gsm8k:3", "gsm8k:²", "gsm8k:1e3", "gsm8k:" + "9" * 5000, "x" * 5000, "a\0b", "gsm8k:"],
+)
+def test_a_broken_curriculum_is_refused_in_one_line(spec):
+    with pytest.raises(rldatasets.DataError) as error:
+        rldatasets.stages(spec)
+    assert "\n" not in str(error.value)

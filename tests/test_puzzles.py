@@ -1,0 +1,230 @@
+"""The checkers of logic puzzles: any right answer in any sensible notation, and no other."""
+
+import itertools
+import random
+import time
+
+import pytest
+
+import evaluator
+import rldatasets
+
+KNIGHTS = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ada: knight, Ben: knave, Cleo: knave"}
+TWO = {"names": ["Ada", "Ben"], "answer": "Ada: knight, Ben: knight"}
+KNAVES = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ada: knave, Ben: knave, Cleo: knave"}
+ORDER = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ben, Ada, Cleo"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer"),
+    [
+        (KNIGHTS, "Ada: knight, Ben: knave, Cleo: knave"),
+        (KNIGHTS, "Cleo: KNAVE; ada: Knight; BEN: knave."),
+        (KNIGHTS, "Ada is a knight, Ben is a knave and Cleo is a knave"),
+        (KNIGHTS, "Ada is the knight. Ben and Cleo are knaves."),
+        (KNIGHTS, "Ada: knight\nBen: knave\nCleo: knave"),
+        (KNIGHTS, "Ada\nknight\nBen\nknave\nCleo\nknave"),
+        (KNIGHTS, "- Ada - knight\n- Ben - knave\n- Cleo - knave"),
+        (KNIGHTS, "Knights: Ada. Knaves: Ben, Cleo"),
+        (KNIGHTS, "Knaves: Ben, Cleo; Knights: Ada"),
+        (KNIGHTS, "**Knights:**\n- Ada\n\n**Knaves:**\n- Ben\n- Cleo"),
+        (KNIGHTS, "Knights - Ada; Knaves - Ben, Cleo"),
+        (KNIGHTS, "The knight is Ada, the knaves are Ben and Cleo"),
+        (KNIGHTS, "Ada is a knight, and the knaves are Ben and Cleo"),
+        (KNIGHTS, "Ada is a knight, everyone else is a knave"),
+        (KNIGHTS, "Ada is a knight and the others are knaves"),
+        (KNIGHTS, "Ada is a knight; the rest are liars"),
+        (KNIGHTS, "Knight: Ada. Ben is a knave. Cleo is a knave."),
+        (KNIGHTS, '{"Ada": "knight", "Ben": "knave", "Cleo": "knave"}'),
+        (KNIGHTS, '{"knights": ["Ada"], "knaves": ["Ben", "Cleo"]}'),
+        (
+            KNIGHTS,
+            '[{"name": "Ada", "role": "knight"}, {"name": "Ben", "role": "knave"}, {"name":"Cleo","role":"knave"}]',
+        ),
+        (KNIGHTS, "Ada = Knight, Ben = Knave, Cleo = Knave"),
+        (KNIGHTS, "Ada is a truth-teller, Ben is a liar, Cleo is a liar"),
+        (KNIGHTS, "Ada is truthful; Ben and Cleo are lying"),
+        (KNIGHTS, "Ada is not a knave, Ben isn't a knight, Cleo is not a knight"),
+        (KNIGHTS, "Ada is a knight (truth-teller); Ben is a knave (liar); Cleo is a knave (liar)"),
+        (KNIGHTS, "Ada is a knight, not a knave. Both Ben and Cleo are knaves."),
+        (KNIGHTS, "Ben and Cleo are both knaves, Ada is a knight"),
+        (KNIGHTS, "Neither Ben nor Cleo is a knight. Ada is a knight."),
+        (KNIGHTS, "| Name | Kind |\n|---|---|\n| Ada | knight |\n| Ben | knave |\n| Cleo | knave |"),
+        (KNIGHTS, r"\text{Ada: knight}, \text{Ben: knave}, \text{Cleo: knave}"),
+        (KNIGHTS, r"$\text{Ada} = \textbf{knight},\ \text{Ben} = \text{knave},\ \text{Cleo} = \text{knave}$"),
+        (KNIGHTS, "**Ada**: _knight_, **Ben**: _knave_, **Cleo**: _knave_"),
+        (KNIGHTS, "Ada → knight, Ben → knave, Cleo → knave"),
+        (TWO, "Both are knights"),
+        (TWO, "Ada and Ben are both knights."),
+        (TWO, "Knights: both. Knaves: none"),
+        (KNAVES, "Everyone is a knave"),
+        (KNAVES, "All of them are knaves."),
+        (KNAVES, "All three are liars"),
+        (KNAVES, "None of them is a knight"),
+        (KNAVES, "Nobody is a knight."),
+        (KNAVES, "Knights: none. Knaves: Ada, Ben, Cleo"),
+        (KNAVES, '{"knights": [], "knaves": ["Ada", "Ben", "Cleo"]}'),
+    ],
+)
+def test_a_right_assignment_counts_in_any_notation(problem, answer):
+    assert evaluator.knights_equal(answer, problem)
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer"),
+    [
+        (KNIGHTS, ""),
+        (KNIGHTS, "knight"),
+        (KNIGHTS, "Ada"),
+        (KNIGHTS, "Ada, Ben, Cleo"),
+        (KNIGHTS, "knight, knave, knave"),
+        (KNIGHTS, "Ada: knight"),
+        (KNIGHTS, "Ada: knight, Ben: knave"),
+        (KNIGHTS, "Ada: knight, Ben: knave, Zoe: knave"),
+        (KNIGHTS, "Adam: knight, Ben: knave, Cleo: knave"),
+        (KNIGHTS, "Ada: knave, Ben: knave, Cleo: knave"),
+        (KNIGHTS, "Ada: knight, Ben: knight, Cleo: knave"),
+        (KNIGHTS, "Knights: Ada, Ben. Knaves: Cleo"),
+        (KNIGHTS, "Knaves: Ada. Knights: Ben, Cleo"),
+        (KNIGHTS, "Ada is a knight or a knave, Ben is a knave, Cleo is a knave"),
+        (KNIGHTS, "Ada: knight/knave, Ben: knave, Cleo: knave"),
+        (KNIGHTS, "Ada is a knight and a knave, Ben is a knave, Cleo is a knave"),
+        (KNIGHTS, "Either Ada is a knight, Ben a knave, Cleo a knave"),
+        (KNIGHTS, "Maybe Ada is a knight, Ben a knave, Cleo a knave"),
+        (KNIGHTS, "Ada: knight, Ben: knave, Cleo: knave. Ada: knave, Ben: knight, Cleo: knight"),
+        (KNIGHTS, "Knights: Ada, Ben, Cleo. Knaves: Ada, Ben, Cleo"),
+        (KNIGHTS, "Everyone is a knight. Everyone is a knave."),
+        (KNIGHTS, "Ada is not a knight, Ben is a knave, Cleo is a knave"),
+        (KNIGHTS, "Everyone is a knave"),
+        (KNIGHTS, "Both are knaves"),
+        (TWO, "Everyone is a knave"),
+        (TWO, "Neither is a knight"),
+        (KNAVES, "Both are knaves"),
+        (KNAVES, "None of them is a knave"),
+        (KNAVES, "Not everyone is a knight"),
+    ],
+)
+def test_a_wrong_incomplete_or_hedged_assignment_does_not_count(problem, answer):
+    assert not evaluator.knights_equal(answer, problem)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Ben, Ada, Cleo",
+        "ben ada cleo",
+        "Ben > Ada > Cleo",
+        "Ben < Ada < Cleo",
+        "Ben -> Ada -> Cleo",
+        r"\text{Ben} \rightarrow \text{Ada} \rightarrow \text{Cleo}",
+        "**Ben**, **Ada**, **Cleo**.",
+        "1. Ben\n2. Ada\n3. Cleo",
+        "1. Ben 2. Ada 3. Cleo",
+        "3. Cleo 2. Ada 1. Ben",
+        "1st: Ben, 2nd: Ada, 3rd: Cleo",
+        "first Ben, then Ada, last Cleo",
+        "Ben first, then Ada, then Cleo",
+        "Ben came first, followed by Ada, and Cleo came last",
+        "Ada: 2, Ben: 1, Cleo: 3",
+        "Ben is first, Ada second, Cleo third",
+        "Cleo came last, Ben first, and Ada second",
+        "Cleo is third, Ada is second to last, Ben is first",
+        "Ben (1), Ada (2), Cleo (3)",
+        "Ben (1st), Ada (2nd), Cleo (3rd, last)",
+        "1) Ben (first)\n2) Ada (second)\n3) Cleo (third)",
+        '["Ben", "Ada", "Cleo"]',
+        '{"1": "Ben", "2": "Ada", "3": "Cleo"}',
+        '{"Ada": 2, "Ben": 1, "Cleo": 3}',
+        "From first to last: Ben, Ada, Cleo",
+        "The order is Ben, Ada and Cleo.",
+        "| Place | Name |\n|---|---|\n| 1 | Ben |\n| 2 | Ada |\n| 3 | Cleo |",
+        "Ben came before Ada, who came before Cleo",
+    ],
+)
+def test_a_right_order_counts_in_any_notation(answer):
+    assert evaluator.order_equal(answer, ORDER)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "Ben",
+        "Ben, Ada",
+        "1 2 3",
+        "Ben, Ada, Zoe",
+        "Ben, Adam, Cleo",
+        "Ada, Ben, Cleo",
+        "Cleo, Ada, Ben",
+        "Ben, Ada, Cleo, Ben",
+        "Ben, Ben, Cleo",
+        "Ben, Ada, Cleo or Ada, Ben, Cleo",
+        "Ben, Ada, Cleo; Ada, Ben, Cleo",
+        " ".join(name for names in itertools.permutations(["Ada", "Ben", "Cleo"]) for name in names),
+        "1. Ada 2. Ben 3. Cleo",
+        "2. Ben 1. Ada 3. Cleo",
+        "1. Ben 1. Ada 1. Cleo",
+        "1. Ben 2. Ada 2. Cleo",
+        "Ben: 1, Ada: 3, Cleo: 3",
+        "Ada: 1, Ben: 2, Cleo: 3",
+        "Ben: 2, Ada: 3, Cleo: 1",
+        "Ben: 2, Ada: 3, Cleo: 4",
+        "last to first: Ben, Ada, Cleo",
+        "Ben last, then Ada, then Cleo",
+        "Ben is not first, Ada second, Cleo third",
+        "Ben, Ada, Cleo in reverse order",
+        "Ben came after Ada, who came after Cleo",
+        "Maybe Ben, Ada, Cleo",
+    ],
+)
+def test_a_wrong_incomplete_or_hedged_order_does_not_count(answer):
+    assert not evaluator.order_equal(answer, ORDER)
+
+
+def swapped(problem, rng):
+    """An answer with one role changed, or two names in each other's place."""
+    parts = problem["answer"].split(", ")
+    i, j = rng.sample(range(len(parts)), 2)
+    if problem["kind"] == "knights":
+        parts[i] = parts[i].replace("knight", "K").replace("knave", "knight").replace("K", "knave")
+    else:
+        parts[i], parts[j] = parts[j], parts[i]
+    return ", ".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["knights", "order"])
+@pytest.mark.parametrize("difficulty", range(1, 6))
+def test_the_answer_of_a_puzzle_is_right_and_with_one_change_it_is_wrong(kind, difficulty):
+    equal, rng = {"knights": evaluator.knights_equal, "order": evaluator.order_equal}[kind], random.Random(0)
+    for problem in rldatasets.load(f"{kind}:{difficulty}", "test"):
+        assert equal(problem["answer"], problem) and not equal(swapped(problem, rng), problem)
+        assert not equal(problem["question"], problem)
+
+
+@pytest.mark.parametrize("equal", [evaluator.knights_equal, evaluator.order_equal])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ada",
+        "Ada ",
+        "Ada is ",
+        "knight ",
+        "the rest ",
+        "everyone ",
+        "1",
+        "1 ",
+        "not ",
+        "\\",
+        "\\a",
+        " ",
+        "\n",
+        "n't",
+        "(((",
+    ]
+    + ["second-to-", "truth ", "\0", "😀", "٣ ", "²", "Ada: knight, ", "knights: Ada ", "no one ", '{"', "İ", "ß "],
+)
+def test_any_text_is_judged_in_time_and_without_an_exception(equal, text):
+    problem = KNIGHTS if equal is evaluator.knights_equal else ORDER
+    long, start = (text * 100_000)[:100_000], time.perf_counter()
+    assert equal(long, problem) is False
+    assert time.perf_counter() - start < 0.3  # 10 to 50 ms on an idle core
