@@ -431,7 +431,9 @@ def evaluate_samples(policy, tokenizer, problems, prompts):
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):
         votes = [evaluator.majority(group[:k]) for group in groups]
         metrics[f"eval/pass@{k}"] = statistics.mean(pass_at_k(n, c, k) for c in right)
-        if all(problem["kind"] != "program" for problem in problems):  # programs have no common answer to vote for
+        if not any(
+            problem.get("kind") == "program" for problem in problems
+        ):  # programs have no common answer to vote for
             metrics[f"eval/maj@{k}"] = statistics.mean(map(evaluator.right, votes, problems))
     return metrics
 
@@ -650,10 +652,10 @@ def summary(run):
         return
     base, trained = evaluations[0], evaluations[-1]
     first, last = f"base (step {base['step']})", f"trained (step {trained['step']})"
-    print(f"\n{'test, ' + str(base['eval/n']):16}{first:>18}{last:>22}")
+    print(f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}")
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
         cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]
-        print(f"{key.removeprefix('eval/'):16}{cells[0]:>18}{cells[1]:>22}")
+        print(f"{key.removeprefix('eval/'):24}{cells[0]:>18}{cells[1]:>22}")
     tested = [row for row in read_lines(run / "samples.jsonl") if row["split"] == "test"]
     before, after = ([row for row in tested if row["step"] == one["step"]][:3] for one in (base, trained))
     for row, other in zip(before, after):
@@ -951,8 +953,9 @@ def check_settings():
     for name, kept, demand in rules:
         if not kept:
             raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
-    tested = [Path(name).resolve() for name, _ in rldatasets.stages(EVAL_DATASET or DATASET)]
+    tested = [Path(name).resolve() for name in tested_tasks()]
     for name, _ in rldatasets.stages(DATASET):
+        rldatasets.load(name, "train")  # refuses what is for testing only
         if Path(name).is_file() and Path(name).resolve() in tested:
             raise SettingsError(
                 f"{name} is a single file: give --eval_dataset too, and not the rows that are trained on"
@@ -977,9 +980,16 @@ def model_folder(name):
     return name
 
 
+def tested_tasks():
+    """The names of the data sets that are tested on."""
+    if EVAL_DATASET:
+        return [EVAL_DATASET] if Path(EVAL_DATASET).exists() else EVAL_DATASET.replace(" ", "").split(",")
+    return list(dict.fromkeys(name for name, _ in rldatasets.stages(DATASET)))
+
+
 def test_set():
     """The first questions of the test split in the official order, EVAL_QUESTIONS over all tasks that are tested."""
-    tasks = list(dict.fromkeys(name for name, _ in rldatasets.stages(EVAL_DATASET or DATASET)))
+    tasks = tested_tasks()
     each = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None
     problems = [
         problem | {"task": task} for task in tasks for problem in itertools.islice(rldatasets.load(task, "test"), each)
@@ -991,8 +1001,8 @@ def test_set():
 
 def check_sandbox(problems):
     """Refuse programs where there is no sandbox to run them in."""
-    if any(problem["kind"] == "program" for problem in problems) and (problem := evaluator.sandbox_problem()):
-        raise SettingsError(f"programs are run in a sandbox only: {problem}")
+    if any(problem["kind"] == "program" for problem in problems) and (reason := evaluator.sandbox_problem()):
+        raise SettingsError(f"programs are run in a sandbox only: {reason}")
 
 
 def run_settings(run):

@@ -1,5 +1,9 @@
 """What several test files share: small random checkpoints in Hugging Face format, and constants that go back."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test reaches the network
+
 import pytest
 import torch
 import transformers
@@ -39,6 +43,21 @@ def checkpoint(tmp_path_factory):
         return str(made[family])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reward_model(checkpoint, tmp_path_factory):
+    """A folder with a small random sequence classifier: one score for a question and its answer."""
+    torch.manual_seed(1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint("qwen2"))
+    config = transformers.Qwen2Config(
+        **SHAPE, num_key_value_heads=2, vocab_size=len(tokenizer), num_labels=1, max_position_embeddings=512
+    )
+    model = transformers.Qwen2ForSequenceClassification(config)
+    torch.nn.init.normal_(model.score.weight)
+    folder = tmp_path_factory.mktemp("judge") / "reward-model"
+    llms.save(model, tokenizer, folder)
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,38 @@ def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo(constants):
     assert_close(advantages * 4 / 3, tensor([[1, -1 / 3, -1 / 3, -1 / 3]]))  # each against the mean of the others
 
 
+# process supervision: o_1 has 5 tokens and steps that end at 2, 5; o_2 has 4 and steps that end at 1, 3, 4
+STEP_REWARDS = tensor([[[0, 1, 0, 0, 0.0], [0, 0, 1, 1, 0]]], dtype=torch.float64)
+STEP_ENDS = tensor([[[0, 1, 0, 0, 1], [1, 0, 1, 1, 0]]]).bool()
+
+
+def test_a_token_gets_the_normalised_rewards_of_the_steps_that_end_with_it_or_later():  # T7
+    advantages = main.process_advantages(STEP_REWARDS, STEP_ENDS)
+    # rewards 1, 0 and 0, 1, 1 together have mean 0.6 and std √0.3; the 1e-4 shrinks them all by this
+    shrunk = 0.3**0.5 / (0.3**0.5 + 1e-4)
+    first = [-0.3651483717] * 2 + [-1.095445115] * 3
+    second = [0.3651483717, 1.460593487, 1.460593487, 0.7302967433, 0.0]
+    assert_close(advantages[0] / shrunk, tensor([first, second], dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_one_step_that_ends_with_the_output_is_outcome_supervision():  # T8
+    rewards, lengths = tensor([[1.0, 0, 0, 0]]), (3, 1, 4, 2)
+    step_rewards, step_ends = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
+    for i, length in enumerate(lengths):
+        step_rewards[0, i, length - 1], step_ends[0, i, length - 1] = rewards[0, i], True
+    advantages = main.process_advantages(step_rewards, step_ends)
+    for i, length in enumerate(lengths):
+        assert torch.equal(advantages[0, i, :length], main.group_advantages(rewards)[0, i].expand(length))
+        assert (advantages[0, i, length:] == 0).all()
+
+
+def test_steps_are_compared_within_their_question_only():
+    other = tensor([[[0, 9, 0, 0, 0.0], [0, 0, 7, 5, 0]]], dtype=torch.float64)
+    both = main.process_advantages(torch.cat([STEP_REWARDS, other]), torch.cat([STEP_ENDS, STEP_ENDS]))
+    assert torch.equal(both[:1], main.process_advantages(STEP_REWARDS, STEP_ENDS))
+    assert (main.process_advantages(torch.full_like(other, 2.95), STEP_ENDS) == 0).all()  # equal steps: exactly 0
+
+
 def test_advantages_are_at_least_fp32_and_carry_no_gradient():
     rewards = tensor([[1, 0, 0, 0]], dtype=torch.bfloat16, requires_grad=True)
     advantages = main.group_advantages(rewards)
@@ -531,6 +563,125 @@ def test_three_steps_that_are_not_finite_end_the_run_with_the_weights_intact(set
     assert state.step == 3 and all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and json.loads(text.splitlines()[0])["reward"] is None
+
+
+# ---- steps on tokens, curricula, other rewards ---------------------------------------------------------------------
+
+
+def written(setup, text, **values):
+    """A rollout of two outputs of one question, token by token what a text says, and the state that it belongs to."""
+    state, _ = setup(QUESTIONS_PER_STEP=1, GROUP_SIZE=2, **values)
+    ids = state.tokenizer(text)["input_ids"] + [state.tokenizer.eos_token_id]
+    ids, attention, mask = llms.batch([[5, 6, 7]] * 2, [ids, ids[:4]], "cpu")
+    zeros = torch.zeros(mask.shape)
+    texts = [text, state.tokenizer.decode(ids[1, 3:7], skip_special_tokens=True)]
+    return state, llms.Rollout(ids, attention, mask, zeros, zeros, tensor([False, True]), texts)
+
+
+def test_the_reward_of_a_step_is_on_the_token_that_ends_it_and_that_of_the_output_on_its_last(setup):
+    text = "<reasoning>\nSo 1 + 1 = 2.\nThen é + 2 * 2 = 5.\n</reasoning>\n<answer>\n2\n</answer>"
+    state, rollout = written(setup, text, WEIGHT_STEPS=3.0)
+    problem = {"kind": "math", "question": "?", "answer": "2", "solution": "1 + 1 = 2"}
+    rewards, ends, means = main.reward_steps(state.tokenizer, rollout, [problem], tensor([[7.0, 8.0]]))
+    at = ends[0, 0].nonzero().flatten().tolist()
+    assert len(at) == 3 and rewards[0, 0, at].tolist() == [3.0, 0.0, 7.0]
+    decoded = [state.tokenizer.decode(rollout.ids[0, 3 : 3 + t + 1]) for t in at]
+    assert decoded[0].rstrip().endswith("1 + 1 = 2.") and decoded[1].rstrip().endswith("2 * 2 = 5.")
+    assert at[2] == rollout.mask[0].sum() - 1 and means == [0.5, 0.0]  # the end token is the end of the last step
+    assert ends[0, 1].nonzero().flatten().tolist() == [3] and rewards[0, 1, 3] == 8.0  # no step: the outcome alone
+
+
+def test_a_step_of_training_under_process_supervision_differs_from_one_under_outcome_supervision(
+    setup, tmp_path, monkeypatch
+):
+    text = "<reasoning>\n1 + 1 = 2\n2 + 2 = 5\n</reasoning>\n<answer>\n2\n</answer>"
+    seen = {}
+    for supervision in ("outcome", "process"):
+        state, rollout = written(setup, text, SUPERVISION=supervision, STEPS=1)
+        monkeypatch.setattr(llms, "sample", lambda *how, rollout=rollout: rollout)
+        real = main.grpo_loss
+        monkeypatch.setattr(main, "grpo_loss", lambda *a, real=real, s=supervision: seen.update({s: a[3]}) or real(*a))
+        (tmp_path / supervision).mkdir()
+        main.train(state, iter([PROBLEMS[0] | {"answer": "2"}]), [], tmp_path / supervision, set())
+        monkeypatch.setattr(main, "grpo_loss", real)
+        (row,) = main.read_lines(tmp_path / supervision / "metrics.jsonl")
+        assert ("rewards/steps" in row) == (supervision == "process") and row["grad_norm"] > 0
+    outcome, process = (next(A for A in seen[s] if A.abs().sum() > 0) for s in ("outcome", "process"))
+    assert len(set(outcome.tolist())) == 1 and len(set(process.tolist())) >= 3
+
+
+def test_a_stage_follows_the_other_at_its_step_and_a_second_iteration_begins_again(constants):
+    constants(DATASET="knights:2:2,countdown:3:3", STEPS=5)
+    assert [main.stage_at(step) for step in range(11)] == [0, 0, 1, 1, 1] * 2 + [0]
+
+
+def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup, tmp_path):
+    constants = {"DATASET": "arithmetic:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
+    state, _ = setup(**constants)
+    real, saved = main.save_checkpoint, {}
+    main.train(state, main.questions_of(state), [], tmp_path, set())
+    rows = main.read_lines(tmp_path / "metrics.jsonl")
+    assert [row["stage"] for row in rows] == ["arithmetic"] * 2 + ["knights:1"] * 3
+    assert [row["questions"] for row in rows] == [1, 2, 3, 4, 5] and (state.stage, state.position) == (1, 3)
+    assert "rewards/integer" in rows[0] and "rewards/integer" not in rows[4]
+    main.save_checkpoint(state, tmp_path)
+    fresh, _ = setup(**constants)
+    main.load_checkpoint(fresh, tmp_path)
+    assert next(main.questions_of(fresh)) == next(main.questions_of(state))
+
+
+def test_the_questions_of_two_stages_with_one_task_are_not_the_same(setup):
+    state, _ = setup(DATASET="knights:1:2,knights:1:2", STEPS=4)
+    first = next(main.questions_of(state))
+    state.stage = 1
+    assert next(main.questions_of(state)) != first
+
+
+def test_the_weighted_sum_takes_in_rewards_that_are_no_rules(constants):
+    constants(WEIGHT_OVERLONG=4.0, WEIGHT_REWARD_MODEL=0.5)
+    problem = {"kind": "math", "answer": "2"}
+    plain, _ = main.score_completions(["#### 2", "3"], [problem])
+    rewards, by_name = main.score_completions(
+        ["#### 2", "3"], [problem], overlong=[0.0, -0.5], reward_model=[1.0, -1.0]
+    )
+    assert (rewards - plain).tolist() == [[0.5, -2.5]] and by_name["overlong"] == [0.0, -0.5]
+
+
+def test_every_reward_has_a_weight():
+    kinds = [
+        {"kind": "math", "answer": "2"},
+        {"kind": "countdown", "answer": "1 + 1", "numbers": [1, 1], "target": 2},
+        {"kind": "program", "prelude": "", "setup": "", "tests": ["assert f()"], "functions": ["f"]},
+    ]
+    names = {name for problem in kinds for name in evaluator.rewards("no answer", problem)} | {
+        "overlong",
+        "reward_model",
+        "steps",
+    }
+    weights = {name.removeprefix("WEIGHT_").lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {
+        "decay"
+    }
+    assert names == weights
+
+
+def test_the_test_questions_are_shared_out_over_the_tasks(constants):
+    constants(DATASET="knights:1:2,countdown:3:2", EVAL_QUESTIONS=6)
+    assert [problem["task"] for problem in main.test_set()] == ["knights:1"] * 3 + ["countdown:3"] * 3
+    constants(EVAL_DATASET="arithmetic,order:2")
+    assert [problem["task"] for problem in main.test_set()] == ["arithmetic"] * 3 + ["order:2"] * 3
+
+
+def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model, constants):
+    state, rollout = setup()
+    state.reward_model = llms.load_reward_model(reward_model)
+    problems = PROBLEMS[:3]
+    scores = tensor(main.other_rewards(state, rollout, problems)["reward_model"])
+    assert scores.shape == (12,) and scores.mean().abs() < 1e-5 and abs(scores.std() - 1) < 1e-2
+    questions = [problem["question"] for problem in problems for _ in range(4)]
+    raw = tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts, rows=5))
+    alone = [llms.reward_scores(*state.reward_model, [q], [text])[0] for q, text in zip(questions, rollout.texts)]
+    assert_close(raw, tensor(alone), atol=1e-5, rtol=1e-4)
+    assert_close(scores, (raw - raw.mean()) / raw.std(), atol=1e-3, rtol=1e-3)
 
 
 def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+import evaluator
+import main
+
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8 --steps 6 --eval_every 3 --eval_questions 4"
 SMALL += " --learning_rate 1e-3 --save_every 2 --show_every 3"
@@ -36,6 +39,21 @@ def lines(path):
     """The rows of a metrics file, times left out."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    """The program in this process and an empty folder, which saves the seconds of a start: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = main.main(arguments)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +104,7 @@ def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(f
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished, number):
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished, inside, monkeypatch, number):
     folder, flags, _ = finished
     name = f"stopped-{number}"
     process = start(
@@ -100,25 +118,27 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished,
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and f"--resume runs/{name}" in out
     done = lines(metrics)[-1]["step"]
-    code, out, err = run(folder, "--resume", f"runs/{name}", "--steps", str(done + 1))
+    monkeypatch.chdir(folder)
+    code, _, err = inside("--resume", f"runs/{name}", "--steps", str(done + 1))
     assert code == 0, err
     assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
 
 
-def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished):
-    folder, flags, _ = finished
+def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished, inside):
+    _, flags, _ = finished
     for number in (1, 2):
-        code, _, err = run(folder, *flags, "--test")
+        code, _, err = inside(*flags, "--test")
         assert code == 0, err
-        rows = lines(folder / "runs" / f"test-{number}" / "metrics.jsonl")
+        rows = lines(Path("runs") / f"test-{number}" / "metrics.jsonl")
         assert [row["step"] for row in rows if "reward" in row] == [1, 2]
         assert [row["step"] for row in rows if "eval/accuracy" in row] == [2]
 
 
-def test_two_models_are_tested_on_the_same_questions(finished):
+def test_two_models_are_tested_on_the_same_questions(finished, inside, monkeypatch):
     folder, flags, _ = finished
-    code, out, err = run(
-        folder, "--evaluate", "runs/whole", "--against", flags[1], "--eval_questions", "3", "--eval_samples", "2"
+    monkeypatch.chdir(folder)
+    code, out, err = inside(
+        "--evaluate", "runs/whole", "--against", flags[1], "--eval_questions", "3", "--eval_samples", "2"
     )
     assert code == 0, err
     assert out.count("accuracy 0.000 ±") == 2 and "pass@2" in out and "difference: +0.000" in out
@@ -161,8 +181,8 @@ def test_plots_overlay_runs_from_their_files_alone(finished):
         ("--resume runs/nowhere", "runs/nowhere"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line_and_writes_nothing(tmp_path, arguments, says):
-    code, out, err = run(tmp_path, *arguments.split())
+def test_a_mistake_is_answered_in_one_line_and_writes_nothing(inside, tmp_path, arguments, says):
+    code, out, err = inside(*arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("main.py: error: ") and says in err
     assert not any(tmp_path.iterdir())
@@ -199,24 +219,87 @@ def test_a_gated_model_and_an_unknown_one_are_told_apart(tmp_path, model, says):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(finished):
+def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(finished, inside, monkeypatch):
     folder, flags, _ = finished
+    monkeypatch.chdir(folder)
     before = (folder / "runs" / "whole" / "metrics.jsonl").read_text()
     for arguments, says in (
         ([*flags, "--run", "whole"], "exists already"),
         (["--resume", "runs/whole", "--beta", "0.5"], "--beta 0.04"),
     ):
-        code, _, err = run(folder, *arguments)
+        code, _, err = inside(*arguments)
         assert code == 2 and err.count("\n") == 1 and says in err
     assert (folder / "runs" / "whole" / "metrics.jsonl").read_text() == before
 
 
-def test_a_data_row_without_an_answer_is_named(finished, tmp_path):
+def test_a_data_row_without_an_answer_is_named(finished, inside, tmp_path):
     _, flags, _ = finished
     rows = ['{"question": "1 + 1?", "answer": "#### 2"}', '{"question": "2 + 2?", "answer": "four"}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    code, _, err = run(tmp_path, *flags, "--dataset", "rows.jsonl", "--eval_dataset", "arithmetic")
+    code, _, err = inside(*flags, "--dataset", "rows.jsonl", "--eval_dataset", "arithmetic")
     assert code == 2 and "row 1" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--dataset logic:6:10", "from 1 to 5"),
+        ("--dataset chess:10", "unknown data set: chess"),
+        ("--dataset logic:1:10,countdown", "countdown"),
+        ("--dataset gsm8k:0", "steps, at least 1"),
+        ("--dataset logic:1:10,knights:2:5 --steps 7", "have 15 steps"),
+        ("--dataset math500", "for testing only"),
+        ("--supervision steps", "outcome, process"),
+        ("--overlong_share 0", "above 0"),
+    ],
+)
+def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, arguments, says):
+    code, _, err = inside(*arguments.split())
+    assert code == 2 and err.count("\n") == 1 and says in err and not (tmp_path / "runs").exists()
+
+
+def test_programs_are_refused_without_bubblewrap(finished, inside, tmp_path, monkeypatch):
+    _, flags, _ = finished
+    row = {"task_id": "1", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n"}
+    row["test"] = "def check(candidate):\n    assert candidate() == 1\n"
+    (tmp_path / "programs.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    evaluator.sandbox_problem.cache_clear()
+    code, _, err = inside(*flags, "--dataset", "programs.jsonl", "--eval_dataset", "arithmetic")
+    evaluator.sandbox_problem.cache_clear()
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    assert "apt-get install bubblewrap" in err
+
+
+def test_a_run_with_every_kind_of_reward_writes_each_by_name(finished, inside, reward_model):
+    _, flags, _ = finished
+    more = "--steps 2 --supervision process --weight_overlong 1 --weight_safety 1 --run all"
+    code, _, err = inside(*flags, *more.split(), "--reward_model", reward_model)
+    assert code == 0, err
+    row = next(row for row in lines(Path("runs/all/metrics.jsonl")) if "reward" in row)
+    assert {"rewards/steps", "rewards/overlong", "rewards/safety", "rewards/reward_model", "reflection"} <= row.keys()
+    assert {"steps", "overlong", "safety", "reward_model"} <= lines(Path("runs/all/samples.jsonl"))[4].keys()
+
+
+def test_a_reward_model_that_cannot_be_loaded_leaves_the_rules(finished, inside):
+    _, flags, _ = finished
+    code, out, _ = inside(*flags, "--steps", "1", "--reward_model", "nobody/nothing", "--run", "rules")
+    assert code == 0 and "the rules judge alone" in out and out.count("nobody/nothing") == 1
+    assert "rewards/reward_model" not in lines(Path("runs/rules/metrics.jsonl"))[1]
+
+
+@pytest.mark.skipif(evaluator.sandbox_problem() is not None, reason=str(evaluator.sandbox_problem()))
+def test_a_curriculum_of_puzzles_and_programs_runs_on_a_small_checkpoint(finished, inside, tmp_path):
+    _, flags, _ = finished
+    row = {"text": "Write f() that gives 1.", "code": "def f():\n    return 1\n", "test_list": ["assert f() == 1"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    stages = ["--dataset", "countdown:1:1,knights:2:1,train.jsonl:1", "--eval_dataset", "order:1,countdown:1"]
+    code, out, err = inside(*flags[:2], *flags[4:10], *stages, "--eval_questions", "4", "--run", "stages")
+    assert code == 0, err
+    rows = lines(Path("runs/stages/metrics.jsonl"))
+    assert [row["stage"] for row in rows if "stage" in row] == ["countdown:1", "knights:2", "train.jsonl"]
+    assert {"eval/accuracy/order:1", "eval/accuracy/countdown:1"} <= rows[0].keys()
+    assert {"rewards/tests", "rewards/compiles"} <= rows[-2].keys()
 
 
 def test_help_lists_every_constant_with_its_comment():
