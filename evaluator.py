@@ -6,6 +6,9 @@ are constants in main.py. Whatever a model writes, the rules give a number; they
     extract_answer(completion)       the answer that a completion gives, or None
     grade(completion, gold)          is it right?
     math_equal(prediction, gold)     do two answers mean the same?
+    right(answer, problem)           the same by the kind of the problem: mathematics or a puzzle
+    run_tests(code, problem)         what a program passes of its tests, in a sandbox
+    step_rewards(completion, ...)    the steps of the reasoning, each judged by rule
     rewards(completion, problem)     {name: number from 0 to 1}
     majority(completions)            the answer that most of them give
 """
@@ -720,7 +723,7 @@ def countdown_equal(answer, problem):
     """Does a calculation reach the target, with + - * / alone and each of the given numbers at most once?"""
     text = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
     sides = [side for side in tidy(text).split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
-    if len(sides) != 1 or ARITHMETIC.sub("", tidy(text)) or "**" in text:
+    if len(sides) != 1 or ARITHMETIC.sub("", tidy(text)) or "**" in text or re.search(r"\d\s+\d", text):
         return False  # several calculations, or something else than one
     spare = list(problem["numbers"])
     for used in map(int, re.findall(r"\d+", sides[0])):

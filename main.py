@@ -89,7 +89,7 @@ MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the los
 DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
 # -- Rewards: the weight of each in r_i
 SUPERVISION = "outcome"  # a reward for the whole output (outcome, §4.1.2), or also one for each step (process, §4.1.3)
-WEIGHT_STEPS = 0.5  # of a step that calculates right, with process supervision
+WEIGHT_STEPS = 4.0  # of a right step (process): normalised together with r_i, so as much as an output can earn
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
 WEIGHT_INTEGER = 0.5  # the answer is a whole number
 WEIGHT_STRICT_FORMAT = 0.5  # the asked form to the letter
