@@ -924,7 +924,8 @@ def run_tests(code, problem):
     """The share of the counted tests, those that assert, that a program passes, and whether it compiles cleanly."""
     asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
     tests = list(zip(problem["tests"], asserts))
-    start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL)  # env: /proc/1/environ would show it
+    # /proc/1/environ would show the environment; a Ctrl-C is for us, and not for the sandboxes
+    start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
     requests, replies = os.pipe(), os.pipe()  # each a reading and a writing end
     with tempfile.TemporaryFile() as task:
         send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
@@ -1058,7 +1059,7 @@ def strict_format(completion):
 def program_of(completion):
     """The source text of an answer, its indentation kept, without the fence of a code block."""
     text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
-    fenced = re.search(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return (fenced[1] if fenced else text).strip("\n") + "\n"
 
 
@@ -1101,7 +1102,8 @@ def rewards(completion, problem):
     answer = extract_answer(completion)
     kind = problem.get("kind", "math")
     if kind == "program":
-        passed, compiles = run_tests(program_of(completion), problem) if answer else (0.0, False)
+        source = program_of(completion)
+        passed, compiles = run_tests(source, problem) if source.strip() else (0.0, False)
         named = {"correctness": float(passed == 1), "tests": passed, "compiles": float(compiles)}
     else:
         named = {"correctness": float(right(answer, problem))}

@@ -304,8 +304,9 @@ def token_logprobs(model, ids, attention, mask, temperature):
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
-def tokens_at(tokenizer, ids, characters):
-    """For ascending positions in the text of some ids: the index of the token that completes the text up to there."""
+def tokens_at(tokenizer, rollout, row, characters):
+    """For ascending positions in the text of an output: the index of the token that completes the text up to there."""
+    ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
     found, start = [], 0
     for character in characters:
         lengths = range(start + 1, len(ids) + 1)  # how many tokens may it take?
@@ -329,6 +330,8 @@ def load_reward_model(name):
         raise ModelError(f"{name} is no sequence classifier: it lacks {min(loaded['missing_keys'])} and maybe more")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{name} has no padding token")
     model.config.pad_token_id = tokenizer.pad_token_id
     if torch.cuda.is_available():
         model.cuda()
@@ -337,10 +340,14 @@ def load_reward_model(name):
 
 @torch.no_grad()
 def reward_scores(model, tokenizer, questions, completions, rows=16):
-    """The score of each completion as the answer to its question: the only logit, or the log-odds of the last class."""
+    """The score of each completion as the answer to its question: the only logit, or the log-odds of the last class,
+    which is taken to be the good one."""
     scores = []
     for start in range(0, len(questions), rows):
         pairs = questions[start : start + rows], completions[start : start + rows]
+        if tokenizer.chat_template:  # a decoder reads the dialogue, an encoder a pair of texts
+            dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in zip(*pairs)]
+            pairs = ([tokenizer.apply_chat_template(dialogue, tokenize=False) for dialogue in dialogues],)
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
         batch = tokenizer(*pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
         with compute(model, keep_casts=True):

@@ -89,7 +89,7 @@ MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the los
 DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
 # -- Rewards: the weight of each in r_i
 SUPERVISION = "outcome"  # a reward for the whole output (outcome, §4.1.2), or also one for each step (process, §4.1.3)
-WEIGHT_STEPS = 4.0  # of a right step (process): normalised together with r_i, so as much as an output can earn
+WEIGHT_STEPS = 0.5  # of the steps' advantages beside the output's own, under process supervision
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
 WEIGHT_INTEGER = 0.5  # the answer is a whole number
 WEIGHT_STRICT_FORMAT = 0.5  # the asked form to the letter
@@ -169,7 +169,8 @@ def process_advantages(step_rewards, step_ends):
     """
     advantages = torch.zeros(step_rewards.shape, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
     for question, ends in enumerate(step_ends):
-        advantages[question][ends] = group_advantages(step_rewards[question][ends][None])[0]  # [K_1 + … + K_G]
+        if ends.sum() > 1:  # one step has none to be compared with
+            advantages[question][ends] = group_advantages(step_rewards[question][ends][None])[0]  # [K_1 + … + K_G]
     return advantages.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
 
 
@@ -359,20 +360,18 @@ def other_rewards(state, rollout, problems):
     return others
 
 
-def reward_steps(tokenizer, rollout, problems, rewards):
-    """Put rewards on tokens: each step's on its last one, and the output's own r_i on the end of the last step, |o_i|.
+def reward_steps(tokenizer, rollout, problems):
+    """Put the reward of each step of the reasoning on the token that ends it.
 
-    rewards [Q, G] -> step_rewards [Q, G, T], step_ends [Q, G, T]; and the mean of each output's steps, unweighted, [N].
+    Returns step_rewards [Q, G, T], step_ends [Q, G, T], True on those tokens, and the mean over each output's steps [N].
     """
     step_rewards, step_ends, means = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape).bool(), []
     for i, text in enumerate(rollout.texts):
         steps = evaluator.step_rewards(text, problems[i // GROUP_SIZE])
-        ids = rollout.ids[i, -rollout.mask.shape[1] :][rollout.mask[i]].tolist()
-        for at, (_, reward) in zip(llms.tokens_at(tokenizer, ids, [end for end, _ in steps]), steps):
-            step_rewards[i, at], step_ends[i, at] = WEIGHT_STEPS * reward, True
-        step_rewards[i, len(ids) - 1], step_ends[i, len(ids) - 1] = rewards.flatten()[i], True
+        for at, (_, reward) in zip(llms.tokens_at(tokenizer, rollout, i, [end for end, _ in steps]), steps):
+            step_rewards[i, at], step_ends[i, at] = reward, True
         means.append(statistics.mean(reward for _, reward in steps) if steps else 0.0)
-    shape = (*rewards.shape, -1)
+    shape = (len(problems), GROUP_SIZE, -1)
     return step_rewards.view(shape), step_ends.view(shape), means
 
 
@@ -427,13 +426,12 @@ def evaluate_samples(policy, tokenizer, problems, prompts):
     groups = [texts[i * n : (i + 1) * n] for i in range(len(problems))]
     graded = score_completions(texts, problems)[1]["correctness"]
     right = [int(sum(graded[i * n : (i + 1) * n])) for i in range(len(problems))]
+    voting = all(problem.get("kind") != "program" for problem in problems)  # programs have no answer to vote for
     metrics = {}
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):
         votes = [evaluator.majority(group[:k]) for group in groups]
         metrics[f"eval/pass@{k}"] = statistics.mean(pass_at_k(n, c, k) for c in right)
-        if not any(
-            problem.get("kind") == "program" for problem in problems
-        ):  # programs have no common answer to vote for
+        if voting:
             metrics[f"eval/maj@{k}"] = statistics.mean(map(evaluator.right, votes, problems))
     return metrics
 
@@ -453,7 +451,7 @@ class State:
     reference: torch.nn.Module = None  # π_ref; None at β = 0
     step: int = 0  # steps done, over all iterations
     updates: int = 0  # optimizer steps done
-    stage: int = 0  # of the curriculum, counted from 0
+    stage: int = 0  # stages of the curriculum that are over, over all iterations
     position: int = 0  # questions drawn from the data set of this stage
     questions: int = 0  # questions trained on, over all stages
     skipped: int = 0  # questions too long to ask
@@ -692,15 +690,23 @@ def timed(seconds, name):
 
 
 def stage_at(step):
-    """Which stage of the curriculum a step belongs to, counted from 0 both; every iteration runs through all of it."""
-    ends = itertools.accumulate(steps or STEPS for _, steps in rldatasets.stages(DATASET))
-    return next(stage for stage, end in enumerate(ends) if step % STEPS < end)
+    """How many stages of the curriculum come before that of a step; every iteration goes through all of them anew."""
+    stages = rldatasets.stages(DATASET)
+    if len(stages) == 1:
+        return 0  # its questions go on through all iterations
+    ends = itertools.accumulate(steps for _, steps in stages)
+    return step // STEPS * len(stages) + next(stage for stage, end in enumerate(ends) if step % STEPS < end)
+
+
+def stage_name(stage):
+    stages = rldatasets.stages(DATASET)
+    return stages[stage % len(stages)][0]
 
 
 def questions_of(state):
     """The endless stream of training questions of the stage where the state stands, from its position on."""
-    name, _ = rldatasets.stages(DATASET)[state.stage]
-    return rldatasets.shuffled(name, "train", SEED + state.stage, state.position)
+    seed = f"{SEED} {state.stage}" if state.stage else SEED
+    return rldatasets.shuffled(stage_name(state.stage), "train", seed, state.position)
 
 
 def draw_questions(state, stream):
@@ -719,6 +725,7 @@ def draw_questions(state, stream):
             raise SettingsError(
                 f"1000 questions in one step are over {MAX_PROMPT_TOKENS} tokens: raise --max_prompt_tokens"
             )
+    check_sandbox(problems)
     state.skipped += too_long
     state.questions += len(problems)
     return problems, prompts
@@ -737,11 +744,11 @@ def take_step(state, stream, run):
     with timed(seconds, "reward"):  # 8: their rewards
         others = other_rewards(state, rollout, problems)
         rewards, by_name = score_completions(rollout.texts, problems, **others)  # [Q, G]
-    if SUPERVISION == "outcome":  # 9: their advantages
-        advantages = group_advantages(rewards).flatten()  # Â_i, [N]
-    else:
-        step_rewards, step_ends, by_name["steps"] = reward_steps(tokenizer, rollout, problems, rewards)  # [Q, G, T]
-        advantages = process_advantages(step_rewards, step_ends).flatten(0, 1)  # Â_{i,t}, [N, T]
+        if SUPERVISION == "process":
+            step_rewards, step_ends, by_name["steps"] = reward_steps(tokenizer, rollout, problems)  # [Q, G, T]
+    advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
+    if SUPERVISION == "process":  # 9: Â_{i,t}, [N, T]
+        advantages = advantages[:, None] + WEIGHT_STEPS * process_advantages(step_rewards, step_ends).flatten(0, 1)
     advantages = advantages.to(policy.device)
     with timed(seconds, "logprobs"):
         logp_old = score(policy, rollout) if MU > 1 else None  # [N, T]; at μ = 1 it is the update's own logp
@@ -766,7 +773,7 @@ def step_metrics(state, rollout, rewards, by_name, updates):
         measured[name] = max(values) if name.endswith("max") else statistics.mean(values)
     return {
         "step": state.step,
-        "stage": rldatasets.stages(DATASET)[state.stage][0],
+        "stage": stage_name(state.stage),
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),
         **{f"rewards/{name}": statistics.mean(values) for name, values in by_name.items()},
@@ -913,7 +920,7 @@ def apply_settings(flags, inherited=None):
     if any(counts):  # a curriculum says itself how long it is
         if flags.get("STEPS", sum(counts)) != sum(counts):
             raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
-        values["STEPS"] = sum(counts)
+        values["STEPS"] = inherited["STEPS"] if inherited else sum(counts)
     globals().update(values)
 
 
@@ -953,13 +960,6 @@ def check_settings():
     for name, kept, demand in rules:
         if not kept:
             raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
-    tested = [Path(name).resolve() for name in tested_tasks()]
-    for name, _ in rldatasets.stages(DATASET):
-        rldatasets.load(name, "train")  # refuses what is for testing only
-        if Path(name).is_file() and Path(name).resolve() in tested:
-            raise SettingsError(
-                f"{name} is a single file: give --eval_dataset too, and not the rows that are trained on"
-            )
 
 
 def model_folder(name):
@@ -983,7 +983,7 @@ def model_folder(name):
 def tested_tasks():
     """The names of the data sets that are tested on."""
     if EVAL_DATASET:
-        return [EVAL_DATASET] if Path(EVAL_DATASET).exists() else EVAL_DATASET.replace(" ", "").split(",")
+        return [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
     return list(dict.fromkeys(name for name, _ in rldatasets.stages(DATASET)))
 
 
@@ -999,6 +999,17 @@ def test_set():
     return problems
 
 
+def check_data():
+    """Refuse to train on what is for testing only, or on the very rows that are tested."""
+    tested = [Path(name).resolve() for name in tested_tasks()]
+    for name, _ in rldatasets.stages(DATASET):
+        rldatasets.load(name, "train")  # refuses what is for testing only
+        if Path(name).is_file() and Path(name).resolve() in tested:
+            raise SettingsError(
+                f"{name} is a single file: give --eval_dataset too, and not the rows that are trained on"
+            )
+
+
 def check_sandbox(problems):
     """Refuse programs where there is no sandbox to run them in."""
     if any(problem["kind"] == "program" for problem in problems) and (reason := evaluator.sandbox_problem()):
@@ -1009,6 +1020,7 @@ def run_settings(run):
     """The constants that a run was made with."""
     try:
         config = json.loads((run / "config.json").read_text())
+        config = {name: default for name, (_, default, _) in CONSTANTS.items() if name != "MODEL"} | config
         return {name: type(CONSTANTS[name][1])(config[name]) for name in CONSTANTS}
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise SettingsError(f"{run} is no run that can be read: {error!r}") from None
@@ -1032,6 +1044,7 @@ def run_folder(actions, flags):
         if actions.test:
             globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8))
         check_settings()
+        check_data()
         data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
         return new_run_folder("test" if actions.test else f"{Path(MODEL).name}-{data}")
     run = Path(actions.resume)
@@ -1044,6 +1057,7 @@ def run_folder(actions, flags):
             )
     apply_settings(flags, inherited)
     check_settings()
+    check_data()
     return run
 
 

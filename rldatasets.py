@@ -337,8 +337,9 @@ def statements(code):
 def program(question, reference, prelude, setup, tests, named):
     """A program to write, as prelude and completion; it is right if its functions, after the setup, pass the tests."""
     functions = [node.name for node in statements(reference) if getattr(node, "name", None) in named]
-    if not tests or not functions:
-        raise ValueError("it needs tests, and they must call a function of the reference program")
+    parts = [node for test in tests for statement in statements(test) for node in ast.walk(statement)]
+    if not functions or not any(isinstance(node, ast.Assert) for node in parts):
+        raise ValueError("it needs tests that assert, and they must call a function of the reference program")
     problem = {"question": question, "answer": reference, "kind": "program", "solution": reference}
     return problem | {"prelude": prelude, "setup": setup, "tests": tests, "functions": functions}
 
@@ -366,7 +367,7 @@ def mbpp(row):
         raise ValueError("its test_list must be a list of texts")
     shown = "\n".join(tests)
     named = {node.id for test in statements(shown) for node in ast.walk(test) if isinstance(node, ast.Name)}
-    description = text(row, "text" if row.get("text") else "prompt")
+    description = text(row, "prompt" if "prompt" in row else "text")
     question = f"{description} Answer with Python code only. It must pass these tests:\n\n{shown}"
     return program(question, text(row, "code"), "", "\n".join([*imports, setup]), tests, named)
 
@@ -513,6 +514,8 @@ def stages(spec):
         return [(spec, None)]
     found = []
     for stage in spec.split(","):
+        if not stage.strip():
+            raise DataError(f"{spec!r}: an empty name")
         name, *steps = stage.strip().split(":")
         if steps and name in KINDS:
             name = f"{name}:{steps.pop(0)}"
