@@ -16,11 +16,11 @@ are constants in main.py. Whatever a model writes, the rules give a number; they
 import ast
 import cmath
 import functools
+import hashlib
 import inspect
 import itertools
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -81,18 +81,18 @@ def extract_answer(completion):
 
 # ---- what does an answer say? --------------------------------------------------------------------------------------
 # An answer is read by recursive descent and evaluated as it is read, its variables being random numbers: expressions
-# that agree at three such points are the same. Nothing of it is ever run as code, and every length, depth and number
+# that agree at such points are the same. Nothing of it is ever run as code, and every length, depth and number
 # has a bound; what is no mathematics, or is beyond a bound, is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
 LISTED = 64  # values in a list
 BITS = 20_000  # of an exact number
-POINTS = 3  # at which expressions with variables are compared
+POINTS = 4  # at which expressions with variables are compared
 
 SIGNS = {
     "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
     "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ", "θ": "\\theta ",
-    "∪": "\\cup ", "∈": "\\in ", "°": " degrees ", "≈": "\\approx ", "∅": "\\emptyset ", "`": "", "\u200b": "",
+    "∪": "\\cup ", "∈": "\\in ", "°": " degrees ", "≈": "\\approx ", "∅": "\\emptyset ", "º": " degrees ", "`": "", "\u200b": "",
     "€": "", "£": "", "¥": "", "₹": "",
 }  # fmt: skip
 SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
@@ -104,23 +104,34 @@ def mixed(match):
     return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
+DENIED = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline|fbox"
-MATRIX = r"\{(?:[pbvBV]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
+MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
     (r"(?<![\w)*])(\*\*|__)(?=[^\s*])([^*]+)\1(?![\w(])", r"\2"),  # bold
+    (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]|\\cr(?![a-z])", r"\\\\ "),  # the rows of a matrix
+    (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
-    (r"(?<=\d)(?:\{,\}|\\,)(?=\d{3})", ","),
+    (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
     (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|~|\$", " "),
     (rf"\\(?:{TEXT})\*?\s*\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"\\(?:{TEXT})\*?(?=\s*\{{)", " "),  # around braces
+    (r"\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-z]*\}", " "),
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
     (r"\\begin" + MATRIX, r"\\matrix "),
     (r"\\end" + MATRIX, r"\\endmatrix "),
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
-    (r"^[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
-    (r" \([A-Za-z -]{4,}\)$", ""),  # 72 (seventy-two)
+    (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
+    (r"^\((\d+)\)(?=_)", r"\1"),
+    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", r"\1 \2m"),
+    (rf"^(?!.*{DENIED})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
+    (rf" \((?!{DENIED})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
+    (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed),
@@ -130,12 +141,12 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
 def tidy(text):
     """One notation for what can be written in several ways, without the markup that means nothing."""
     text = last_boxed(text) or text
-    for pattern, new in REWRITES[:2]:
+    for pattern, new in REWRITES[:3]:
         text = pattern.sub(new, text)
     text = unicodedata.normalize("NFKC", text)
-    for pattern, new in REWRITES[2:]:
+    for pattern, new in REWRITES[3:]:
         text = pattern.sub(new, text)
-    return " ".join(text.split()).lstrip(" ,;:#*_").rstrip(" .,;:*_")
+    return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
 
 PLAIN = r"\d+\.\d*\\overline\{\d+\}|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
@@ -145,7 +156,7 @@ SPELLINGS = {
     "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
     "\\cdot": "*", "\\times": "*", "\\div": "/", "\\%": "%", "\\percent": "%", "\\pct": "%", "\\lbrace": "\\{", "\\rbrace": "\\}",
     "\\langle": "(", "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",",
-    "\\and": ",", "\\or": ",", "\\cup": ",",
+    "\\and": ",", "\\or": ",", "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
 }  # fmt: skip
 CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "\\infinity": math.inf, "\\inf": math.inf, "e": math.e, "i": 1j}
 FUNCTIONS = {
@@ -161,7 +172,8 @@ UNITS = {
     "inches": "inch", "yd": "yard", "kg": "kilogram", "mg": "milligram", "ml": "milliliter", "lb": "pound",
     "lbs": "pound", "oz": "ounce", "mph": "mile/hour", "hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute",
     "sec": "second", "secs": "second", "am": "am", "pm": "pm", "sq": "square", "cubed": "cubic", "squared": "square",
-    "USD": "dollar", "day": "day", "days": "day", "pts": "point", "mi": "mile", "men": "men", "per": "per",
+    "USD": "dollar", "day": "day", "days": "day", "pts": "point", "mi": "mile", "men": "men", "per": "/", "gm": "gram",
+    "m": "meter", "EUR": "euro", "kph": "kilometer/hour", "h": "hour",
 }  # fmt: skip
 DEFINED = re.compile(
     r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?|\([A-Za-z](?:,[A-Za-z])+\)|[A-Z/|]+"
@@ -178,7 +190,7 @@ class Undecided(ValueError):
 class Group(NamedTuple):
     """Several values: a list or set, a tuple or interval by its brackets, a matrix of rows that are matrices too."""
 
-    kind: str  # "list", "()", "[]", "(]", "[)", "matrix"
+    kind: str  # "list", "set", "()", "[]", "(]", "[)", "matrix"
     items: list
 
 
@@ -205,6 +217,8 @@ def tokenize(text, pattern):
         kind, token = match.lastgroup, match[match.lastgroup]
         if kind == "word" and token.lower() in BARE:
             kind, token = "command", "\\" + token.lower()
+        elif kind == "word" and token.isupper() and token not in UNITS:
+            kind = "letter"  # ABC is a name
         elif kind == "word" and token not in UNITS and not WORD.fullmatch(match[0]):
             tokens += [("letter", letter) for letter in token]
             continue
@@ -303,7 +317,7 @@ class Reader:
         if not names[0] and DEFINED.fullmatch(names[-1]):  # 5 = x
             names, sides = names[::-1], sides[::-1]
         numbers = not any(isinstance(side, Group) for side in sides)
-        difference = bounded(sides[0]) - bounded(sides[-1]) if numbers else math.inf
+        difference = bounded(sides[0]) - bounded(sides[-1]) if numbers else math.nan
         return Equation(names[0] if DEFINED.fullmatch(names[0]) else "", sides[-1], difference)
 
     def sum(self):
@@ -335,11 +349,14 @@ class Reader:
         self.take("/")
         word = self.tokens[self.at][1]
         self.at += 1
+        if word in ("squared", "cubed") and not self.units or word.endswith("ths"):
+            raise Undecided  # 72 hundredths
         if word.lower() in MULTIPLES:
             return MULTIPLES[word.lower()]
-        self.units.add(UNITS.get(word, word.lower().removesuffix("s")))
+        self.units |= set(UNITS.get(word, word.lower().removesuffix("s")).split("/"))
         if self.take("^"):
             self.units.add({2: "square", 3: "cubic"}.get(self.group()))
+        self.units.discard("")  # of per
         return 1
 
     def signed(self):
@@ -398,13 +415,14 @@ class Reader:
         return bounded(value)
 
     def variable(self, text):
-        """A random number that depends on the name, its subscript included, and on the point alone."""
+        """A random number that depends on the name, its subscript included, and on the point: from 0.1 to 30 over the points."""
         if self.take("_"):
             start = self.at
             self.group()
             text += "".join(text for _, text in self.tokens[start : self.at]).strip("{}")
         self.letters += 1
-        return random.Random(f"{text} {self.point}").uniform(0.5, 3)
+        digest = hashlib.blake2b(f"{text} {self.point}".encode(errors="replace"), digest_size=6).digest()
+        return 10 ** (2.5 * (self.point + int.from_bytes(digest) / 2**48) / POINTS - 1)
 
     def group(self, whole_number=False):
         """What a command takes: {…}, or the next digit or letter alone: \\frac12."""
@@ -414,17 +432,20 @@ class Reader:
         return self.signed() if text == "-" else self.atom()
 
     def bracket(self, opening):
+        start = self.at
         self.bars += opening == "|"
         value = Group("list", []) if self.tokens[self.at][1] in CLOSING else self.listing()
         closing = self.demand(*OPENING[opening])
         self.bars -= opening == "|"
+        if opening in ("(", "[") and any(re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.at]):
+            raise Undecided  # (12,102) is a pair
         if opening in ("|", "\\lfloor", "\\lceil"):
             value = bounded(value)
             if opening == "|":
                 return abs(value)
             return Fraction(math.floor(value) if opening == "\\lfloor" else math.ceil(value))
-        if opening in ("(", "[") and isinstance(value, Group) and value.kind == "list":
-            return Group(opening + closing, value.items)
+        if opening in ("(", "[", "\\{") and isinstance(value, Group) and value.kind == "list":
+            return Group("set" if opening == "\\{" else opening + closing, value.items)
         return value
 
     def function(self, name):
@@ -489,6 +510,8 @@ def spelled(text):
     spoken = [word in WORDS or word in MULTIPLES or word == "and" for word in words]
     end = spoken.index(False) if False in spoken else len(words)
     for word in words[:end]:
+        if word in WORDS and part % 100 and (part % 10 or part % 100 < 20 or WORDS[word] > 9):
+            return None  # five six
         if word == "hundred":
             part *= 100
         elif word in MULTIPLES:
@@ -509,7 +532,8 @@ def readings(text):
         text = text.replace("\\pm", "+").replace("\\mp", "-") + ", " + other
     tokens = [tokenize(text, TOKEN.format(pattern)) for pattern in (f"{GROUPED}|{PLAIN}", PLAIN)]
     found = []
-    for one in tokens[: 1 + (tokens[0] != tokens[1])]:
+    listed = tokens[0] != tokens[1] and not any(re.match(r"0\d", text) for _, text in tokens[1])  # 10,080 is no list
+    for one in tokens[: 1 + listed]:
         try:
             readers = [Reader(one.copy(), point) for point in range(POINTS)]
             values = [readers[0].answer()]
@@ -545,7 +569,7 @@ def same(a, b):
     if not isinstance(a, Group) or not isinstance(b, Group):
         return not isinstance(a, Group) and not isinstance(b, Group) and close(a, b)
     kinds = {a.kind, b.kind}
-    if kinds == {"list"}:
+    if kinds <= {"list", "set"}:
         return all(any(same(x, y) for y in b.items) for x in a.items) and (
             all(any(same(x, y) for x in a.items) for y in b.items)
         )
@@ -573,9 +597,10 @@ STATED = re.compile(
     r"(?<![\w.^/*+-])([+-]?)(\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(\.\d{0,40}+)?+"
     r"(?:\s?/\s?(\d{1,40}+))?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
 )
-HEDGED = re.compile(  # and what is no sentence: code, LaTeX
-    r"(?i)\b(?:not|no|never|wrong|incorrect|except|but|either|or|nor|unless|if|false|than|at (?:least|most)|between|below|above"
-    r"|under|over|minus|negative|plus|times)\b|n't|[\\^_]|\w\("
+HEDGED = re.compile(  # and what is no sentence: code, LaTeX, a comparison
+    r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false|than|at (?:least|most)|between"
+    r"|below|above|under|over|minus|negative|plus|times|twice|double|triple|hal(?:f|ves)|squared|cubed|\w+ths?"
+    r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|[\\^_]|\w\(|(?:^|\s)[<>]|!="
 )
 
 
@@ -596,7 +621,8 @@ def stated(text):
 
 def value_of(reading):
     """The exact number that a reading states, or None."""
-    value = reading.values[0].value if isinstance(reading.values[0], Equation) else reading.values[0]
+    value = reading.values[0]
+    value = value.value if isinstance(value, Equation) and value.name else value
     return value if isinstance(value, Fraction) else None
 
 
@@ -617,14 +643,18 @@ def math_equal(prediction, gold):
     if as_text(left) == as_text(right):
         return True
     first, second = readings(left), readings(right)
+    if len(first) == len(second) == 2:  # groups of three digits on both sides are thousands
+        first, second = first[:1], second[:1]
     if any(agree(a, b) for a in first for b in second):
         return True
     if not second or value_of(second[0]) is None or any(value_of(reading) is not None for reading in first):
         return False
+    if any(unit not in left for unit in second[0].units):
+        return False
     return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])  # a sentence
 
 
-BASE = re.compile(r"(?<=\d)_\{?\d+\}?$")
+BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
 
 
 def as_text(text):

@@ -167,6 +167,13 @@ large            2 million == 2,000,000 == 2 \times 10^6 == two million
 sentences        72 == **72** == The answer is $72. == So the final answer is: \(72\) == about 72
 calculated       48 + 24 = 72 == 72 == 6 \cdot 12 == <<48+24=72>>72 clips == \boxed{72} == Total: 72
 chains           8\sqrt{2} \approx 11.3 == 8\sqrt2
+bold             \frac{7}{9} == \mathbf{\frac{7}{9}} == \boldsymbol{\dfrac79} == {7 \over 9}
+base in words    2516_8 == 2516 \text{ (base }8) == (2516)_8 == 2516₈
+matrix rows      \begin{pmatrix} 5 \\[6pt] 6 \end{pmatrix} == \begin{bmatrix}5\\6\end{bmatrix}
+per hour         45 mph == 45 miles per hour == 45
+times of day     9\text{ a.m.} == 9 AM == 9:00 a.m.
+minus in words   -50 == negative 50 == minus 50
+ends of chats    $\large 1234$ == 1234<|im_end|> == 1,234\\ == <b>1'234</b>
 """
 SAME = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in SAME.strip().split("\n"))
 
@@ -182,6 +189,12 @@ even != odd         John Smith != John Doe                     C != D           
 12345678901234567890 != 12345678901234567891                  100000001 != 100000002   9**9**9 != 9
 72 or 73 != 72      not 72 != 72         less than 72 != 72    72, maybe 73 != 72      7 2 != 72
 1 2 3 != 6          3abc != 3            print(72) != 72       \sqrt{72} != 72         x/72 != 72
+1,001,000 != 1,000,000                   10,80 != 10,080        100,200 != 200,100     \$15,\!00 != \$15,\!000
+x \in [-2,7] != y=2x+3                   (x,y)=(1,2) != k=15   (-36,104] != [-36,104]   (100,200) != 100200
+half of 72 != 72    72 and a half != 72   > 72 != 72            Wrong: 72 != 72         72 (not correct) != 72
+maybe 72 != 72      72 hundredths != 72   52₈ != 528            |n-1| != n-1            |3-n| != 3-n
+It is 1. != \frac{x^2}{16}-\frac{y^2}{9}=1                     It is 5 feet != 5 \text{ inches}
+\{1,2\} != (1,2)    ACF != AFC           two and three != 5    five six != 11          \{1,2\} != [1,2]
 six or seven != 6   one third != 1       1/0 != 1              1e999999 != 1           2^{10} != 2^{11}
 \begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1
 """
