@@ -87,6 +87,18 @@ def test_a_token_gets_the_normalised_rewards_of_the_steps_that_end_with_it_or_la
     assert_close(advantages[0] / shrunk, tensor([first, second], dtype=torch.float64), atol=1e-9, rtol=0)
 
 
+def test_advantages_by_tokens_are_read_on_the_mask_only(constants):  # T23
+    constants(BETA=0.0)
+    logp, mask = ragged([[-1.0, -2.0, -0.5], [-1.5, -0.7]])
+    advantages = main.process_advantages(STEP_REWARDS[:, :, :3], STEP_ENDS[:, :, :3])[0]  # [2, 3]
+    clean = loss_and_gradient(logp, logp, None, advantages, mask)
+    for garbage in (float("nan"), 1e30, -1e30):
+        dirty = torch.where(mask, advantages, garbage)
+        assert all(map(torch.equal, loss_and_gradient(logp, logp, None, dirty, mask), clean))
+    # on-policy, the gradient of a token is -Â_{i,t} / (N |o_i|)
+    assert_close(clean[1][0], -advantages[0] / 6)
+
+
 def test_one_step_that_ends_with_the_output_is_outcome_supervision():  # T8
     rewards, lengths = tensor([[1.0, 0, 0, 0]]), (3, 1, 4, 2)
     step_rewards, step_ends = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
