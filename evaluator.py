@@ -81,7 +81,7 @@ def extract_answer(completion):
 
 # ---- what does an answer say? --------------------------------------------------------------------------------------
 # An answer is read by recursive descent and evaluated as it is read, its variables being random numbers: expressions
-# that agree at such points are the same. Nothing of it is ever run as code, and every length, depth and number
+# that agree at all points are the same. Nothing of it is ever run as code, and every length, depth and number
 # has a bound; what is no mathematics, or is beyond a bound, is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
@@ -91,9 +91,9 @@ POINTS = 4  # at which expressions with variables are compared
 
 SIGNS = {
     "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
-    "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ", "θ": "\\theta ",
-    "∪": "\\cup ", "∈": "\\in ", "°": " degrees ", "≈": "\\approx ", "∅": "\\emptyset ", "º": " degrees ", "`": "", "\u200b": "",
-    "€": "", "£": "", "¥": "", "₹": "",
+    "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ",
+    "∪": "\\cup ", "∈": "\\in ", "°": " degrees ", "≈": "\\approx ", "∅": "\\emptyset ", "θ": "\\theta ",
+    "º": " degrees ", "`": "", "\u200b": "", "€": "", "£": "", "¥": "", "₹": "",
 }  # fmt: skip
 SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 
@@ -136,15 +136,16 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed),
 )]  # fmt: skip
+BEFORE_NFKC = 3  # the first of them are of signs that it would spoil: 10² would be 102
 
 
 def tidy(text):
     """One notation for what can be written in several ways, without the markup that means nothing."""
     text = last_boxed(text) or text
-    for pattern, new in REWRITES[:3]:
+    for pattern, new in REWRITES[:BEFORE_NFKC]:
         text = pattern.sub(new, text)
     text = unicodedata.normalize("NFKC", text)
-    for pattern, new in REWRITES[3:]:
+    for pattern, new in REWRITES[BEFORE_NFKC:]:
         text = pattern.sub(new, text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
@@ -154,7 +155,8 @@ GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"
 TOKEN = r"\s*(?:(?P<number>{})|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
 SPELLINGS = {
     "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
-    "\\cdot": "*", "\\times": "*", "\\div": "/", "\\%": "%", "\\percent": "%", "\\pct": "%", "\\lbrace": "\\{", "\\rbrace": "\\}",
+    "\\cdot": "*", "\\times": "*", "\\div": "/", "\\%": "%", "\\percent": "%", "\\pct": "%",
+    "\\lbrace": "\\{", "\\rbrace": "\\}",
     "\\langle": "(", "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",",
     "\\and": ",", "\\or": ",", "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
 }  # fmt: skip
@@ -175,8 +177,9 @@ UNITS = {
     "USD": "dollar", "day": "day", "days": "day", "pts": "point", "mi": "mile", "men": "men", "per": "/", "gm": "gram",
     "m": "meter", "EUR": "euro", "kph": "kilometer/hour", "h": "hour",
 }  # fmt: skip
-DEFINED = re.compile(
-    r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?|\([A-Za-z](?:,[A-Za-z])+\)|[A-Z/|]+"
+DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
+    r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?"
+    r"|\([A-Za-z](?:,[A-Za-z])+\)|[A-Z/|]+"
 )
 
 
@@ -261,6 +264,15 @@ def root(value, index):
     if index % 2 == 1 and not isinstance(value, complex) and value < 0:
         return -root(-value, index)
     return power(value, 1 / complex(index))
+
+
+GREEK = {f"\\{name}" for name in "alpha beta gamma delta epsilon theta lambda mu phi omega rho sigma tau".split()}
+OPENING = {
+    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",), "|": ("|",), "\\lfloor": ("\\rfloor",),
+    "\\lceil": ("\\rceil",),
+}  # fmt: skip
+CLOSING = {")", "]", "}", "\\}"}
+FACTORS = {*FUNCTIONS, *GREEK, "\\frac", "\\sqrt", "\\binom", "\\pi"}
 
 
 class Reader:
@@ -415,7 +427,7 @@ class Reader:
         return bounded(value)
 
     def variable(self, text):
-        """A random number that depends on the name, its subscript included, and on the point: from 0.1 to 30 over the points."""
+        """A random number that depends on the name, with its subscript, and the point: over the points from 0.1 to 30."""
         if self.take("_"):
             start = self.at
             self.group()
@@ -471,15 +483,6 @@ class Reader:
             rows[-1].append(self.relation())
         self.demand("\\endmatrix")
         return Group("matrix", [Group("matrix", row) for row in rows])
-
-
-GREEK = {f"\\{name}" for name in "alpha beta gamma delta epsilon theta lambda mu phi omega rho sigma tau".split()}
-OPENING = {
-    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",), "|": ("|",), "\\lfloor": ("\\rfloor",),
-    "\\lceil": ("\\rceil",),
-}  # fmt: skip
-CLOSING = {")", "]", "}", "\\}"}
-FACTORS = {*FUNCTIONS, *GREEK, "\\frac", "\\sqrt", "\\binom", "\\pi"}
 
 
 def interval(sides, names, signs):
@@ -633,6 +636,14 @@ def number(text):
     return next((value for value in map(value_of, found) if value is not None), None) if found else stated(text)
 
 
+BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
+
+
+def as_text(text):
+    """A text without case, spaces and the brackets of (C)."""
+    return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text).casefold())
+
+
 def math_equal(prediction, gold):
     """Do two answers mean the same? By value where both can be read as mathematics, else as text."""
     if max(len(prediction), len(gold)) > LONGEST:
@@ -652,14 +663,6 @@ def math_equal(prediction, gold):
     if any(unit not in left for unit in second[0].units):
         return False
     return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])  # a sentence
-
-
-BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
-
-
-def as_text(text):
-    """A text without case, spaces and the brackets of (C)."""
-    return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text).casefold())
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
@@ -751,9 +754,10 @@ ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|d?frac|left|right
 
 def countdown_equal(answer, problem):
     """Does a calculation reach the target, with + - * / alone and each of the given numbers at most once?"""
-    text = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
-    sides = [side for side in tidy(text).split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
-    if len(sides) != 1 or ARITHMETIC.sub("", tidy(text)) or "**" in text or re.search(r"\d\s+\d", text):
+    signs = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
+    text = tidy(signs)
+    sides = [side for side in text.split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
+    if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in signs or re.search(r"\d\s+\d", signs):
         return False  # several calculations, or something else than one
     spare = list(problem["numbers"])
     for used in map(int, re.findall(r"\d+", sides[0])):

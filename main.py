@@ -1044,7 +1044,6 @@ def run_folder(actions, flags):
         if actions.test:
             globals().update(STEPS=2, ITERATIONS=1, EVAL_QUESTIONS=min(EVAL_QUESTIONS or 8, 8))
         check_settings()
-        check_data()
         data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
         return new_run_folder("test" if actions.test else f"{Path(MODEL).name}-{data}")
     run = Path(actions.resume)
@@ -1057,7 +1056,6 @@ def run_folder(actions, flags):
             )
     apply_settings(flags, inherited)
     check_settings()
-    check_data()
     return run
 
 
@@ -1087,6 +1085,7 @@ def reward_model():
 def run_training(actions, flags):
     """A new run or a resumed one, to its end: what can be refused is refused before anything is written."""
     run, last = run_folder(actions, flags), ITERATIONS * STEPS
+    check_data()
     problems = test_set()
     for name, _ in rldatasets.stages(DATASET):  # a data set that cannot be read is refused here, whatever its stage
         check_sandbox([*problems, next(rldatasets.shuffled(name, "train", SEED))])

@@ -34,7 +34,7 @@ def alive():
             if MARK.encode() in (command := path.read_bytes()) or b"31415.9" in command:
                 found.append(path.parent.name)
         except OSError:
-            pass  # it ended meanwhile
+            continue  # it ended meanwhile
     return found
 
 
