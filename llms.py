@@ -1,4 +1,4 @@
-"""The model: loading, the tiny one, sampling, log-probabilities, saving.
+"""The model: loading, the tiny one, sampling, log-probabilities, LoRA, saving.
 
 Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities. What a right answer is,
 what an advantage is, what β and ε are, is not known here.
@@ -7,8 +7,12 @@ what an advantage is, what β and ε are, is not known here.
     build_tiny(folder, corpus)    the model that needs no download, trained on the spot
     encode(tokenizer, messages)   a prompt's token ids
     sample(...)                   completions, with the log-probability of each token as it was drawn
+    written(...)                  completions that are given as texts, in the same form
     token_logprobs(...)           log π of given tokens, with gradient
     frozen_copy(model)            the reference
+    add_lora(model, rank, alpha)  a small trained adapter beside every linear layer, the weights themselves frozen
+    memory(...)                   how much a run will need
+    Critic(model)                 PPO's value function
     tokens_at(tokenizer, ...)     which tokens write given characters
     reward_scores(...)            what a learned reward model says of completions
     save(model, tokenizer, ...)   a plain Hugging Face folder
@@ -30,8 +34,9 @@ from typing import NamedTuple
 
 import jinja2
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
@@ -57,23 +62,33 @@ class ModelError(ValueError):
 # ---- loading and saving --------------------------------------------------------------------------------------------
 
 
+def configuration(name):
+    """A model's shape, without its weights; that of the tiny model for "tiny"."""
+    if name == "tiny":
+        return transformers.Qwen2Config(**TINY["shape"], vocab_size=TINY["vocabulary"])
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"no such model folder: {name}")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except Exception as error:  # whatever a broken folder makes four libraries raise is the same news to the user
+        raise ModelError(explain(name, error)) from error
+
+
 def load(name):
     """A causal language model in fp32 and its tokenizer, from a folder or from the Hugging Face hub.
 
     The weights stay in fp32 (a step of 1e-6 is lost in bf16); `compute` says in which precision they are used. Dropout
     is set to 0: the policy that is scored must be the one that sampled. The model is on the GPU if there is one.
     """
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"no such model folder: {name}")
+    config = configuration(name)
+    for key in vars(config):
+        if "dropout" in key or "pdrop" in key:
+            setattr(config, key, 0.0)
     try:
-        config = AutoConfig.from_pretrained(name)
-        for key in vars(config):
-            if "dropout" in key or "pdrop" in key:
-                setattr(config, key, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(name)
         how = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, loaded = AutoModelForCausalLM.from_pretrained(name, **how)
-    except Exception as error:  # whatever a broken folder makes four libraries raise is the same news to the user
+    except Exception as error:  # as above
         raise ModelError(explain(name, error)) from error
     if loaded["missing_keys"]:
         raise ModelError(f"{name} lacks weights of its own architecture: {min(loaded['missing_keys'])} and maybe more")
@@ -102,18 +117,29 @@ def explain(name, error):
 
 
 def save(model, tokenizer, folder):
-    """Write a plain Hugging Face folder, whole or not at all: it is complete before it gets its name."""
+    """Write a plain Hugging Face folder, adapters merged, whole or not at all: it is complete before it gets its name."""
     unfinished = Path(f"{folder}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    merge_lora(model)
+    plain = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    model.save_pretrained(unfinished, state_dict=plain)
     tokenizer.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
 
+def own_copy(module):
+    """A deep copy, but of what is trained only: weights that no update reaches are shared, not held twice."""
+    return copy.deepcopy(module, {id(weight): weight for weight in module.parameters() if not weight.requires_grad})
+
+
 def frozen_copy(model):
-    """A deep copy that no gradient and no update reaches: the reference."""
-    return copy.deepcopy(model).requires_grad_(False)
+    """A copy that no gradient and no update reaches: the reference. With LoRA it is the model with the adapter off."""
+    merge_lora(model)  # so that the two are the same policy; of a new adapter there is nothing to merge
+    reference = own_copy(model)
+    for layer in adapted(reference):
+        layer.lora_A = layer.lora_B = None
+    return reference.requires_grad_(False)
 
 
 def compute(model, keep_casts):
@@ -129,6 +155,90 @@ def compute(model, keep_casts):
 def at_least_fp32(logits):
     """A log-softmax in bf16 is wrong by up to 0.03: logits go to fp32 first, float64 stays."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# ---- LoRA (arXiv 2106.09685) ---------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Linear):
+    """W x + (α/r) B A x: W stays as it was loaded, A [r, in] and B [out, r] are trained, B from 0. Without them: W x."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.lora_B is None else y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def linear_layers(model):
+    """Every linear layer of the trunk, {name: layer}: the head is none of them, nor are the embeddings."""
+    return {name: layer for name, layer in model.base_model.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def add_lora(model, rank, alpha):
+    """Put an adapter beside every linear layer of the trunk, and freeze everything else."""
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    for name, layer in linear_layers(model).items():
+        model.base_model.set_submodule(name, LoRALinear(layer, rank, alpha))
+
+
+def adapted(model):
+    return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add the adapters to the weights, W ← W + (α/r) B A, and begin them anew at B = 0."""
+    for layer in adapted(model):
+        if layer.lora_B is not None:
+            layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+            layer.lora_B.zero_()
+
+
+def skeleton(name):
+    """A model without memory behind it, to count and measure its parts before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(configuration(name))
+
+
+def largest_rank(model):
+    """The rank beyond which an adapter is no smaller than the layer it stands beside; 0 without linear layers."""
+    sizes = [min(layer.in_features, layer.out_features) for layer in linear_layers(model).values()]
+    return min(sizes, default=0)
+
+
+def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu):
+    """An estimate of what a run needs at its peak, in bytes, by part.
+
+    Of a model as it is trained (with its adapters, where it has any) the weights, the frozen and trained `copies` beside
+    it, (reference, critic), and the larger of what sampling and an update hold for a while.
+    """
+    config = model.config
+    total = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value = 2 * head_size * (getattr(config, "num_key_value_heads", None) or heads)  # numbers a token and layer
+    size = 2 if on_gpu else 4  # bytes of what is computed; weights, gradients and AdamW are in fp32
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = 10 * config.hidden_size + 2 * head_size * heads + key_value + 5 * inner  # kept a token for the way back
+    layers = config.num_hidden_layers
+    kept = layer + layers * config.hidden_size if checkpointing else layers * layer
+    sampling = size * cache_tokens * layers * key_value + (2 * total if on_gpu else 0)
+    updating = 4 * trained + size * token_budget * kept + (2 * total if on_gpu else 0)
+    reference, critic = copies
+    return {
+        "weights": 4 * total,
+        "AdamW": 8 * trained,
+        "copies": 4 * trained * reference + 16 * trained * critic,
+        "sampling or updating": max(sampling, updating) + 3 * 4 * LOGITS_AT_ONCE,
+    }
 
 
 # ---- prompts and batches -------------------------------------------------------------------------------------------
@@ -181,8 +291,8 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor  # [N, T]  log π of each token at the moment it was drawn, at the sampling temperature
-    entropy: Tensor  # [N, T]  of the distribution it was drawn from, in nats
+    logp: Tensor  # [N, T]  log π of each token at the moment it was drawn, at the sampling temperature; None if it was not
+    entropy: Tensor  # [N, T]  of the distribution it was drawn from, in nats; None likewise
     truncated: Tensor  # [N]  True where no end token came within the limit
     texts: list  # [N]  the completions, without their end token
 
@@ -275,7 +385,26 @@ def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generat
     return [(drawn[i, :n], logp[i, :n], entropy[i, :n]) for i, n in enumerate(lengths.tolist())]
 
 
+def written(model, tokenizer, prompts, texts, max_new_tokens):
+    """A rollout of texts that nobody sampled: a data set's solutions, one for each prompt, ended and cut like outputs."""
+    end = end_tokens(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    completions = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts]
+    truncated = torch.tensor([len(tokens) > max_new_tokens for tokens in completions], device=model.device)
+    layout = batch(prompts, [tokens[:max_new_tokens] for tokens in completions], model.device)
+    return Rollout(*layout, None, None, truncated, texts)
+
+
 # ---- scoring -------------------------------------------------------------------------------------------------------
+
+
+def states(trunk, ids, attention, mask):
+    """The trunk's last hidden state from which each completion token is predicted, row after row: [tokens, D]."""
+    trunk.train(torch.is_grad_enabled())  # without dropout all that this switches is gradient checkpointing
+    inputs = {"attention_mask": attention, "position_ids": positions(attention), "use_cache": False}
+    hidden = trunk(input_ids=ids, **inputs).last_hidden_state
+    trunk.eval()
+    # position j predicts token j + 1: the first completion token comes from the last prompt position
+    return hidden[:, -mask.shape[1] - 1 : -1][mask]
 
 
 def token_logprobs(model, ids, attention, mask, temperature):
@@ -284,14 +413,9 @@ def token_logprobs(model, ids, attention, mask, temperature):
     The logits are never there all at once: N·T rows of 150,000 numbers would be most of a step's memory. The trunk
     gives the hidden states; the head is applied to a chunk of completion positions at a time, and again going backward.
     """
-    T = mask.shape[1]
     with compute(model, keep_casts=False):
-        trunk = model.base_model(
-            input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False
-        )
-        # position j predicts token j + 1: the first completion token comes from the last prompt position
-        hidden = trunk.last_hidden_state[:, -T - 1 : -1][mask]  # [tokens, D]
-        targets = ids[:, -T:][mask]  # [tokens]
+        hidden = states(model.base_model, ids, attention, mask)  # [tokens, D]
+        targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
         head = model.get_output_embeddings()
 
         def chunk_logprobs(hidden, targets):
@@ -302,6 +426,23 @@ def token_logprobs(model, ids, attention, mask, temperature):
         chunks = zip(hidden.split(size), targets.split(size))
         logp = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+
+
+class Critic(nn.Module):
+    """PPO's value function: a trunk of its own, the policy's to begin with, and a value head on it, 0 to begin with."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.trunk = own_copy(model.base_model)
+        self.value_head = nn.Linear(model.config.hidden_size, 1, device=model.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def token_values(self, ids, attention, mask):
+        """V(q, o_{i,<t}), what is still to be earned before token t is drawn, fp32, [N, T]; 0 off the mask."""
+        with compute(self.trunk, keep_casts=False):
+            values = at_least_fp32(self.value_head(states(self.trunk, ids, attention, mask)).squeeze(1))  # [tokens]
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def tokens_at(tokenizer, rollout, row, characters):
@@ -368,6 +509,7 @@ TINY = {
     "steps": 1000,  # of the supervised warm-up
     "rows": 16,
     "learning_rate": 4e-3,
+    "vocabulary": 640,  # tokens at most
     "shape": {
         "hidden_size": 128,
         "num_hidden_layers": 2,
@@ -381,9 +523,9 @@ TINY = {
 
 
 def tiny_tokenizer(texts):
-    """Qwen2's byte-level BPE and chat template with a vocabulary of its own, at most 640 tokens; digits stand alone."""
+    """Qwen2's byte-level BPE and chat template with a vocabulary of its own; digits stand alone."""
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
-        texts, 640, show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"]
+        texts, TINY["vocabulary"], show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"]
     )
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>"])

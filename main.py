@@ -2,11 +2,12 @@
 
     python main.py                                        a tiny model learns arithmetic, any laptop, no download
     python main.py --model Qwen/Qwen2.5-1.5B-Instruct     GSM8K on one 80 GB GPU
+    python main.py --algorithm ppo                        or another row of Table 10: sft, rft, dpo, online_rft
     python main.py --resume runs/NAME                     go on from the newest checkpoint
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
 
 Read downwards: the constants, the advantages, the objective, one update, rewards, evaluation, what is written to disk,
-and Algorithm 1 with its line numbers. The names are the paper's:
+Algorithm 1 with its line numbers, and last the other methods of Table 10. The names are the paper's:
 
     paper             code                              shape
     q                 problems[i]["question"]           Q questions per step
@@ -28,6 +29,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import itertools
 import json
 import math
@@ -66,11 +68,15 @@ DATASET = "gsm8k"  # D: a name, file or folder, or stages task[:difficulty]:step
 EVAL_DATASET = ""  # the questions to test on, or several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # of the order of the questions and of all sampling
+LORA_RANK = 0  # r of an adapter beside every linear layer of the trunk, which alone is trained; 0: all weights are
+LORA_ALPHA = 64.0  # α, the adapter counts α/r: higher is a higher learning rate, which LoRA bears (1e-5 and above)
+GRADIENT_CHECKPOINTING = False  # keep one hidden state per layer for the way back: a third slower, far less memory
 # -- Algorithm 1
+ALGORITHM = "grpo"  # the row of Table 10: sft, rft, dpo, online_rft, ppo or grpo
 ITERATIONS = 1  # I, outer iterations, each beginning with π_ref ← π_θ (paper: 1, in Figure 6 up to 2)
 STEPS = 467  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
 QUESTIONS_PER_STEP = 16  # questions per step; 16 × 64 outputs are the paper's batch of 1024
-GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
+GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier; sft has the one solution
 MU = 1  # μ, updates per rollout (paper: 1): more reuse the samples and rely on the clip
 # -- Sampling
 TEMPERATURE = 1.0  # T, divides the logits in sampling and scoring alike: lower explores less
@@ -78,15 +84,20 @@ MAX_NEW_TOKENS = 1024  # the longest output (paper: 1024); also the L of the con
 MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
 CACHE_TOKENS = 524288  # tokens in the key-value cache at once while sampling: lower it when sampling runs out of memory
 # -- Objective, eq. (3) and (4)
+BASELINE = "group"  # what an output is compared with: the mean of its group (paper), or of the others in it (RLOO)
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
-BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 frees the policy and needs no reference
+BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 frees the policy; in sft, rft and dpo the KL is only measured
 KL = "k3"  # estimator of the KL: k3 is eq. (4); k1 has no gradient on average; k2 has that of the reverse KL
 DENOMINATOR = "sequence"  # of a token: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant L (Dr. GRPO)
 SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
 RATIO = "token"  # π_θ/π_θold per token (paper), or one per sequence (GSPO)
 MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the loss (DAPO's filter)
 DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
+BETA_DPO = 2.0  # β of DPO, eq. (12): larger than the KL's, for it weighs log-ratios that are means over an output
+GAMMA = 1.0  # γ of PPO's advantages: below 1, what comes late counts less
+LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they rely more on the value function, and vary less
+EPSILON_VALUE = 0.2  # PPO's values are clipped at ± this around those the step began with
 # -- Rewards: the weight of each in r_i
 SUPERVISION = "outcome"  # a reward for the whole output (outcome, §4.1.2), or also one for each step (process, §4.1.3)
 WEIGHT_STEPS = 0.5  # of the steps' advantages beside the output's own, under process supervision
@@ -119,6 +130,7 @@ EVAL_TEMPERATURE = 0.7  # of those k outputs (paper, Figure 7: 0.7)
 # -- Bookkeeping
 SAVE_EVERY = 25  # steps between checkpoints
 SHOW_EVERY = 10  # steps between completions printed in full; 0: none
+TENSORBOARD = False  # also write the metrics where TensorBoard reads them (pip install tensorboard)
 # -- End of the constants
 
 # What differs for --model tiny; flags win over these, these over the block above.
@@ -155,6 +167,8 @@ def group_advantages(rewards):
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     advantages = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
+    if BASELINE == "others":  # r_i less the mean of the G - 1 others, arXiv 2402.14740
+        advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)  # [Q, G]
     if SCALE_BY_STD:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
     all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [Q, 1]
@@ -199,6 +213,24 @@ def kl_estimate(logp, logp_ref):
     return torch.expm1(d) - d  # π_ref/π_θ - log(π_ref/π_θ) - 1, never negative: expm1 is exact where exp(d) - 1 is not
 
 
+def clipped_objective(logp, logp_old, A, mask):
+    """min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ) with ρ = π_θ / π_θold, of eq. (1) and (3), for each token: [N, T]."""
+    ratio = importance_ratio(logp, logp_old, mask)  # [N, T]
+    clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
+    return torch.minimum(ratio * A, clipped * A)  # [N, T]
+
+
+def mean_over_outputs(x, mask, num_sequences, num_tokens):
+    """1/G Σ_i 1/|o_i| Σ_t x_{i,t} of eq. (3), over the G outputs of all Q questions, or what DENOMINATOR says: a scalar."""
+    if DENOMINATOR == "sequence":
+        divisor = num_sequences * mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  N |o_i|
+    elif DENOMINATOR == "token":
+        divisor = num_tokens
+    else:  # "constant"
+        divisor = num_sequences * MAX_NEW_TOKENS
+    return (x * mask / divisor).sum()
+
+
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, num_tokens=None):
     """Minus the objective of eq. (3), with the KL of eq. (4): a scalar that is to go down.
 
@@ -209,28 +241,16 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
                                              it: the losses of all its parts then add up to the loss of the whole
     """
     mask = mask.bool()
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  |o_i|
     num_sequences = len(mask) if num_sequences is None else num_sequences
     num_tokens = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
     # whatever stands in padded cells, even nan, must not matter: 0 · nan would be nan
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     logp, logp_old, A = (torch.where(mask, x, 0.0) for x in (logp, logp_old, advantages))  # [N, T]
 
-    # eq. (3): min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ), ρ = π_θ / π_θold
-    ratio = importance_ratio(logp, logp_old, mask)  # [N, T]
-    clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
-    objective = torch.minimum(ratio * A, clipped * A)  # [N, T]
-    # eq. (3): - β D_KL, outside the min, D_KL by eq. (4)
-    if BETA:
+    objective = clipped_objective(logp, logp_old, A, mask)  # [N, T]
+    if BETA:  # - β D_KL, outside the min, D_KL by eq. (4)
         objective = objective - BETA * kl_estimate(logp, torch.where(mask, logp_ref, 0.0))  # [N, T]
-    # eq. (3): 1/G Σ_i 1/|o_i| Σ_t, over the G outputs of all Q questions
-    if DENOMINATOR == "sequence":
-        divisor = num_sequences * lengths  # [N, 1]
-    elif DENOMINATOR == "token":
-        divisor = num_tokens
-    else:  # "constant"
-        divisor = num_sequences * MAX_NEW_TOKENS
-    return -(objective * mask / divisor).sum()
+    return -mean_over_outputs(objective, mask, num_sequences, num_tokens)
 
 
 # ==== One update: line 11 ===========================================================================================
@@ -253,14 +273,20 @@ def micro_batches(rollout, rows):
     return batches
 
 
-def score(model, rollout):
-    """log π of every sampled token under a model, without gradient: [N, T]."""
-    logp = torch.zeros_like(rollout.logp)
-    with torch.no_grad():
-        for rows in micro_batches(rollout, range(len(logp))):
-            part = llms.token_logprobs(model, *rollout.rows(rows), TEMPERATURE)
-            logp[rows, : part.shape[1]] = part
-    return logp
+def log_policy(model, ids, attention, mask):
+    """log π of every completion token under a model, at the sampling temperature: [N, T]."""
+    return llms.token_logprobs(model, ids, attention, mask, TEMPERATURE)
+
+
+@torch.no_grad()
+def score(model, rollout, read=log_policy):
+    """What `read` (log π) says of every token of a rollout under a model, without gradient, in micro-batches: [N, T]."""
+    batches = micro_batches(rollout, range(len(rollout.mask)))
+    parts = [read(model, *rollout.rows(rows)) for rows in batches]
+    scores = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
+    for rows, part in zip(batches, parts):
+        scores[rows, : part.shape[1]] = part
+    return scores
 
 
 def learning_rate(update):
@@ -276,25 +302,27 @@ def learning_rate(update):
 @torch.no_grad()
 def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
     """What shows whether the update is healthy: sums over the tokens of some rows, and maxima ("max" in their name)."""
-    ratio, A, gap = importance_ratio(logp, logp_old, mask), advantages, (logp_old - logp_sampled).abs()
+    ratio, A = importance_ratio(logp, logp_old, mask), advantages
     sums = {
         "clip_low": ((ratio < 1 - EPSILON_LOW) & (A < 0) & mask).sum().item(),
         "clip_high": ((ratio > 1 + EPSILON_HIGH) & (A > 0) & mask).sum().item(),
         "ratio_max": (ratio * mask).max().item(),
-        "sampler_gap": (gap * mask).sum().item(),
-        "sampler_gap_max": (gap * mask).max().item(),
     }
+    if logp_sampled is not None:
+        gap = (logp_old - logp_sampled).abs() * mask
+        sums |= {"sampler_gap": gap.sum().item(), "sampler_gap_max": gap.max().item()}
     if BETA:
         sums["kl"] = (kl_estimate(logp, logp_ref) * mask).sum().item()
         sums["kl_log_ratio_max"] = ((logp_ref - logp).abs() * mask).max().item()
     return sums
 
 
-def update(state, rollout, advantages, logp_old, logp_ref):
+def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, in micro-batches; advantages [N] or [N, T]. Returns its diagnostics.
 
     Every micro-batch is divided by the counts of the whole update, taken before the first backward pass: the sum is the
     gradient of the whole, to the last bit but rounding. If loss or gradient is not finite the weights stay as they are.
+    The targets are what PPO's critic learns beside the policy: its values at the beginning of the step, and the returns.
     """
     mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
     num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
@@ -306,25 +334,32 @@ def update(state, rollout, advantages, logp_old, logp_ref):
         ids, attention, real = rollout.rows(rows)
         T = real.shape[1]
         kept, A = mask[rows, :T], advantages[rows, :T]  # [n, T]
-        logp = llms.token_logprobs(state.policy, ids, attention, real, TEMPERATURE)  # [n, T]
+        logp = log_policy(state.policy, ids, attention, real)  # [n, T]
         old = logp.detach() if logp_old is None else logp_old[rows, :T]  # [n, T]
         ref = None if logp_ref is None else logp_ref[rows, :T]  # [n, T]
-        loss = grpo_loss(logp, old, ref, A, kept, num_sequences, num_tokens)
+        loss = loss_function(logp, old, ref, A, kept, num_sequences, num_tokens)
         loss.backward()
         totals["loss"] += loss.item()
-        for name, value in diagnose(logp, old, ref, rollout.logp[rows, :T], A, kept).items():
+        if targets:
+            V = state.critic.token_values(ids, attention, real)  # [n, T]
+            loss = value_loss(V, *(target[rows, :T] for target in targets), kept, num_sequences, num_tokens)
+            loss.backward()
+            totals["value_loss"] += loss.item()
+        sampled = None if rollout.logp is None else rollout.logp[rows, :T]  # [n, T]
+        for name, value in diagnose(logp, old, ref, sampled, A, kept).items():
             totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / measured
 
     if not learning:  # AdamW moves on by its momentum where the gradient is 0, but not where there is none
-        for parameter in state.policy.parameters():
+        for parameter in state.trained():
             parameter.grad = torch.zeros_like(parameter)
 
     lr = learning_rate(state.updates)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    parameters = state.policy.parameters()
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).item()  # the norm before it is clipped
-    finite = math.isfinite(totals["loss"]) and math.isfinite(grad_norm)
+    networks = [network for network in (state.policy, state.critic) if network]  # each is clipped by itself
+    norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM).item() for network in networks]
+    grad_norm = norms[0]  # before it is clipped
+    finite = all(map(math.isfinite, [totals["loss"], *norms]))
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad()
@@ -354,7 +389,8 @@ def other_rewards(state, rollout, problems):
     lengths, buffer = rollout.mask.sum(1).tolist(), OVERLONG_SHARE * MAX_NEW_TOKENS
     others = {"overlong": [evaluator.overlong(length, MAX_NEW_TOKENS, buffer) for length in lengths]}
     if state.reward_model:
-        questions = [problem["question"] for problem in problems for _ in range(GROUP_SIZE)]
+        group = len(rollout.texts) // len(problems)
+        questions = [problem["question"] for problem in problems for _ in range(group)]
         scores = torch.tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts))  # [N]
         others["reward_model"] = ((scores - scores.mean()) / (scores.std() + 1e-4)).tolist()
     return others
@@ -448,7 +484,9 @@ class State:
     optimizer: torch.optim.Optimizer
     generator: torch.Generator  # the random stream of the sampler
     reward_model: tuple = None  # (model, tokenizer) of REWARD_MODEL; never trained, not in the checkpoint
-    reference: torch.nn.Module = None  # π_ref; None at β = 0
+    reference: torch.nn.Module = None  # π_ref; None where nobody asks for it
+    critic: torch.nn.Module = None  # V_ψ of PPO
+    tensorboard: object = None  # a writer, or None
     step: int = 0  # steps done, over all iterations
     updates: int = 0  # optimizer steps done
     stage: int = 0  # stages of the curriculum that are over, over all iterations
@@ -459,13 +497,20 @@ class State:
 
     COUNTERS = ("step", "updates", "stage", "position", "questions", "skipped", "tokens")
 
+    def trained(self):
+        """The weights that the optimizer moves."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
     def tensors(self):
-        """Every tensor by name, without a copy; tied weights once."""
-        named = {f"policy/{name}": parameter for name, parameter in self.policy.named_parameters()}
-        if self.reference is not None:
-            named |= {f"reference/{name}": parameter for name, parameter in self.reference.named_parameters()}
-        for name, parameter in self.policy.named_parameters():
-            named |= {f"adam/{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        """Every tensor by name, without a copy; weights that are tied or shared once."""
+        names = {}  # weight -> name
+        for network in ("policy", "reference", "critic"):
+            if getattr(self, network) is not None:
+                for name, weight in getattr(self, network).named_parameters():
+                    names.setdefault(weight, f"{network}/{name}")
+        named = {name: weight for weight, name in names.items()}
+        for weight in self.trained():
+            named |= {f"adam/{key}/{names[weight]}": value for key, value in self.optimizer.state[weight].items()}
         return {name: tensor.detach() for name, tensor in named.items()} | {"generator": self.generator.get_state()}
 
 
@@ -515,12 +560,12 @@ def load_checkpoint(state, run):
 
     for name, value in json.loads(about["counters"]).items():
         setattr(state, name, value)
-    if any(name.startswith("reference/") for name in tensors):
+    if LORA_RANK or any(name.startswith("reference/") for name in tensors):
         state.reference = llms.frozen_copy(state.policy)
     if any(name.startswith("adam/") for name in tensors):
-        for parameter in state.policy.parameters():  # AdamW's state as it stands after its first step, to be filled
-            moments = {"exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
-            state.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+        for weight in state.trained():  # AdamW's state as it stands after its first step, to be filled
+            moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
+            state.optimizer.state[weight] = {"step": torch.zeros(())} | moments
     try:
         state.generator.set_state(tensors["generator"])
         for name, tensor in state.tensors().items():
@@ -534,7 +579,8 @@ def fixed_settings():
     return {name: value for name, value in settings().items() if name not in RESUMABLE}
 
 
-RESUMABLE = ("RUN", "STEPS", "TOKEN_BUDGET", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY")
+RESUMABLE = """RUN STEPS TOKEN_BUDGET CACHE_TOKENS GRADIENT_CHECKPOINTING EVAL_EVERY SAVE_EVERY SHOW_EVERY
+TENSORBOARD""".split()
 
 
 def clean(value):
@@ -546,6 +592,14 @@ def append(path, rows):
     """Add rows to a file of JSON lines."""
     with open(path, "a") as file:
         file.writelines(json.dumps({key: clean(value) for key, value in row.items()}) + "\n" for row in rows)
+
+
+def log(state, run, row):
+    """A row of metrics, to metrics.jsonl and where TensorBoard reads them."""
+    append(run / "metrics.jsonl", [row])
+    for key, value in row.items() if state.tensorboard else ():
+        if isinstance(value, (int, float)) and key != "step":
+            state.tensorboard.add_scalar(key, value, row["step"])
 
 
 def read_lines(path):
@@ -588,8 +642,8 @@ def complaints(row):
     kl, first = row["kl"] or 0.0, row["step"] == 1
     if MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3:
         yield "loss is about 0 at μ = 1: expected. Ratios are 1, a group's advantages sum to 0; its gradient is not 0"
-    if row["zero_std_groups"] > 0.9:
-        yield "9 of 10 groups have equal rewards and teach nothing: too easy, too hard, or one sample G times"
+    if row["zero_advantage"] > 0.9:
+        yield "9 of 10 outputs have Â = 0 and teach nothing: too easy, too hard, or one sample G times"
     if first and kl > 1e-2:
         yield "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
     refreshed = (row["step"] - 1) % STEPS == 0  # the first step of an iteration: π_θ = π_ref
@@ -599,9 +653,10 @@ def complaints(row):
         yield "the KL is above 1 nat per token: far from the reference (raise --beta or lower --learning_rate)"
     if (row["kl_log_ratio_max"] or 0.0) > 10:
         yield "some |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)"
-    if row["entropy"] < 0.05 and row["accuracy"] < 0.9:
+    entropy = math.nan if row["entropy"] is None else row["entropy"]
+    if entropy < 0.05 and row["accuracy"] < 0.9:
         yield "the entropy is below 0.05 nats while answers are still wrong: little is explored any more"
-    if row["entropy"] > 4:
+    if entropy > 4:
         yield "the entropy is above 4 nats per token: that is close to random text"
     if row["clip_low"] + row["clip_high"] > 0.2:
         yield "over 20 % of the tokens are clipped: the updates of one rollout go too far (--learning_rate, --mu)"
@@ -609,7 +664,7 @@ def complaints(row):
         yield "the ratio stays exactly 1 although μ > 1: is π_θold computed anew between the updates?"
     if row["truncated"] > 0.5:
         yield "over half of the outputs have no end within --max_new_tokens: raise it, or the end is not being learnt"
-    if row["sampler_gap"] > (2e-2 if torch.cuda.is_available() else 1e-4):
+    if (row["sampler_gap"] or 0.0) > (2e-2 if torch.cuda.is_available() else 1e-4):
         yield "the log-probabilities of sampling and scoring differ: the policy that samples is not the one that learns"
     if row["skipped_updates"]:
         yield "the loss or the gradient was not finite: that update was left out, the weights stayed as they were"
@@ -731,43 +786,70 @@ def draw_questions(state, stream):
     return problems, prompts
 
 
+@dataclasses.dataclass
+class Outputs:
+    """The outputs of one step and what is known of them."""
+
+    problems: list  # Q of them
+    rollout: llms.Rollout  # N = Q·G outputs
+    rewards: torch.Tensor = None  # [Q, G]  r_i
+    by_name: dict = None  # {name: [N]}  each reward, unweighted
+    logp_old: torch.Tensor = None  # [N, T]  log π_θold; None where it is the update's own log π_θ
+    logp_ref: torch.Tensor = None  # [N, T]  log π_ref; None at β = 0
+    targets: tuple = None  # ([N, T], [N, T])  of PPO's critic: the values before the update, and the returns
+    measured: dict = dataclasses.field(default_factory=dict)  # what else there is to log
+
+
+def policy_outputs(state, problems, prompts):
+    """G outputs of π_θ for each question."""
+    how = (GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS)
+    return llms.sample(state.policy, state.tokenizer, prompts, *how)
+
+
+def group_relative(state, outputs):
+    """Â_i of outcome supervision, [N], or Â_{i,t} of process supervision, [N, T]."""
+    advantages = group_advantages(outputs.rewards).flatten()  # [N]
+    if SUPERVISION == "outcome":
+        return advantages
+    step_rewards, step_ends, outputs.by_name["steps"] = reward_steps(state.tokenizer, outputs.rollout, outputs.problems)
+    return advantages[:, None] + WEIGHT_STEPS * process_advantages(step_rewards, step_ends).flatten(0, 1)
+
+
 def take_step(state, stream, run):
     """Lines 5 to 12 of Algorithm 1; returns the step's metrics."""
-    policy, tokenizer, generator = state.policy, state.tokenizer, state.generator
+    # GRPO's: policy_outputs, group_relative and grpo_loss, above; the other methods' are under Table 10, below
+    draw_outputs, coefficients, loss_function = TABLE_10[ALGORITHM]
     seconds, began = {}, time.perf_counter()
     problems, prompts = draw_questions(state, stream)  # 5: a batch D_b of questions
     # 6: π_θold ← π_θ needs no second network, only its log-probabilities of the outputs: logp_old, below
     with timed(seconds, "sample"):  # 7: G outputs for each question
-        rollout = llms.sample(
-            policy, tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, generator, CACHE_TOKENS
-        )
+        rollout = draw_outputs(state, problems, prompts)
+    outputs = Outputs(problems, rollout)
     with timed(seconds, "reward"):  # 8: their rewards
         others = other_rewards(state, rollout, problems)
-        rewards, by_name = score_completions(rollout.texts, problems, **others)  # [Q, G]
-        if SUPERVISION == "process":
-            step_rewards, step_ends, by_name["steps"] = reward_steps(tokenizer, rollout, problems)  # [Q, G, T]
-    advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
-    if SUPERVISION == "process":  # 9: Â_{i,t}, [N, T]
-        advantages = advantages[:, None] + WEIGHT_STEPS * process_advantages(step_rewards, step_ends).flatten(0, 1)
-    advantages = advantages.to(policy.device)
+        outputs.rewards, outputs.by_name = score_completions(rollout.texts, problems, **others)  # [Q, G]
     with timed(seconds, "logprobs"):
-        logp_old = score(policy, rollout) if MU > 1 else None  # [N, T]; at μ = 1 it is the update's own logp
-        logp_ref = score(state.reference, rollout) if BETA else None  # [N, T]
-    with timed(seconds, "update"):
-        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11: up J_GRPO
+        outputs.logp_old = score(state.policy, rollout) if MU > 1 else None  # [N, T]
+        outputs.logp_ref = score(state.reference, rollout) if BETA else None  # [N, T]
+    with timed(seconds, "advantages"):  # 9
+        advantages = coefficients(state, outputs).to(rollout.ids.device)  # [N] or [N, T]
+    with timed(seconds, "update"):  # 10, 11: up J_GRPO, μ times
+        how = (advantages, outputs.logp_old, outputs.logp_ref, loss_function, outputs.targets)
+        updates = [update(state, rollout, *how) for _ in range(MU)]
     # 12: the reward is a rule, or a model that stays as it is
     state.step += 1
     state.tokens += int(rollout.mask.sum())
-    row = step_metrics(state, rollout, rewards, by_name, updates) | seconds | {"seconds": time.perf_counter() - began}
-    record_step(run, row, problems[0], rollout, rewards[0], by_name, advantages)
+    row = step_metrics(state, outputs, advantages, updates) | seconds | {"seconds": time.perf_counter() - began}
+    record_step(state, run, row, outputs, advantages)
     return row
 
 
-def step_metrics(state, rollout, rewards, by_name, updates):
+def step_metrics(state, outputs, advantages, updates):
     """A training line of metrics.jsonl; what the μ updates of a step measured is averaged, maxima stay maxima."""
+    rollout, rewards = outputs.rollout, outputs.rewards
     lengths = rollout.mask.sum(1)
-    measured = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high", "sampler_gap", "sampler_gap_max"), 0.0)
-    measured |= {"kl": None, "kl_log_ratio_max": None}
+    measured = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)
+    measured |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
     for name in updates[0].keys() - {"finite"}:
         values = [one[name] for one in updates]
         measured[name] = max(values) if name.endswith("max") else statistics.mean(values)
@@ -775,12 +857,14 @@ def step_metrics(state, rollout, rewards, by_name, updates):
         "step": state.step,
         "stage": stage_name(state.stage),
         "reward": rewards.mean().item(),
-        "reward_std": rewards.std(1).mean().item(),
-        **{f"rewards/{name}": statistics.mean(values) for name, values in by_name.items()},
-        "accuracy": statistics.mean(by_name["correctness"]),
+        "reward_std": rewards.std(1, correction=min(1, rewards.shape[1] - 1)).mean().item(),
+        **{f"rewards/{name}": statistics.mean(values) for name, values in outputs.by_name.items()},
+        "accuracy": statistics.mean(outputs.by_name["correctness"]),
         "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "zero_advantage": (advantages.view(len(lengths), -1) == 0).all(1).float().mean().item(),
         **measured,
-        "entropy": (rollout.entropy.sum() / lengths.sum()).item(),
+        **outputs.measured,
+        "entropy": None if rollout.entropy is None else (rollout.entropy.sum() / lengths.sum()).item(),
         "length": lengths.float().mean().item(),
         "length_max": lengths.max().item(),
         "truncated": rollout.truncated.float().mean().item(),
@@ -793,20 +877,21 @@ def step_metrics(state, rollout, rewards, by_name, updates):
     }
 
 
-def record_step(run, row, problem, rollout, rewards, by_name, advantages):
+def record_step(state, run, row, outputs, advantages):
     """Write a step's metrics and the group of its first question, and show a completion now and then."""
-    append(run / "metrics.jsonl", [row])
+    log(state, run, row)
+    problem, texts, rewards = outputs.problems[0], outputs.rollout.texts, outputs.rewards[0].tolist()
     about = {"step": row["step"], "split": "train", "question": problem["question"], "answer": problem["answer"]}
     group = [
         about
-        | {"completion": rollout.texts[i], "reward": rewards[i].item(), "advantage": advantages[i].flatten()[0].item()}
-        | {name: values[i] for name, values in by_name.items()}
-        for i in range(GROUP_SIZE)
+        | {"completion": texts[i], "reward": reward, "advantage": advantages[i].flatten()[0].item()}
+        | {name: values[i] for name, values in outputs.by_name.items()}
+        for i, reward in enumerate(rewards)
     ]
     append(run / "samples.jsonl", group)
     tqdm.write(console_line(row))
     if SHOW_EVERY and row["step"] % SHOW_EVERY == 0:
-        completion = textwrap.indent(rollout.texts[0], "  | ", lambda line: True)
+        completion = textwrap.indent(texts[0], "  | ", lambda line: True)
         answer = textwrap.shorten(problem["answer"], 60)
         tqdm.write(f"  {problem['question']}  (answer: {answer}; reward {rewards[0]:.2f})\n{completion}")
 
@@ -814,7 +899,7 @@ def record_step(run, row, problem, rollout, rewards, by_name, advantages):
 def record_evaluation(run, state, problems):
     """Evaluate, write the metrics and all completions, and draw the plots."""
     metrics, records = evaluate(state.policy, state.tokenizer, problems)
-    append(run / "metrics.jsonl", [{"step": state.step, **metrics}])
+    log(state, run, {"step": state.step, **metrics})
     append(run / "samples.jsonl", [{"step": state.step, "split": "test", **record} for record in records])
     tqdm.write(f"step {state.step:4d} | TEST {scores(metrics)}")
     plot.draw([run], run)
@@ -829,8 +914,8 @@ def train(state, stream, test_problems, run, evaluate_at):
         save_checkpoint(state, run)
     bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step")
     for iteration in range(ITERATIONS):  # 2
-        if state.step == iteration * STEPS and BETA:  # a run resumed within an iteration has its reference already
-            state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ, a deep copy
+        if state.step == iteration * STEPS and needs_reference():  # resumed within an iteration it has one already
+            state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ, a copy that stays as it is
         while state.step < (iteration + 1) * STEPS:  # 4
             if stage_at(state.step) != state.stage:
                 state.stage, state.position = stage_at(state.step), 0
@@ -851,6 +936,126 @@ def train(state, stream, test_problems, run, evaluate_at):
                 save_checkpoint(state, run)
             if interrupt.signal:
                 return interrupt.signal
+
+
+# ==== Table 10 (§5.2.1): the other methods ==========================================================================
+# All of them climb ∇J = E[(q, o) ~ D] 1/|o| Σ_t GC(q, o, t) ∇log π_θ(o_t | q, o_<t), eq. (5). They differ in the data
+# source D, the reward function, and the gradient coefficient GC that is made of it.
+
+
+def dataset_outputs(state, problems, prompts):
+    """q, o ~ P_sft(Q, O): the worked solution of each question, in the form that the prompt asks for."""
+    texts = [rldatasets.written_out(problem) for problem in problems]
+    return llms.written(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
+
+
+def reference_outputs(state, problems, prompts):
+    """o ~ π_sft(O|q): G outputs of the policy that the iteration began with, which is π_ref, for each question."""
+    how = (GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS)
+    return llms.sample(state.reference, state.tokenizer, prompts, *how)._replace(logp=None)  # not π_θ's
+
+
+def one(state, outputs):
+    """SFT: 1 for every token, eq. (7)."""
+    return torch.ones(len(outputs.rollout.texts))  # [N]
+
+
+def is_right(state, outputs):
+    """RFT and Online RFT, eq. (10): 𝕀(o), 1 if the answer is right, else 0."""
+    return torch.tensor(outputs.by_name["correctness"])  # [N]
+
+
+def dpo_objective(logp, logp_ref, mask, pairs):
+    """DPO, eq. (12): log σ(Δ), averaged over pairs [P, 2] of rows (o⁺, o⁻), and Δ [P].
+
+    Δ = β (1/|o⁺| Σ_t log π_θ/π_ref(o⁺_t) - 1/|o⁻| Σ_t log π_θ/π_ref(o⁻_t)).
+    """
+    log_ratio = ((logp - logp_ref) * mask).sum(1) / mask.sum(1).clamp(min=1)  # [N]
+    margin = BETA_DPO * (log_ratio[pairs[:, 0]] - log_ratio[pairs[:, 1]])  # [P]
+    return torch.nn.functional.logsigmoid(margin).mean(), margin
+
+
+def preference(state, outputs):
+    """DPO, eq. (14): + β σ(-Δ) for o⁺ and - for o⁻, pairs of a right and a wrong output of the same group.
+
+    As printed, (13) and (14) lack the factor β and write Δ token by token; this is the derivative of (12), in which Δ
+    is one number for all tokens of a pair. (12) is a mean over P pairs, the loss one over N outputs: hence N/P.
+    """
+    right = is_right(state, outputs).view(outputs.rewards.shape) > 0  # [Q, G]
+    number = torch.arange(right.numel()).view(right.shape)  # [Q, G]
+    pairs = [pair for q, row in enumerate(right) for pair in zip(number[q][row].tolist(), number[q][~row].tolist())]
+    coefficients = torch.zeros(right.numel())  # [N]
+    if pairs:
+        pairs = torch.tensor(pairs)  # [P, 2]
+        logp, logp_ref = score(state.policy, outputs.rollout), score(state.reference, outputs.rollout)  # [N, T]
+        objective, margin = dpo_objective(logp, logp_ref, outputs.rollout.mask, pairs)
+        outputs.measured = {"dpo/loss": -objective.item(), "dpo/margin": margin.mean().item(), "dpo/pairs": len(pairs)}
+        weight = (BETA_DPO * torch.sigmoid(-margin) * right.numel() / len(pairs)).to(coefficients)  # [P]
+        coefficients[pairs] = torch.stack([weight, -weight], 1)  # [P, 2]
+    return coefficients
+
+
+def likelihood_loss(logp, logp_old, logp_ref, coefficients, mask, num_sequences, num_tokens):
+    """- 1/N Σ_i 1/|o_i| Σ_t GC_{i,t} log π_θ: eq. (6), (8) and, with the coefficient of eq. (14), the gradient of (12)."""
+    return -mean_over_outputs(coefficients * logp, mask, num_sequences, num_tokens)
+
+
+def gae(rewards, values, mask):
+    """PPO's advantages A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} - V_t, V = 0 behind the end (arXiv 1506.02438).
+
+    rewards, values, mask [N, T] -> [N, T]. With V = 0, γ = λ = 1 and one reward at the end, A_t is that reward.
+    """
+    advantages, A, V_next = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + GAMMA * V_next - values[:, t]  # [N]
+        A = (delta + GAMMA * LAMBDA * A) * mask[:, t]  # [N]
+        V_next = values[:, t] * mask[:, t]  # [N]
+        advantages[:, t] = A
+    return advantages
+
+
+def ppo_advantages(state, outputs):
+    """PPO, eq. (18): A_t, by GAE from the rewards of eq. (2), r_i at the end token and - β log(π_θ/π_ref) at each."""
+    rollout, ends = outputs.rollout, outputs.rollout.mask.sum(1) - 1  # [N]
+    values = score(state.critic, rollout, llms.Critic.token_values)  # [N, T]
+    rewards = torch.zeros_like(values)  # [N, T]
+    rewards[torch.arange(len(ends)), ends] = outputs.rewards.flatten().to(values)
+    if BETA:
+        logp = score(state.policy, rollout) if outputs.logp_old is None else outputs.logp_old  # [N, T]
+        rewards -= BETA * (logp - outputs.logp_ref)
+    advantages = gae(rewards, values, rollout.mask)  # [N, T]
+    outputs.targets = values, advantages + values
+    return advantages
+
+
+def ppo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences, num_tokens):
+    """Minus PPO's objective, eq. (1); the KL is in the reward."""
+    objective = clipped_objective(logp, logp_old, advantages, mask)  # [N, T]
+    return -mean_over_outputs(objective, mask, num_sequences, num_tokens)
+
+
+def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
+    """½ max( (V - R)², (clip(V, V_old ± ε) - R)² ): the critic moves at most ε from where it was (arXiv 1707.06347)."""
+    clipped = values.clamp(values_old - EPSILON_VALUE, values_old + EPSILON_VALUE)  # [N, T]
+    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)  # [N, T]
+    return mean_over_outputs(error / 2, mask, num_sequences, num_tokens)
+
+
+# fmt: off
+TABLE_10 = {
+    # method      data source        gradient coefficient       loss                reward function (paper)
+    "sft":        (dataset_outputs,   one,                      likelihood_loss),  # none
+    "rft":        (reference_outputs, is_right,                 likelihood_loss),  # rule
+    "dpo":        (reference_outputs, preference,               likelihood_loss),  # rule
+    "online_rft": (policy_outputs,    is_right,                 likelihood_loss),  # rule
+    "ppo":        (policy_outputs,    ppo_advantages,           ppo_loss),         # rules, or a model (model)
+    "grpo":       (policy_outputs,    group_relative,           grpo_loss),        # rules, or a model (model)
+}
+# fmt: on
+
+
+def needs_reference():
+    return BETA > 0 or TABLE_10[ALGORITHM][0] is reference_outputs
 
 
 # ==== The command line ==============================================================================================
@@ -925,6 +1130,8 @@ def apply_settings(flags, inherited=None):
 
 
 CHOICES = {
+    "ALGORITHM": tuple(TABLE_10),
+    "BASELINE": ("group", "others"),
     "KL": ("k1", "k2", "k3"),
     "DENOMINATOR": ("sequence", "token", "constant"),
     "RATIO": ("token", "sequence"),
@@ -934,9 +1141,7 @@ CHOICES = {
 AT_LEAST_1 = (
     "ITERATIONS STEPS QUESTIONS_PER_STEP MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY"
 )
-AT_LEAST_0 = (
-    "SEED EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
-)
+AT_LEAST_0 = "SEED LORA_RANK EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
 
 
 def check_settings():
@@ -948,18 +1153,28 @@ def check_settings():
     rules += [(name, now[name] >= 0, "at least 0") for name in AT_LEAST_0.split()]
     rules += [(name, now[name] >= 0.01, "at least 0.01") for name in ("TEMPERATURE", "EVAL_TEMPERATURE")]
     rules += [(name, 0 <= now[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
+    rules += [(name, 0 <= now[name] <= 1, "from 0 to 1") for name in ("GAMMA", "LAMBDA")]
+    rules += [(name, now[name] > 0, "above 0") for name in ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM")]
     longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
+    fewest = 2 if ALGORITHM in ("grpo", "dpo") else 1
     rules += [
-        ("GROUP_SIZE", GROUP_SIZE >= 2, "at least 2: an output is compared with the others of its group"),
+        (
+            "GROUP_SIZE",
+            GROUP_SIZE >= fewest,
+            f"at least {fewest}: {ALGORITHM} compares an output with others of its group",
+        ),
+        ("MU", MU == 1 or ALGORITHM != "dpo", "1 for dpo: the coefficient of its pairs changes with every update"),
+        ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("RUN", RUN == Path(RUN).name, "a name without folders"),
-        ("MAX_GRAD_NORM", MAX_GRAD_NORM > 0, "above 0"),
         ("SEED", SEED < 2**63, "below 2 to the 63"),
         ("OVERLONG_SHARE", 0 < OVERLONG_SHARE <= 1, "above 0 and at most 1"),
     ]
     for name, kept, demand in rules:
         if not kept:
             raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
+    if TENSORBOARD and not importlib.util.find_spec("tensorboard"):
+        raise SettingsError("--tensorboard needs TensorBoard: pip install tensorboard")
 
 
 def model_folder(name):
@@ -1008,6 +1223,16 @@ def check_data():
             raise SettingsError(
                 f"{name} is a single file: give --eval_dataset too, and not the rows that are trained on"
             )
+
+
+def check_first(problem, name):
+    """Refuse a method that needs what the problems of a data set do not have."""
+    if ALGORITHM == "sft" and not problem.get("solution"):
+        raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
+    if SUPERVISION == "process" and not evaluator.step_rewards(problem.get("solution", ""), problem):
+        raise SettingsError(
+            f"--supervision process rewards steps that calculate, and the solutions of {name} have none"
+        )
 
 
 def check_sandbox(problems):
@@ -1059,6 +1284,37 @@ def run_folder(actions, flags):
     return run
 
 
+def needs():
+    """What a run will train and how much memory it needs, in a line, before anything is loaded."""
+    model = llms.skeleton(MODEL)
+    total = sum(weight.numel() for weight in model.parameters())
+    if LORA_RANK > llms.largest_rank(model):
+        raise SettingsError(
+            f"--lora_rank {LORA_RANK} is above the size of the smallest linear layer of {MODEL}, {llms.largest_rank(model)}"
+        )
+    if LORA_RANK:
+        llms.add_lora(model, LORA_RANK, LORA_ALPHA)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    group = 1 if ALGORITHM == "sft" else GROUP_SIZE
+    cache = min(CACHE_TOKENS, QUESTIONS_PER_STEP * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
+    copies = (needs_reference() and not LORA_RANK, ALGORITHM == "ppo")
+    parts = llms.memory(model, copies, cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, torch.cuda.is_available())
+    about = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    return (
+        f"{MODEL}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained; "
+        f"up to {sum(parts.values()) / 1e9:.1f} GB of memory ({about})"
+    )
+
+
+def tensorboard(run, step):
+    """A writer of TensorBoard's files that forgets what a killed run wrote from a step on; None without --tensorboard."""
+    if not TENSORBOARD:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run / "tensorboard", purge_step=step)
+
+
 def longest_prompt(policy, tokenizer, test_problems):
     """MAX_PROMPT_TOKENS, or what the model's context leaves for a prompt; refuses test questions that are longer."""
     left = getattr(policy.config, "max_position_embeddings", math.inf) - MAX_NEW_TOKENS
@@ -1082,18 +1338,32 @@ def reward_model():
         print(f"note: {error}; the rules judge alone.")
 
 
+def new_state(policy, tokenizer):
+    """A policy at the beginning of its training, with all that the settings put beside it."""
+    if LORA_RANK:
+        llms.add_lora(policy, LORA_RANK, LORA_ALPHA)
+    if GRADIENT_CHECKPOINTING:
+        policy.gradient_checkpointing_enable()
+    critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
+    trained = [w for network in (policy, critic) if network for w in network.parameters() if w.requires_grad]
+    adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
+    generator = torch.Generator(policy.device).manual_seed(SEED)
+    return State(policy, tokenizer, torch.optim.AdamW(trained, **adam), generator, reward_model(), critic=critic)
+
+
 def run_training(actions, flags):
     """A new run or a resumed one, to its end: what can be refused is refused before anything is written."""
     run, last = run_folder(actions, flags), ITERATIONS * STEPS
     check_data()
     problems = test_set()
     for name, _ in rldatasets.stages(DATASET):  # a data set that cannot be read is refused here, whatever its stage
-        check_sandbox([*problems, next(rldatasets.shuffled(name, "train", SEED))])
+        first = next(rldatasets.shuffled(name, "train", SEED))
+        check_sandbox([*problems, first])
+        check_first(first, name)
+    print(needs())
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
-    adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
-    optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     globals()["MAX_PROMPT_TOKENS"] = longest_prompt(policy, tokenizer, problems)
-    state = State(policy, tokenizer, optimizer, torch.Generator(policy.device).manual_seed(SEED), reward_model())
+    state = new_state(policy, tokenizer)
     if actions.resume is not None and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state, run)
     if state.step > last:
@@ -1104,8 +1374,8 @@ def run_training(actions, flags):
     write_config(run)
     for name in ("metrics.jsonl", "samples.jsonl"):
         forget_after(run / name, state.step or -1)  # the base evaluation of step 0 is made again, and is the same
-    millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
-    print(f"{MODEL}, {millions:.1f} M parameters, on {DATASET}; {policy.device.type}; everything goes to {run}")
+    state.tensorboard = tensorboard(run, state.step + 1)
+    print(f"{ALGORITHM} on {DATASET}; {policy.device}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
     stopped = train(state, stream, problems, run, evaluate_at)
     if stopped:

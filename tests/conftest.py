@@ -66,3 +66,34 @@ def constants():
     before = main.settings()
     yield lambda **values: main.__dict__.update(values)
     main.__dict__.update(before)
+
+
+PROBLEMS = [
+    {"question": f"What is {i} and {i}?", "answer": str(2 * i), "kind": "math", "solution": ""} for i in range(9)
+]
+
+
+@pytest.fixture
+def setup(checkpoint, constants):
+    """setup(**constants) -> a state around a small random model, and a rollout of 3 questions with 4 outputs each."""
+
+    def make(family="qwen2", optimizer=None, **settings):
+        constants(
+            QUESTIONS_PER_STEP=3, GROUP_SIZE=4, MAX_NEW_TOKENS=12, STEPS=4, WARMUP=0, LEARNING_RATE=1e-3,
+            TOKEN_BUDGET=8192, SHOW_EVERY=0, DATASET="arithmetic", EVAL_EVERY=100, SAVE_EVERY=100,
+        )  # fmt: skip
+        constants(**settings)
+        policy, tokenizer = llms.load(checkpoint(family))
+        policy.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
+        state = main.new_state(policy, tokenizer)
+        state.optimizer = optimizer(policy) if optimizer else state.optimizer
+        state.reference = llms.frozen_copy(policy) if main.BETA else None
+        return state, sample(state)
+
+    return make
+
+
+def sample(state):
+    prompts = [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)]
+    how = (main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE, state.generator, main.CACHE_TOKENS)
+    return llms.sample(state.policy, state.tokenizer, prompts, *how)

@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from conftest import PROBLEMS, sample
 from torch import tensor
 from torch.testing import assert_close
 
@@ -360,36 +361,6 @@ def test_autograd_equals_central_differences_through_a_transformer(constants):  
 
 # ---- a step of the loop, on a real model ---------------------------------------------------------------------------
 
-PROBLEMS = [
-    {"question": f"What is {i} and {i}?", "answer": str(2 * i), "kind": "math", "solution": ""} for i in range(9)
-]
-
-
-@pytest.fixture
-def setup(checkpoint, constants):
-    """setup(**constants) -> a state around a small random model, and a rollout of 3 questions with 4 outputs each."""
-
-    def make(family="qwen2", optimizer=None, **settings):
-        constants(
-            QUESTIONS_PER_STEP=3, GROUP_SIZE=4, MAX_NEW_TOKENS=12, STEPS=4, WARMUP=0, LEARNING_RATE=1e-3,
-            TOKEN_BUDGET=8192, SHOW_EVERY=0, DATASET="arithmetic", EVAL_EVERY=100, SAVE_EVERY=100,
-        )  # fmt: skip
-        constants(**settings)
-        policy, tokenizer = llms.load(checkpoint(family))
-        policy.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
-        optimizer = optimizer(policy) if optimizer else torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
-        state = main.State(policy, tokenizer, optimizer, torch.Generator().manual_seed(0))
-        state.reference = llms.frozen_copy(policy) if main.BETA else None
-        return state, sample(state)
-
-    return make
-
-
-def sample(state):
-    prompts = [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)]
-    how = (main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE, state.generator, main.CACHE_TOKENS)
-    return llms.sample(state.policy, state.tokenizer, prompts, *how)
-
 
 def sgd(policy):
     return torch.optim.SGD(policy.parameters(), lr=1.0)
@@ -612,11 +583,11 @@ def test_a_step_of_training_under_process_supervision_differs_from_one_under_out
     for supervision in ("outcome", "process"):
         state, rollout = written(setup, text, SUPERVISION=supervision, STEPS=1)
         monkeypatch.setattr(llms, "sample", lambda *how, rollout=rollout: rollout)
-        real = main.grpo_loss
-        monkeypatch.setattr(main, "grpo_loss", lambda *a, real=real, s=supervision: seen.update({s: a[3]}) or real(*a))
+        real = main.update
+        monkeypatch.setattr(main, "update", lambda *a, real=real, s=supervision: seen.update({s: a[2]}) or real(*a))
         (tmp_path / supervision).mkdir()
         main.train(state, iter([PROBLEMS[0] | {"answer": "2"}]), [], tmp_path / supervision, set())
-        monkeypatch.setattr(main, "grpo_loss", real)
+        monkeypatch.setattr(main, "update", real)
         (row,) = main.read_lines(tmp_path / supervision / "metrics.jsonl")
         assert ("rewards/steps" in row) == (supervision == "process") and row["grad_norm"] > 0
     outcome, process = (next(A for A in seen[s] if A.abs().sum() > 0) for s in ("outcome", "process"))
