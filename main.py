@@ -945,6 +945,8 @@ def train(state, stream, test_problems, run, evaluate_at):
 
 def dataset_outputs(state, problems, prompts):
     """q, o ~ P_sft(Q, O): the worked solution of each question, in the form that the prompt asks for."""
+    if not all(problem.get("solution") for problem in problems):
+        raise RunError(f"a question of {DATASET} has no worked solution to imitate")
     texts = [rldatasets.written_out(problem) for problem in problems]
     return llms.written(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
 
@@ -1225,11 +1227,12 @@ def check_data():
             )
 
 
-def check_first(problem, name):
-    """Refuse a method that needs what the problems of a data set do not have."""
-    if ALGORITHM == "sft" and not problem.get("solution"):
+def check_solutions(problems, name):
+    """Refuse a method that needs of the solutions what those of a data set do not have."""
+    solutions = [problem.get("solution", "") for problem in problems]
+    if ALGORITHM == "sft" and not all(solutions):
         raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
-    if SUPERVISION == "process" and not evaluator.step_rewards(problem.get("solution", ""), problem):
+    if SUPERVISION == "process" and not any(map(evaluator.step_rewards, solutions, problems)):
         raise SettingsError(
             f"--supervision process rewards steps that calculate, and the solutions of {name} have none"
         )
@@ -1357,9 +1360,9 @@ def run_training(actions, flags):
     check_data()
     problems = test_set()
     for name, _ in rldatasets.stages(DATASET):  # a data set that cannot be read is refused here, whatever its stage
-        first = next(rldatasets.shuffled(name, "train", SEED))
-        check_sandbox([*problems, first])
-        check_first(first, name)
+        some = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
+        check_sandbox([*problems, *some])
+        check_solutions(some, name)
     print(needs())
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     globals()["MAX_PROMPT_TOKENS"] = longest_prompt(policy, tokenizer, problems)

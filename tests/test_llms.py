@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import llms
+import main
 import rldatasets
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -338,3 +339,117 @@ def test_weights_that_are_not_finite_are_named(checkpoint):
     next(model.parameters()).data.fill_(float("nan"))
     with pytest.raises(llms.ModelError, match="not finite"):
         draw(model, tokenizer)
+
+
+# ---- LoRA, gradient checkpointing, the memory that a run needs ------------------------------------------------------
+
+
+def with_adapter(folder, trained=False):
+    """A model with adapters of rank 4, as they begin or after some training, and a batch to score."""
+    model, tokenizer = llms.load(folder)
+    llms.add_lora(model, 4, 8.0)
+    if trained:
+        for layer in llms.adapted(model):
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    said = torch.randint(5, 300, (3, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return (
+        model,
+        tokenizer,
+        llms.batch([row[:5] for row in said], [row[5 : 9 + i] for i, row in enumerate(said)], "cpu"),
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_with_the_adapter_off_the_model_is_its_base_bit_for_bit(checkpoint, family):
+    base, _ = llms.load(checkpoint(family))
+    model, _, batch = with_adapter(checkpoint(family))
+    batch = list(batch)
+    new = llms.token_logprobs(model, *batch, 1.0)
+    assert torch.equal(new, llms.token_logprobs(base, *batch, 1.0))  # B = 0: the KL of the first step is 0
+    assert torch.equal(new, llms.token_logprobs(llms.frozen_copy(model), *batch, 1.0))
+    assert len(llms.adapted(model)) == 2 * 7  # q, k, v, o, gate, up and down of both layers
+
+
+def test_the_reference_of_a_lora_policy_holds_no_weight_of_its_own_and_stays_where_it_was(checkpoint):
+    model, _, batch = with_adapter(checkpoint("qwen2"))
+    batch = list(batch)
+    reference = llms.frozen_copy(model)
+    ours = {weight.data_ptr() for weight in model.parameters()}
+    assert all(weight.data_ptr() in ours and not weight.requires_grad for weight in reference.parameters())
+    before = llms.token_logprobs(reference, *batch, 1.0)
+    for layer in llms.adapted(model):
+        torch.nn.init.normal_(layer.lora_B.data, std=0.1)
+    assert torch.equal(llms.token_logprobs(reference, *batch, 1.0), before)
+    assert (llms.token_logprobs(model, *batch, 1.0) - before).abs().max() > 1e-3
+    again = llms.frozen_copy(model)  # a second iteration: the reference is the policy as it is now
+    assert torch.equal(llms.token_logprobs(again, *batch, 1.0), llms.token_logprobs(model, *batch, 1.0))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_lora_model_is_saved_merged_as_a_plain_checkpoint(checkpoint, tmp_path, family):
+    model, tokenizer, batch = with_adapter(checkpoint(family), trained=True)
+    ids, attention, _ = batch
+    unmerged = model(input_ids=ids, attention_mask=attention).logits
+    llms.save(model, tokenizer, tmp_path / "merged")
+    opened, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    merged = opened(input_ids=ids, attention_mask=attention).logits
+    assert (merged - unmerged).abs().max() / unmerged.abs().max() < 1e-5
+    base, _ = llms.load(checkpoint(family))
+    assert (base(input_ids=ids, attention_mask=attention).logits - merged).abs().max() > 1e-2
+
+
+def test_only_adapters_are_trained_and_without_a_rank_there_are_none(setup):
+    plain, _ = setup(LORA_RANK=0)
+    assert not any("lora" in name for name in plain.tensors())
+    assert len(plain.trained()) == len(list(plain.policy.parameters())) and not llms.adapted(plain.policy)
+    state, rollout = setup(LORA_RANK=4, STEPS=1)
+    trained = {id(weight) for weight in state.trained()}
+    assert trained == {id(weight) for name, weight in state.policy.named_parameters() if ".lora_" in name}
+    before = {name: weight.clone() for name, weight in state.tensors().items()}
+    main.update(state, rollout, torch.linspace(-1, 1, 12), None, main.score(state.reference, rollout))
+    moved = {name for name, weight in state.tensors().items() if name not in before or not weight.equal(before[name])}
+    assert moved and all(".lora_" in name for name in moved)
+    assert not any(name.startswith("reference/") for name in before)  # not written twice either
+
+
+def test_gradient_checkpointing_gives_the_same_gradient_and_runs_the_layers_again(checkpoint):
+    gradients, calls = [], []
+    for again in (False, True):
+        model, _, batch = with_adapter(checkpoint("qwen2"), trained=True)
+        torch.manual_seed(0)
+        for layer in llms.adapted(model):
+            torch.nn.init.normal_(layer.lora_B.data, std=0.1)
+        if again:
+            model.gradient_checkpointing_enable()
+        calls.append(0)
+        mlp = model.base_model.layers[0].mlp
+        mlp.register_forward_pre_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
+        llms.token_logprobs(model, *batch, 1.0).sum().backward()
+        gradients.append(torch.cat([layer.lora_A.grad.flatten() for layer in llms.adapted(model)]))
+    assert torch.equal(*gradients) and gradients[0].any() and calls == [1, 2]
+
+
+def test_the_skeleton_of_a_model_counts_like_the_model_and_takes_no_memory(checkpoint):
+    model, _ = llms.load(checkpoint("llama"))
+    skeleton = llms.skeleton(checkpoint("llama"))
+    assert all(weight.is_meta for weight in skeleton.parameters())
+    assert sum(w.numel() for w in skeleton.parameters()) == sum(w.numel() for w in model.parameters())
+    assert llms.largest_rank(skeleton) == 16  # two key-value heads of 8
+
+
+def test_the_estimate_counts_what_each_choice_adds(checkpoint):
+    model = llms.skeleton(checkpoint("qwen2"))
+    numbers = sum(weight.numel() for weight in model.parameters())
+    plain = llms.memory(model, (False, False), 0, 1000, False, False)
+    assert plain["weights"] == 4 * numbers and plain["AdamW"] == 8 * numbers and plain["copies"] == 0
+    assert llms.memory(model, (True, False), 0, 1000, False, False)["copies"] == 4 * numbers
+    assert llms.memory(model, (False, True), 0, 1000, False, False)["copies"] == 16 * numbers
+    work = "sampling or updating"
+    assert llms.memory(model, (True, False), 0, 1000, True, False)[work] < plain[work]
+    assert (
+        llms.memory(model, (True, False), 10**6, 1000, False, False)[work] > 10**6 * 2 * 2 * 16 * 4
+    )  # keys and values
+    llms.add_lora(model, 2, 4.0)
+    light = llms.memory(model, (False, False), 0, 1000, False, False)
+    assert light["AdamW"] < plain["AdamW"] / 4 and light["weights"] < plain["weights"] * 1.2

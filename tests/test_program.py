@@ -1,6 +1,7 @@
 """The program from outside: real processes, real files, real signals."""
 
 import http.server
+import importlib.util
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 import transformers
 
 import evaluator
+import llms
 import main
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +258,67 @@ def test_a_data_row_without_an_answer_is_named(finished, inside, tmp_path):
 def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, arguments, says):
     code, _, err = inside(*arguments.split())
     assert code == 2 and err.count("\n") == 1 and says in err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("--algorithm a2c", "one of sft, rft, dpo, online_rft, ppo, grpo"),
+        ("--algorithm dpo --group_size 1", "at least 2: dpo compares"),
+        ("--algorithm dpo --mu 2", "1 for dpo"),
+        ("--algorithm dpo --beta_dpo 0", "above 0"),
+        ("--algorithm ppo --beta -0.1", "--beta must be at least 0"),
+        ("--algorithm ppo --lambda 1.5", "from 0 to 1"),
+        ("--algorithm ppo --supervision process", "outcome for ppo"),
+        ("--algorithm sft --dataset bare.jsonl --eval_dataset arithmetic", "bare.jsonl has none"),
+        ("--algorithm sft --dataset arithmetic:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
+        ("--supervision process --dataset order:1", "order:1 have none"),
+        ("--lora_rank 65", "smallest linear layer of tiny, 64"),
+        ("--lora_rank -1", "at least 0"),
+        ("--lora_alpha 0", "above 0"),
+        ("--baseline median", "one of group, others"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused_before_anything_is_loaded(
+    inside, tmp_path, monkeypatch, arguments, says
+):
+    for loads in ("load", "build_tiny"):
+        monkeypatch.setattr(llms, loads, lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "bare.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
+    code, out, err = inside(*arguments.split())
+    assert code == 2 and err.count("\n") == 1 and says in err and not (tmp_path / "runs").exists()
+    assert not out
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "rft", "dpo", "online_rft", "ppo"])
+def test_every_row_of_table_10_is_a_flag_and_its_run_can_be_gone_on_with(finished, inside, algorithm):
+    _, flags, _ = finished
+    how = ["--algorithm", algorithm, "--lora_rank", "2", "--gradient_checkpointing", "true", "--steps", "2"]
+    code, out, err = inside(*flags, *how, "--run", "x", "--show_every", "0")
+    assert code == 0, err
+    assert f"{algorithm} on arithmetic" in out and "of them trained" in out and "GB of memory" in out
+    code, _, err = inside("--resume", "runs/x", "--steps", "3")
+    assert code == 0, err
+    rows = [row for row in lines(Path("runs/x/metrics.jsonl")) if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["kl"] == 0.0 and rows[0]["skipped_updates"] == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained("runs/x/model").config.model_type == "qwen2"
+
+
+def test_tensorboard_gets_the_same_keys_or_is_missed_in_one_line(finished, inside):
+    _, flags, _ = finished
+    code, _, err = inside(*flags, "--tensorboard", "true", "--steps", "2", "--run", "board")
+    if not importlib.util.find_spec("tensorboard"):
+        assert code == 2 and err.count("\n") == 1 and "pip install tensorboard" in err
+        return
+    assert code == 0, err
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator("runs/board/tensorboard").Reload()
+    rows = lines(Path("runs/board/metrics.jsonl"))
+    numbers = {key for row in rows for key, value in row.items() if isinstance(value, (int, float))} - {"step"}
+    assert numbers <= set(board.Tags()["scalars"])
+    written = [(event.step, event.value) for event in board.Scalars("reward")]
+    assert written == [(row["step"], pytest.approx(row["reward"])) for row in rows if "reward" in row]
 
 
 def test_programs_are_refused_without_bubblewrap(finished, inside, tmp_path, monkeypatch):

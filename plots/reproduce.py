@@ -1,0 +1,237 @@
+"""Redraw the paper's figures, and ablate its constants, on the tiny model: about 70 minutes on two cores.
+
+    python plots/reproduce.py            every run that is still missing, then the table and the pictures
+    python plots/reproduce.py grpo rft   only these
+    python plots/reproduce.py --draw     only the table and the pictures, from the data of the last time
+
+Every run is one of main.py's, three seeds each, in runs/reproduce-NAME-SEED. Interrupted, the command goes on where it
+stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without the runs.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from plots import plot  # noqa: E402, the script stands beside the package it draws with
+
+OUT = HERE / "reproduce"
+SEEDS = (0, 1, 2)
+COMMON = "--model tiny --steps 50 --eval_every 10 --save_every 10 --show_every 0"
+RUNS = {  # what each changes; a flag given twice takes its last value
+    "grpo": "",
+    "grpo-ps": "--supervision process",
+    "rft": "--algorithm rft",
+    "online-rft": "--algorithm online_rft",
+    "sft": "--algorithm sft",
+    "ppo": "--algorithm ppo",
+    "dpo": "--algorithm dpo --learning_rate 3e-5",
+    "iterations-2": "--iterations 2 --steps 25",
+    "iterations-3": "--iterations 3 --steps 17",
+    "beta-0": "--beta 0",
+    "beta-0.4": "--beta 0.4",
+    "group-2": "--group_size 2 --questions_per_step 64",
+    "group-32": "--group_size 32 --questions_per_step 4",
+    "sparse": "--weight_integer 0 --weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0",
+    "no-std": "--scale_by_std false",
+    "temperature-0.5": "--temperature 0.5",
+    "lr-3": "--learning_rate 1.2e-3",
+    "mu-1": "--steps 25 --eval_every 5",
+    "mu-2": "--steps 25 --eval_every 5 --mu 2",
+    "mu-4": "--steps 25 --eval_every 5 --mu 4",
+    "mu-4-epsilon-0.02": "--steps 25 --eval_every 5 --mu 4 --epsilon_low 0.02 --epsilon_high 0.02",
+    "mu-4-epsilon-10": "--steps 25 --eval_every 5 --mu 4 --epsilon_low 10 --epsilon_high 10",
+}
+EVALUATIONS = {f"figure7-{seed}": f"runs/reproduce-grpo-{seed}" for seed in SEEDS} | {"figure7-base": "tiny"}
+FIGURES = {  # file: [(title, {label: run})]
+    "figure5": [
+        ("Figure 5", {"RFT": "rft", "Online RFT": "online-rft", "GRPO+OS": "grpo", "GRPO+PS": "grpo-ps"}),
+    ],
+    "figure6": [
+        ("Figure 6", {"1 iteration": "grpo", "2 iterations": "iterations-2", "3 iterations": "iterations-3"}),
+    ],
+    "methods": [
+        ("SFT, DPO, PPO and GRPO", {"SFT": "sft", "DPO": "dpo", "PPO": "ppo", "GRPO": "grpo"}),
+    ],
+    "ablations": [
+        ("β, weight of the KL", {"0": "beta-0", "0.04 (paper)": "grpo", "0.4": "beta-0.4"}),
+        ("G, at 128 outputs a step", {"2": "group-2", "8": "grpo", "32": "group-32"}),
+        ("μ, updates per rollout", {"1 (paper)": "mu-1", "2": "mu-2", "4": "mu-4"}),
+        ("ε, at μ = 4", {"0.02": "mu-4-epsilon-0.02", "0.2": "mu-4", "10: no clip": "mu-4-epsilon-10"}),
+        ("rewards", {"all": "grpo", "correctness alone": "sparse"}),
+        ("others", {"default": "grpo", "no std": "no-std", "T = 0.5": "temperature-0.5", "3 × lr": "lr-3"}),
+    ],
+}
+
+
+def main_py(arguments, bar):
+    """Run main.py on one thread, count its steps on the bar, and return what it printed; None if it failed."""
+    command = [sys.executable, str(HERE.parent / "main.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        with ThreadPoolExecutor(1) as pool:
+            errors = pool.submit(process.stderr.read)
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                bar.update(line.startswith("step") and "TEST" not in line)
+        if process.wait():
+            bar.write(f"{' '.join(arguments)}: {errors.result().strip().splitlines()[-1]}")
+            return None
+    return "".join(lines)
+
+
+def train(name, seed, bar):
+    """Make one run, or finish it, or leave it where it is done; is it done?"""
+    folder = Path("runs") / f"reproduce-{name}-{seed}"
+    if (folder / "model").is_dir():
+        bar.update(steps(name))
+        return True
+    if (folder / "checkpoint" / "state.safetensors").exists():
+        bar.update(sum("reward" in row for row in plot.read(folder)[1]))
+        return main_py(["--resume", str(folder)], bar) is not None
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = [*COMMON.split(), *RUNS[name].split(), "--seed", str(seed), "--run", folder.name]
+    return main_py(flags, bar) is not None
+
+
+def evaluate(name, bar):
+    """Figure 7's maj@K and pass@K of one model: {"maj@1": …}; from the file of the last time where there is one."""
+    file = Path("runs") / f"reproduce-{name}.txt"
+    if not file.exists():
+        flags = (
+            "--dataset arithmetic --max_new_tokens 64 --eval_questions 200 --eval_samples 64 --eval_dataset arithmetic"
+        )
+        printed = main_py(["--evaluate", EVALUATIONS[name], *flags.split()], bar)
+        if printed is None:
+            return None
+        file.write_text(printed)
+    return {key: float(value) for key, value in re.findall(r"((?:maj|pass)@\d+) ([\d.]+)", file.read_text())}
+
+
+def flag(name, which):
+    """The value of a flag of a run."""
+    return int(re.findall(rf"--{which} (\d+)", f"--iterations 1 {COMMON} {RUNS[name]}")[-1])
+
+
+def steps(name):
+    return flag(name, "steps") * flag(name, "iterations")
+
+
+def summary(folder):
+    """What the pictures and the table need of a run: its evaluations, and some means over its last ten steps."""
+    rows = plot.read(folder)[1]
+    tests, last = [row for row in rows if "eval/accuracy" in row], [row for row in rows if "reward" in row]
+    keys = ("accuracy", "kl", "entropy", "clip_low", "clip_high", "zero_std_groups", "length", "grad_norm")
+    values = {key: [row[key] for row in last[-10:] if row.get(key) is not None] for key in keys}
+    return {
+        "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/format", "eval/ci95")} for row in tests],
+        "last": {key: sum(of_key) / len(of_key) for key, of_key in values.items() if of_key},
+        "minutes": sum(row["seconds"] for row in last) / 60,
+    }
+
+
+def collect(names):
+    """Make the runs that are missing, two or more side by side, and keep what they show in data.json."""
+    data = json.loads((OUT / "data.json").read_text()) if (OUT / "data.json").exists() else {}
+    jobs = [(name, seed) for seed in SEEDS for name in names]
+    with tqdm(total=sum(steps(name) for name, _ in jobs), desc="reproduce", unit="step", smoothing=0.02) as bar:
+        evaluate("figure7-base", bar)  # builds the tiny model, once
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            done = dict(zip(jobs, pool.map(lambda job: train(*job, bar), jobs)))
+            if all(done.get(("grpo", seed)) for seed in SEEDS):
+                data["figure7"] = dict(zip(EVALUATIONS, pool.map(lambda name: evaluate(name, bar), EVALUATIONS)))
+        finally:  # after Ctrl-C the runs in progress end after their step, and no other begins
+            pool.shutdown(cancel_futures=True)
+    for name in names:
+        if all(done[name, seed] for seed in SEEDS):
+            folders = [f"runs/reproduce-{name}-{seed}" for seed in SEEDS]
+            data[name] = {"flags": f"{COMMON} {RUNS[name]}".strip(), "runs": list(map(summary, folders))}
+    OUT.mkdir(exist_ok=True)
+    (OUT / "data.json").write_text(json.dumps(data, indent=1) + "\n")
+    return all(done.values())
+
+
+def mean_and_range(values):
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def table(data):
+    """Greedy accuracy at the end of each run, and over its whole course, as Markdown."""
+    print(
+        "| run | flags | greedy accuracy at the end | KL | clipped | dead groups | minutes |\n|---|---|---|---|---|---|---|"
+    )
+    for name in (name for name in RUNS if name in data):
+        runs = data[name]["runs"]
+        last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
+        cells = [mean_and_range([run["tests"][-1]["eval/accuracy"] for run in runs]), f"{last.get('kl', 0):.3f}"]
+        cells += [f"{last['clip_low'] + last['clip_high']:.3f}", f"{last['zero_std_groups']:.2f}"]
+        minutes = max(run["minutes"] for run in runs)
+        print(f"| {name} | `{RUNS[name] or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
+
+
+def draw(data):
+    """The pictures, into plots/reproduce/."""
+    from matplotlib.figure import Figure
+
+    for file, panels in FIGURES.items():
+        columns = min(3, len(panels))
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(5 * columns, 3.6 * lines) if columns > 1 else (7, 4.2), layout="constrained")
+        for axes, (title, curves) in zip(figure.subplots(lines, columns, squeeze=False).flat, panels):
+            runs = {
+                label: [run["tests"] for run in data[name]["runs"]] for label, name in curves.items() if name in data
+            }
+            plot.panel(axes, "eval/accuracy", f"{title}: greedy test accuracy", runs, smoothed=False)
+            axes.set_xlabel("step")
+            axes.legend(fontsize=8, loc="lower right")
+        figure.savefig(OUT / f"{file}.png", dpi=100)
+    if "figure7" in data:
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        for axes, measure in zip(figure.subplots(1, 2), ("maj", "pass")):
+            models = [("before", ["figure7-base"]), ("after GRPO", [f"figure7-{seed}" for seed in SEEDS])]
+            for label, names in models:
+                ks = sorted(int(key.split("@")[1]) for key in data["figure7"][names[0]] if key.startswith(measure))
+                values = [[data["figure7"][name][f"{measure}@{k}"] for name in names] for k in ks]
+                axes.plot(ks, [sum(at) / len(at) for at in values], marker="o", markersize=3, label=label)
+                axes.fill_between(ks, [min(at) for at in values], [max(at) for at in values], alpha=0.15, linewidth=0)
+            axes.set(xscale="log", xlabel="K", title=f"Figure 7: {measure}@K, temperature 0.7", ylim=(-0.02, 1.02))
+            axes.set_xticks(ks, ks)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8, loc="lower right")
+        figure.savefig(OUT / "figure7.png", dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="NAME", help=f"only these: {', '.join(RUNS)}")
+    parser.add_argument("--draw", action="store_true", help="make no run")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.runs if name not in RUNS]:
+        parser.exit(2, f"reproduce.py: error: no run is called {unknown[0]}; there are {', '.join(RUNS)}\n")
+    complete = arguments.draw or collect(arguments.runs or list(RUNS))
+    if not (OUT / "data.json").exists():
+        parser.exit(2, "reproduce.py: error: there is no data yet: run it without --draw\n")
+    data = json.loads((OUT / "data.json").read_text())
+    table(data)
+    draw(data)
+    print(f"\nthe pictures are in {OUT}")
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("reproduce.py: interrupted; the same command goes on from here")
