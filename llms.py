@@ -117,7 +117,7 @@ def explain(name, error):
 
 
 def save(model, tokenizer, folder):
-    """Write a plain Hugging Face folder, adapters merged, whole or not at all: it is complete before it gets its name."""
+    """Write a plain Hugging Face folder, adapters merged, whole or not at all: it is renamed when it is complete."""
     unfinished = Path(f"{folder}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     merge_lora(model)
@@ -133,11 +133,14 @@ def own_copy(module):
     return copy.deepcopy(module, {id(weight): weight for weight in module.parameters() if not weight.requires_grad})
 
 
-def frozen_copy(model):
-    """A copy that no gradient and no update reaches: the reference. With LoRA it is the model with the adapter off."""
-    merge_lora(model)  # so that the two are the same policy; of a new adapter there is nothing to merge
+def frozen_copy(model, adapter=True):
+    """A copy that no gradient and no update reaches: the reference.
+
+    With LoRA it shares the model's weights, and has an adapter like the model's as it is now, or none: that is the
+    model as it was loaded.
+    """
     reference = own_copy(model)
-    for layer in adapted(reference):
+    for layer in adapted(reference) if not adapter else ():
         layer.lora_A = layer.lora_B = None
     return reference.requires_grad_(False)
 
@@ -161,7 +164,7 @@ def at_least_fp32(logits):
 
 
 class LoRALinear(nn.Linear):
-    """W x + (α/r) B A x: W stays as it was loaded, A [r, in] and B [out, r] are trained, B from 0. Without them: W x."""
+    """W x + (α/r) B A x: W is frozen, A [r, in] and B [out, r] are trained, B from 0; without them W x."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -194,11 +197,10 @@ def adapted(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add the adapters to the weights, W ← W + (α/r) B A, and begin them anew at B = 0."""
+    """Add the adapters to the weights, W ← W + (α/r) B A, and set them to 0."""
     for layer in adapted(model):
-        if layer.lora_B is not None:
-            layer.weight += layer.scale * layer.lora_B @ layer.lora_A
-            layer.lora_B.zero_()
+        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+        layer.lora_B.zero_()
 
 
 def skeleton(name):
@@ -216,8 +218,8 @@ def largest_rank(model):
 def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu):
     """An estimate of what a run needs at its peak, in bytes, by part.
 
-    Of a model as it is trained (with its adapters, where it has any) the weights, the frozen and trained `copies` beside
-    it, (reference, critic), and the larger of what sampling and an update hold for a while.
+    model   as it is trained, with its adapters where it has any
+    copies  (bool, bool): is there a reference with weights of its own, and a critic?
     """
     config = model.config
     total = sum(weight.numel() for weight in model.parameters())
@@ -291,8 +293,8 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor  # [N, T]  log π of each token at the moment it was drawn, at the sampling temperature; None if it was not
-    entropy: Tensor  # [N, T]  of the distribution it was drawn from, in nats; None likewise
+    logp: Tensor  # [N, T]  log π of each token as it was drawn, at the sampling temperature; None if another policy drew it
+    entropy: Tensor  # [N, T]  of the distribution it was drawn from, in nats; None if it was not drawn
     truncated: Tensor  # [N]  True where no end token came within the limit
     texts: list  # [N]  the completions, without their end token
 
@@ -386,7 +388,7 @@ def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generat
 
 
 def written(model, tokenizer, prompts, texts, max_new_tokens):
-    """A rollout of texts that nobody sampled: a data set's solutions, one for each prompt, ended and cut like outputs."""
+    """A rollout of given texts, one for each prompt, that end with an end token and are cut like outputs."""
     end = end_tokens(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     completions = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts]
     truncated = torch.tensor([len(tokens) > max_new_tokens for tokens in completions], device=model.device)
@@ -441,7 +443,8 @@ class Critic(nn.Module):
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), what is still to be earned before token t is drawn, fp32, [N, T]; 0 off the mask."""
         with compute(self.trunk, keep_casts=False):
-            values = at_least_fp32(self.value_head(states(self.trunk, ids, attention, mask)).squeeze(1))  # [tokens]
+            hidden = states(self.trunk, ids, attention, mask)  # [tokens, D]
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)  # [tokens], never in bf16
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 

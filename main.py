@@ -176,7 +176,7 @@ def group_advantages(rewards):
 
 
 def process_advantages(step_rewards, step_ends):
-    """Advantages under process supervision: Â_{i,t} = Σ_{index(j) ≥ t} r̃_i^{index(j)}, the steps that end at t or later.
+    """Advantages of process supervision: Â_{i,t} = Σ_{index(j) ≥ t} r̃_i^{index(j)}, the steps that end at t or later.
 
     step_rewards [Q, G, T] -> [Q, G, T], with the reward of a step where step_ends is True, on its last token. r̃ is
     normalised like the rewards above, over all steps of the group together; tokens behind the last step get 0 (§4.1.3).
@@ -221,7 +221,7 @@ def clipped_objective(logp, logp_old, A, mask):
 
 
 def mean_over_outputs(x, mask, num_sequences, num_tokens):
-    """1/G Σ_i 1/|o_i| Σ_t x_{i,t} of eq. (3), over the G outputs of all Q questions, or what DENOMINATOR says: a scalar."""
+    """1/G Σ_i 1/|o_i| Σ_t x_{i,t} of eq. (3), over the outputs of all Q questions, or as DENOMINATOR says: a scalar."""
     if DENOMINATOR == "sequence":
         divisor = num_sequences * mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  N |o_i|
     elif DENOMINATOR == "token":
@@ -280,7 +280,7 @@ def log_policy(model, ids, attention, mask):
 
 @torch.no_grad()
 def score(model, rollout, read=log_policy):
-    """What `read` (log π) says of every token of a rollout under a model, without gradient, in micro-batches: [N, T]."""
+    """log π, or what else to `read`, of every token of a rollout under a model, without gradient: [N, T]."""
     batches = micro_batches(rollout, range(len(rollout.mask)))
     parts = [read(model, *rollout.rows(rows)) for rows in batches]
     scores = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
@@ -322,7 +322,7 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
 
     Every micro-batch is divided by the counts of the whole update, taken before the first backward pass: the sum is the
     gradient of the whole, to the last bit but rounding. If loss or gradient is not finite the weights stay as they are.
-    The targets are what PPO's critic learns beside the policy: its values at the beginning of the step, and the returns.
+    The targets are what PPO's critic learns beside the policy: its values before the first update, and the returns.
     """
     mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
     num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
@@ -399,7 +399,7 @@ def other_rewards(state, rollout, problems):
 def reward_steps(tokenizer, rollout, problems):
     """Put the reward of each step of the reasoning on the token that ends it.
 
-    Returns step_rewards [Q, G, T], step_ends [Q, G, T], True on those tokens, and the mean over each output's steps [N].
+    Returns step_rewards [Q, G, T], step_ends [Q, G, T], True on those tokens, and the mean of each output's steps [N].
     """
     step_rewards, step_ends, means = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape).bool(), []
     for i, text in enumerate(rollout.texts):
@@ -560,8 +560,9 @@ def load_checkpoint(state, run):
 
     for name, value in json.loads(about["counters"]).items():
         setattr(state, name, value)
-    if LORA_RANK or any(name.startswith("reference/") for name in tensors):
-        state.reference = llms.frozen_copy(state.policy)
+    of_reference = [name for name in tensors if name.startswith("reference/")]
+    if of_reference or LORA_RANK:
+        state.reference = llms.frozen_copy(state.policy, adapter=any(".lora_" in name for name in of_reference))
     if any(name.startswith("adam/") for name in tensors):
         for weight in state.trained():  # AdamW's state as it stands after its first step, to be filled
             moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
@@ -801,9 +802,13 @@ class Outputs:
 
 
 def policy_outputs(state, problems, prompts):
-    """G outputs of π_θ for each question."""
+    """o ~ π_θ(O|q): G outputs for each question."""
+    return outputs_of(state.policy, state, prompts)
+
+
+def outputs_of(model, state, prompts):
     how = (GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS)
-    return llms.sample(state.policy, state.tokenizer, prompts, *how)
+    return llms.sample(model, state.tokenizer, prompts, *how)
 
 
 def group_relative(state, outputs):
@@ -915,7 +920,8 @@ def train(state, stream, test_problems, run, evaluate_at):
     bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step")
     for iteration in range(ITERATIONS):  # 2
         if state.step == iteration * STEPS and needs_reference():  # resumed within an iteration it has one already
-            state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ, a copy that stays as it is
+            # 3: π_ref ← π_θ, a copy that stays as it is; with LoRA it is at first the model with the adapter off
+            state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)
         while state.step < (iteration + 1) * STEPS:  # 4
             if stage_at(state.step) != state.stage:
                 state.stage, state.position = stage_at(state.step), 0
@@ -952,9 +958,8 @@ def dataset_outputs(state, problems, prompts):
 
 
 def reference_outputs(state, problems, prompts):
-    """o ~ π_sft(O|q): G outputs of the policy that the iteration began with, which is π_ref, for each question."""
-    how = (GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS)
-    return llms.sample(state.reference, state.tokenizer, prompts, *how)._replace(logp=None)  # not π_θ's
+    """o ~ π_sft(O|q): G outputs for each question of the policy that the iteration began with, which is π_ref."""
+    return outputs_of(state.reference, state, prompts)._replace(logp=None)  # π_θ did not draw them
 
 
 def one(state, outputs):
@@ -998,7 +1003,7 @@ def preference(state, outputs):
 
 
 def likelihood_loss(logp, logp_old, logp_ref, coefficients, mask, num_sequences, num_tokens):
-    """- 1/N Σ_i 1/|o_i| Σ_t GC_{i,t} log π_θ: eq. (6), (8) and, with the coefficient of eq. (14), the gradient of (12)."""
+    """- 1/N Σ_i 1/|o_i| Σ_t GC_{i,t} log π_θ: eq. (6), (8), and with the GC of eq. (14) a loss of (12)'s gradient."""
     return -mean_over_outputs(coefficients * logp, mask, num_sequences, num_tokens)
 
 
@@ -1021,7 +1026,7 @@ def ppo_advantages(state, outputs):
     rollout, ends = outputs.rollout, outputs.rollout.mask.sum(1) - 1  # [N]
     values = score(state.critic, rollout, llms.Critic.token_values)  # [N, T]
     rewards = torch.zeros_like(values)  # [N, T]
-    rewards[torch.arange(len(ends)), ends] = outputs.rewards.flatten().to(values)
+    rewards[torch.arange(len(ends), device=ends.device), ends] = outputs.rewards.flatten().to(values)
     if BETA:
         logp = score(state.policy, rollout) if outputs.logp_old is None else outputs.logp_old  # [N, T]
         rewards -= BETA * (logp - outputs.logp_ref)
@@ -1143,7 +1148,8 @@ CHOICES = {
 AT_LEAST_1 = (
     "ITERATIONS STEPS QUESTIONS_PER_STEP MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY"
 )
-AT_LEAST_0 = "SEED LORA_RANK EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
+AT_LEAST_0 = "SEED LORA_RANK EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY"
+AT_LEAST_0 += " EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
 
 
 def check_settings():
@@ -1291,10 +1297,8 @@ def needs():
     """What a run will train and how much memory it needs, in a line, before anything is loaded."""
     model = llms.skeleton(MODEL)
     total = sum(weight.numel() for weight in model.parameters())
-    if LORA_RANK > llms.largest_rank(model):
-        raise SettingsError(
-            f"--lora_rank {LORA_RANK} is above the size of the smallest linear layer of {MODEL}, {llms.largest_rank(model)}"
-        )
+    if LORA_RANK > (largest := llms.largest_rank(model)):
+        raise SettingsError(f"--lora_rank {LORA_RANK} is above the size of {MODEL}'s smallest linear layer, {largest}")
     if LORA_RANK:
         llms.add_lora(model, LORA_RANK, LORA_ALPHA)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -1310,7 +1314,7 @@ def needs():
 
 
 def tensorboard(run, step):
-    """A writer of TensorBoard's files that forgets what a killed run wrote from a step on; None without --tensorboard."""
+    """A writer of TensorBoard's files that forgets what a killed run wrote from a step on, or None."""
     if not TENSORBOARD:
         return None
     from torch.utils.tensorboard import SummaryWriter

@@ -87,7 +87,7 @@ def setup(checkpoint, constants):
         policy.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
         state = main.new_state(policy, tokenizer)
         state.optimizer = optimizer(policy) if optimizer else state.optimizer
-        state.reference = llms.frozen_copy(policy) if main.BETA else None
+        state.reference = llms.frozen_copy(policy, adapter=False) if main.BETA else None
         return state, sample(state)
 
     return make

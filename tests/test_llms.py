@@ -366,23 +366,26 @@ def test_with_the_adapter_off_the_model_is_its_base_bit_for_bit(checkpoint, fami
     batch = list(batch)
     new = llms.token_logprobs(model, *batch, 1.0)
     assert torch.equal(new, llms.token_logprobs(base, *batch, 1.0))  # B = 0: the KL of the first step is 0
-    assert torch.equal(new, llms.token_logprobs(llms.frozen_copy(model), *batch, 1.0))
+    assert torch.equal(new, llms.token_logprobs(llms.frozen_copy(model, adapter=False), *batch, 1.0))
     assert len(llms.adapted(model)) == 2 * 7  # q, k, v, o, gate, up and down of both layers
 
 
 def test_the_reference_of_a_lora_policy_holds_no_weight_of_its_own_and_stays_where_it_was(checkpoint):
     model, _, batch = with_adapter(checkpoint("qwen2"))
-    batch = list(batch)
-    reference = llms.frozen_copy(model)
-    ours = {weight.data_ptr() for weight in model.parameters()}
+    batch, ours = list(batch), {weight.data_ptr() for weight in model.parameters()}
+    reference = llms.frozen_copy(model, adapter=False)
     assert all(weight.data_ptr() in ours and not weight.requires_grad for weight in reference.parameters())
     before = llms.token_logprobs(reference, *batch, 1.0)
     for layer in llms.adapted(model):
-        torch.nn.init.normal_(layer.lora_B.data, std=0.1)
-    assert torch.equal(llms.token_logprobs(reference, *batch, 1.0), before)
-    assert (llms.token_logprobs(model, *batch, 1.0) - before).abs().max() > 1e-3
-    again = llms.frozen_copy(model)  # a second iteration: the reference is the policy as it is now
-    assert torch.equal(llms.token_logprobs(again, *batch, 1.0), llms.token_logprobs(model, *batch, 1.0))
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    trained = llms.token_logprobs(model, *batch, 1.0)
+    assert torch.equal(llms.token_logprobs(reference, *batch, 1.0), before) and (trained - before).abs().max() > 1e-3
+    again = llms.frozen_copy(model)  # a second iteration: the reference is the policy as it is now, and stays there
+    for layer in llms.adapted(model):
+        torch.nn.init.zeros_(layer.lora_B)
+    assert torch.equal(llms.token_logprobs(again, *batch, 1.0), trained)
+    own = {name for name, weight in again.named_parameters() if weight.data_ptr() not in ours}
+    assert own and all(".lora_" in name for name in own)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

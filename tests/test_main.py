@@ -519,7 +519,7 @@ def test_the_order_of_events_is_algorithm_1(setup, tmp_path, monkeypatch):  # T3
 
 def test_beta_0_never_makes_or_runs_a_reference(setup, tmp_path, monkeypatch):
     state, _ = setup(BETA=0.0, STEPS=1)
-    monkeypatch.setattr(llms, "frozen_copy", lambda model: pytest.fail("a reference was made"))
+    monkeypatch.setattr(llms, "frozen_copy", lambda *_, **__: pytest.fail("a reference was made"))
     main.train(state, iter(PROBLEMS), [], tmp_path, set())
     assert state.reference is None and main.read_lines(tmp_path / "metrics.jsonl")[0]["kl"] is None
 

@@ -273,7 +273,7 @@ def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, argumen
         ("--algorithm sft --dataset bare.jsonl --eval_dataset arithmetic", "bare.jsonl has none"),
         ("--algorithm sft --dataset arithmetic:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
         ("--supervision process --dataset order:1", "order:1 have none"),
-        ("--lora_rank 65", "smallest linear layer of tiny, 64"),
+        ("--lora_rank 65", "tiny's smallest linear layer, 64"),
         ("--lora_rank -1", "at least 0"),
         ("--lora_alpha 0", "above 0"),
         ("--baseline median", "one of group, others"),

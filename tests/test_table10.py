@@ -1,4 +1,4 @@
-"""Table 10 of the paper (§5.2.1): each method's data source and gradient coefficient, and PPO's and DPO's parts by hand."""
+"""Table 10 (§5.2.1): each method's data source and gradient coefficient, and PPO's and DPO's parts by hand."""
 
 import math
 from types import SimpleNamespace
