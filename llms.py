@@ -7,7 +7,7 @@ what an advantage is, what β and ε are, is not known here.
     build_tiny(folder, corpus)    the model that needs no download, trained on the spot
     encode(tokenizer, messages)   a prompt's token ids
     sample(...)                   completions, with the log-probability of each token as it was drawn
-    written(...)                  completions that are given as texts, in the same form
+    as_rollout(...)               completions that are given as texts, in the same form
     token_logprobs(...)           log π of given tokens, with gradient
     frozen_copy(model)            the reference
     add_lora(model, rank, alpha)  a small trained adapter beside every linear layer, the weights themselves frozen
@@ -128,6 +128,15 @@ def save(model, tokenizer, folder):
     unfinished.rename(folder)
 
 
+def checkpoint_layers(model):
+    """Keep only what goes into each layer of the trunk for the way back, and compute the rest again there."""
+    name = "activation_checkpointing_enable"  # of transformers 5.2x; before it had the other name
+    try:
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    except ValueError as error:
+        raise ModelError(str(error).splitlines()[0]) from error
+
+
 def own_copy(module):
     """A deep copy, but of what is trained only: weights that no update reaches are shared, not held twice."""
     return copy.deepcopy(module, {id(weight): weight for weight in module.parameters() if not weight.requires_grad})
@@ -186,7 +195,6 @@ def linear_layers(model):
 def add_lora(model, rank, alpha):
     """Put an adapter beside every linear layer of the trunk, and freeze everything else."""
     model.requires_grad_(False)
-    torch.manual_seed(0)
     for name, layer in linear_layers(model).items():
         model.base_model.set_submodule(name, LoRALinear(layer, rank, alpha))
 
@@ -205,8 +213,12 @@ def merge_lora(model):
 
 def skeleton(name):
     """A model without memory behind it, to count and measure its parts before anything is loaded."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(configuration(name))
+    config = configuration(name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:  # no causal language model
+        raise ModelError(explain(name, error)) from error
 
 
 def largest_rank(model):
@@ -221,7 +233,7 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu):
     model   as it is trained, with its adapters where it has any
     copies  (bool, bool): is there a reference with weights of its own, and a critic?
     """
-    config = model.config
+    config = model.config.get_text_config()
     total = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     heads = config.num_attention_heads
@@ -293,7 +305,7 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor  # [N, T]  log π of each token as it was drawn, at the sampling temperature; None if another policy drew it
+    logp: Tensor  # [N, T]  log π of each token as the policy drew it, at the sampling temperature; None if it did not
     entropy: Tensor  # [N, T]  of the distribution it was drawn from, in nats; None if it was not drawn
     truncated: Tensor  # [N]  True where no end token came within the limit
     texts: list  # [N]  the completions, without their end token
@@ -387,7 +399,7 @@ def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generat
     return [(drawn[i, :n], logp[i, :n], entropy[i, :n]) for i, n in enumerate(lengths.tolist())]
 
 
-def written(model, tokenizer, prompts, texts, max_new_tokens):
+def as_rollout(model, tokenizer, prompts, texts, max_new_tokens):
     """A rollout of given texts, one for each prompt, that end with an end token and are cut like outputs."""
     end = end_tokens(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     completions = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts]
@@ -436,7 +448,7 @@ class Critic(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.trunk = own_copy(model.base_model)
-        self.value_head = nn.Linear(model.config.hidden_size, 1, device=model.device)
+        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 

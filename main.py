@@ -87,7 +87,7 @@ CACHE_TOKENS = 524288  # tokens in the key-value cache at once while sampling: l
 BASELINE = "group"  # what an output is compared with: the mean of its group (paper), or of the others in it (RLOO)
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
-BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 frees the policy; in sft, rft and dpo the KL is only measured
+BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 frees the policy; only grpo and ppo use it
 KL = "k3"  # estimator of the KL: k3 is eq. (4); k1 has no gradient on average; k2 has that of the reverse KL
 DENOMINATOR = "sequence"  # of a token: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant L (Dr. GRPO)
 SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
@@ -163,7 +163,8 @@ def group_advantages(rewards):
     """Group-relative advantages: Â_i = (r_i - mean(r)) / std(r) over the G outputs of each question (§4.1.2).
 
     rewards [Q, G] -> [Q, G], fp32 at least. Rewards 1, 0, 0, 0 give 1.5, -0.5, -0.5, -0.5. The std is unbiased, 1e-4
-    is added; where all rewards of a group are equal the result is exactly 0, not the rounding error over 1e-4.
+    is added; where all rewards of a group are equal the result is exactly 0, not the rounding error over 1e-4. With
+    BASELINE = "others" an output is not part of the mean that it is compared with (RLOO).
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     advantages = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
@@ -311,7 +312,7 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
     if logp_sampled is not None:
         gap = (logp_old - logp_sampled).abs() * mask
         sums |= {"sampler_gap": gap.sum().item(), "sampler_gap_max": gap.max().item()}
-    if BETA:
+    if logp_ref is not None:
         sums["kl"] = (kl_estimate(logp, logp_ref) * mask).sum().item()
         sums["kl_log_ratio_max"] = ((logp_ref - logp).abs() * mask).max().item()
     return sums
@@ -392,7 +393,8 @@ def other_rewards(state, rollout, problems):
         group = len(rollout.texts) // len(problems)
         questions = [problem["question"] for problem in problems for _ in range(group)]
         scores = torch.tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts))  # [N]
-        others["reward_model"] = ((scores - scores.mean()) / (scores.std() + 1e-4)).tolist()
+        spread = scores.std(correction=min(1, len(scores) - 1))
+        others["reward_model"] = ((scores - scores.mean()) / (spread + 1e-4)).tolist()
     return others
 
 
@@ -508,7 +510,8 @@ class State:
             if getattr(self, network) is not None:
                 for name, weight in getattr(self, network).named_parameters():
                     names.setdefault(weight, f"{network}/{name}")
-        named = {name: weight for weight, name in names.items()}
+        # with LoRA the weights beside the adapters stay those of MODEL, and need not be written again and again
+        named = {name: w for w, name in names.items() if w.requires_grad or name.startswith("reference/")}
         for weight in self.trained():
             named |= {f"adam/{key}/{names[weight]}": value for key, value in self.optimizer.state[weight].items()}
         return {name: tensor.detach() for name, tensor in named.items()} | {"generator": self.generator.get_state()}
@@ -553,7 +556,7 @@ def load_checkpoint(state, run):
         raise SettingsError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
         raise SettingsError(f"{path} is damaged: its bytes are not those that were written")
-    saved, now = json.loads(about["settings"]), fixed_settings()
+    saved, now = with_defaults(json.loads(about["settings"])), with_defaults(fixed_settings())
     if saved != now:
         names = ", ".join(sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)))
         raise SettingsError(f"{path} belongs to other settings than {run / 'config.json'}: {names} differ")
@@ -573,6 +576,11 @@ def load_checkpoint(state, run):
             tensor.copy_(tensors[name])
     except (KeyError, RuntimeError) as error:
         raise SettingsError(f"{path} was made with another model or on another device: {error!r}") from None
+
+
+def with_defaults(known):
+    """Settings in which those that an older version did not have yet stand at their defaults."""
+    return {name: default for name, (_, default, _) in CONSTANTS.items() if name != "MODEL"} | known
 
 
 def fixed_settings():
@@ -641,7 +649,7 @@ def write_config(run):
 def complaints(row):
     """Sentences on what is out of its healthy range in a row of training metrics."""
     kl, first = row["kl"] or 0.0, row["step"] == 1
-    if MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3:
+    if ALGORITHM == "grpo" and MU == 1 and DENOMINATOR == "sequence" and abs(row["loss"]) < 1e-3:
         yield "loss is about 0 at μ = 1: expected. Ratios are 1, a group's advantages sum to 0; its gradient is not 0"
     if row["zero_advantage"] > 0.9:
         yield "9 of 10 outputs have Â = 0 and teach nothing: too easy, too hard, or one sample G times"
@@ -651,7 +659,7 @@ def complaints(row):
     if BETA and row["step"] > WARMUP + 2 and kl == 0 and row["grad_norm"] > 0 and not refreshed:
         yield "the KL is exactly 0 after updates: is the reference the policy itself?"
     if kl > 1:
-        yield "the KL is above 1 nat per token: far from the reference (raise --beta or lower --learning_rate)"
+        yield "the KL is above 1 nat per token: far from the reference (lower --learning_rate or raise --beta)"
     if (row["kl_log_ratio_max"] or 0.0) > 10:
         yield "some |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)"
     entropy = math.nan if row["entropy"] is None else row["entropy"]
@@ -789,14 +797,14 @@ def draw_questions(state, stream):
 
 @dataclasses.dataclass
 class Outputs:
-    """The outputs of one step and what is known of them."""
+    """The outputs of one step and what is known of them; the last two are noted by line 9 of PPO and DPO."""
 
     problems: list  # Q of them
     rollout: llms.Rollout  # N = Q·G outputs
     rewards: torch.Tensor = None  # [Q, G]  r_i
     by_name: dict = None  # {name: [N]}  each reward, unweighted
     logp_old: torch.Tensor = None  # [N, T]  log π_θold; None where it is the update's own log π_θ
-    logp_ref: torch.Tensor = None  # [N, T]  log π_ref; None at β = 0
+    logp_ref: torch.Tensor = None  # [N, T]  log π_ref; None at β = 0, and where the outputs are not π_θ's
     targets: tuple = None  # ([N, T], [N, T])  of PPO's critic: the values before the update, and the returns
     measured: dict = dataclasses.field(default_factory=dict)  # what else there is to log
 
@@ -835,10 +843,11 @@ def take_step(state, stream, run):
         outputs.rewards, outputs.by_name = score_completions(rollout.texts, problems, **others)  # [Q, G]
     with timed(seconds, "logprobs"):
         outputs.logp_old = score(state.policy, rollout) if MU > 1 else None  # [N, T]
-        outputs.logp_ref = score(state.reference, rollout) if BETA else None  # [N, T]
+        of_policy = rollout.logp is not None  # elsewhere a KL[π_θ ‖ π_ref] cannot be estimated
+        outputs.logp_ref = score(state.reference, rollout) if BETA and of_policy else None  # [N, T]
     with timed(seconds, "advantages"):  # 9
         advantages = coefficients(state, outputs).to(rollout.ids.device)  # [N] or [N, T]
-    with timed(seconds, "update"):  # 10, 11: up J_GRPO, μ times
+    with timed(seconds, "update"):  # 10, 11: μ times up the objective, J_GRPO
         how = (advantages, outputs.logp_old, outputs.logp_ref, loss_function, outputs.targets)
         updates = [update(state, rollout, *how) for _ in range(MU)]
     # 12: the reward is a rule, or a model that stays as it is
@@ -946,23 +955,24 @@ def train(state, stream, test_problems, run, evaluate_at):
 
 # ==== Table 10 (§5.2.1): the other methods ==========================================================================
 # All of them climb ∇J = E[(q, o) ~ D] 1/|o| Σ_t GC(q, o, t) ∇log π_θ(o_t | q, o_<t), eq. (5). They differ in the data
-# source D, the reward function, and the gradient coefficient GC that is made of it.
+# source D, the reward function, and the gradient coefficient GC that is made of it. PPO and GRPO clip: theirs is that
+# of (1) and (3), which at π_θ = π_θold is A_t, and Â + β (π_ref/π_θ - 1), whose second part comes from grpo_loss.
 
 
 def dataset_outputs(state, problems, prompts):
     """q, o ~ P_sft(Q, O): the worked solution of each question, in the form that the prompt asks for."""
     if not all(problem.get("solution") for problem in problems):
-        raise RunError(f"a question of {DATASET} has no worked solution to imitate")
+        raise RunError(f"a question of {stage_name(state.stage)} has no worked solution to imitate")
     texts = [rldatasets.written_out(problem) for problem in problems]
-    return llms.written(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
+    return llms.as_rollout(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
 
 
 def reference_outputs(state, problems, prompts):
     """o ~ π_sft(O|q): G outputs for each question of the policy that the iteration began with, which is π_ref."""
-    return outputs_of(state.reference, state, prompts)._replace(logp=None)  # π_θ did not draw them
+    return outputs_of(state.reference, state, prompts)._replace(logp=None, entropy=None)  # not π_θ's
 
 
-def one(state, outputs):
+def ones(state, outputs):
     """SFT: 1 for every token, eq. (7)."""
     return torch.ones(len(outputs.rollout.texts))  # [N]
 
@@ -989,14 +999,16 @@ def preference(state, outputs):
     is one number for all tokens of a pair. (12) is a mean over P pairs, the loss one over N outputs: hence N/P.
     """
     right = is_right(state, outputs).view(outputs.rewards.shape) > 0  # [Q, G]
+    kept = ~outputs.rollout.truncated.cpu().view(right.shape) | (not MASK_TRUNCATED)  # [Q, G]
     number = torch.arange(right.numel()).view(right.shape)  # [Q, G]
-    pairs = [pair for q, row in enumerate(right) for pair in zip(number[q][row].tolist(), number[q][~row].tolist())]
-    coefficients = torch.zeros(right.numel())  # [N]
+    sides = [(number[q][right[q] & kept[q]], number[q][~right[q] & kept[q]]) for q in range(len(right))]
+    pairs = [pair for o_right, o_wrong in sides for pair in zip(o_right.tolist(), o_wrong.tolist())]
+    coefficients, outputs.measured["dpo/pairs"] = torch.zeros(right.numel()), len(pairs)  # [N]
     if pairs:
         pairs = torch.tensor(pairs)  # [P, 2]
         logp, logp_ref = score(state.policy, outputs.rollout), score(state.reference, outputs.rollout)  # [N, T]
         objective, margin = dpo_objective(logp, logp_ref, outputs.rollout.mask, pairs)
-        outputs.measured = {"dpo/loss": -objective.item(), "dpo/margin": margin.mean().item(), "dpo/pairs": len(pairs)}
+        outputs.measured |= {"dpo/loss": -objective.item(), "dpo/margin": margin.mean().item()}
         weight = (BETA_DPO * torch.sigmoid(-margin) * right.numel() / len(pairs)).to(coefficients)  # [P]
         coefficients[pairs] = torch.stack([weight, -weight], 1)  # [P, 2]
     return coefficients
@@ -1042,7 +1054,7 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences, num_toke
 
 
 def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
-    """½ max( (V - R)², (clip(V, V_old ± ε) - R)² ): the critic moves at most ε from where it was (arXiv 1707.06347)."""
+    """½ max( (V - R)², (clip(V, V_old ± ε) - R)² ): nothing pulls a value further than ε from where it began."""
     clipped = values.clamp(values_old - EPSILON_VALUE, values_old + EPSILON_VALUE)  # [N, T]
     error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)  # [N, T]
     return mean_over_outputs(error / 2, mask, num_sequences, num_tokens)
@@ -1051,7 +1063,7 @@ def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
 # fmt: off
 TABLE_10 = {
     # method      data source        gradient coefficient       loss                reward function (paper)
-    "sft":        (dataset_outputs,   one,                      likelihood_loss),  # none
+    "sft":        (dataset_outputs,   ones,                     likelihood_loss),  # none
     "rft":        (reference_outputs, is_right,                 likelihood_loss),  # rule
     "dpo":        (reference_outputs, preference,               likelihood_loss),  # rule
     "online_rft": (policy_outputs,    is_right,                 likelihood_loss),  # rule
@@ -1062,7 +1074,8 @@ TABLE_10 = {
 
 
 def needs_reference():
-    return BETA > 0 or TABLE_10[ALGORITHM][0] is reference_outputs
+    source = TABLE_10[ALGORITHM][0]
+    return source is reference_outputs or source is policy_outputs and BETA > 0
 
 
 # ==== The command line ==============================================================================================
@@ -1162,6 +1175,7 @@ def check_settings():
     rules += [(name, now[name] >= 0.01, "at least 0.01") for name in ("TEMPERATURE", "EVAL_TEMPERATURE")]
     rules += [(name, 0 <= now[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
     rules += [(name, 0 <= now[name] <= 1, "from 0 to 1") for name in ("GAMMA", "LAMBDA")]
+    dpo, by_tokens = ALGORITHM == "dpo", ALGORITHM == "ppo" or SUPERVISION == "process"
     rules += [(name, now[name] > 0, "above 0") for name in ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM")]
     longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
     fewest = 2 if ALGORITHM in ("grpo", "dpo") else 1
@@ -1171,7 +1185,18 @@ def check_settings():
             GROUP_SIZE >= fewest,
             f"at least {fewest}: {ALGORITHM} compares an output with others of its group",
         ),
-        ("MU", MU == 1 or ALGORITHM != "dpo", "1 for dpo: the coefficient of its pairs changes with every update"),
+        (
+            "DENOMINATOR",
+            DENOMINATOR == "sequence" or not dpo,
+            "sequence for dpo: its pairs compare means over an output",
+        ),
+        ("RATIO", RATIO == "token" or not by_tokens, "token where advantages differ from token to token"),
+        (
+            "REWARD_MODEL",
+            not REWARD_MODEL or ALGORITHM in ("ppo", "grpo"),
+            f"empty for {ALGORITHM}, which is told right from wrong by rule",
+        ),
+        ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
         ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("RUN", RUN == Path(RUN).name, "a name without folders"),
@@ -1253,8 +1278,7 @@ def check_sandbox(problems):
 def run_settings(run):
     """The constants that a run was made with."""
     try:
-        config = json.loads((run / "config.json").read_text())
-        config = {name: default for name, (_, default, _) in CONSTANTS.items() if name != "MODEL"} | config
+        config = with_defaults(json.loads((run / "config.json").read_text()))
         return {name: type(CONSTANTS[name][1])(config[name]) for name in CONSTANTS}
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise SettingsError(f"{run} is no run that can be read: {error!r}") from None
@@ -1295,7 +1319,7 @@ def run_folder(actions, flags):
 
 def needs():
     """What a run will train and how much memory it needs, in a line, before anything is loaded."""
-    model = llms.skeleton(MODEL)
+    model = llms.skeleton(MODEL if MODEL == "tiny" else model_folder(MODEL))
     total = sum(weight.numel() for weight in model.parameters())
     if LORA_RANK > (largest := llms.largest_rank(model)):
         raise SettingsError(f"--lora_rank {LORA_RANK} is above the size of {MODEL}'s smallest linear layer, {largest}")
@@ -1348,9 +1372,10 @@ def reward_model():
 def new_state(policy, tokenizer):
     """A policy at the beginning of its training, with all that the settings put beside it."""
     if LORA_RANK:
+        torch.manual_seed(SEED)
         llms.add_lora(policy, LORA_RANK, LORA_ALPHA)
     if GRADIENT_CHECKPOINTING:
-        policy.gradient_checkpointing_enable()
+        llms.checkpoint_layers(policy)
     critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
     trained = [w for network in (policy, critic) if network for w in network.parameters() if w.requires_grad]
     adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
@@ -1384,7 +1409,11 @@ def run_training(actions, flags):
     state.tensorboard = tensorboard(run, state.step + 1)
     print(f"{ALGORITHM} on {DATASET}; {policy.device}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
+    if LORA_RANK and LEARNING_RATE < 1e-5:
+        print(f"note: an adapter learns little at --learning_rate {LEARNING_RATE}: 1e-5 to 1e-4 is usual.")
     stopped = train(state, stream, problems, run, evaluate_at)
+    if state.tensorboard:
+        state.tensorboard.close()
     if stopped:
         print(f"stopped after step {state.step} and saved; go on with: python main.py --resume {run}")
         return 128 + stopped

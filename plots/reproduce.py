@@ -85,7 +85,7 @@ def main_py(arguments, bar):
                 lines.append(line)
                 bar.update(line.startswith("step") and "TEST" not in line)
         if process.wait():
-            bar.write(f"{' '.join(arguments)}: {errors.result().strip().splitlines()[-1]}")
+            bar.write(f"{' '.join(arguments)}: {(errors.result().strip().splitlines() or ['killed'])[-1]}")
             return None
     return "".join(lines)
 
@@ -93,6 +93,9 @@ def main_py(arguments, bar):
 def train(name, seed, bar):
     """Make one run, or finish it, or leave it where it is done; is it done?"""
     folder = Path("runs") / f"reproduce-{name}-{seed}"
+    flags = [*COMMON.split(), *RUNS[name].split(), "--seed", str(seed), "--run", folder.name]
+    if not made_with(folder, flags):
+        shutil.rmtree(folder, ignore_errors=True)
     if (folder / "model").is_dir():
         bar.update(steps(name))
         return True
@@ -100,8 +103,19 @@ def train(name, seed, bar):
         bar.update(sum("reward" in row for row in plot.read(folder)[1]))
         return main_py(["--resume", str(folder)], bar) is not None
     shutil.rmtree(folder, ignore_errors=True)
-    flags = [*COMMON.split(), *RUNS[name].split(), "--seed", str(seed), "--run", folder.name]
     return main_py(flags, bar) is not None
+
+
+def made_with(folder, flags):
+    """Is this a run with these settings, not one of an earlier version of this file?"""
+    if not (folder / "metrics.jsonl").exists():
+        return False
+    config, _ = plot.read(folder)
+    wanted = {flag[2:].upper(): value for flag, value in zip(flags[::2], flags[1::2])}
+    return all(
+        float(value) == config[name] if isinstance(config[name], float) else value == str(config[name]).lower()
+        for name, value in wanted.items()
+    )
 
 
 def evaluate(name, bar):
@@ -150,7 +164,8 @@ def collect(names):
         try:
             done = dict(zip(jobs, pool.map(lambda job: train(*job, bar), jobs)))
             if all(done.get(("grpo", seed)) for seed in SEEDS):
-                data["figure7"] = dict(zip(EVALUATIONS, pool.map(lambda name: evaluate(name, bar), EVALUATIONS)))
+                curves = dict(zip(EVALUATIONS, pool.map(lambda name: evaluate(name, bar), EVALUATIONS)))
+                data |= {"figure7": curves} if all(curves.values()) else {}
         finally:  # after Ctrl-C the runs in progress end after their step, and no other begins
             pool.shutdown(cancel_futures=True)
     for name in names:
@@ -172,7 +187,10 @@ def table(data):
     for name in (name for name in RUNS if name in data):
         runs = data[name]["runs"]
         last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
-        cells = [mean_and_range([run["tests"][-1]["eval/accuracy"] for run in runs]), f"{last.get('kl', 0):.3f}"]
+        cells = [
+            mean_and_range([run["tests"][-1]["eval/accuracy"] for run in runs]),
+            f"{last['kl']:.3f}" if "kl" in last else "–",
+        ]
         cells += [f"{last['clip_low'] + last['clip_high']:.3f}", f"{last['zero_std_groups']:.2f}"]
         minutes = max(run["minutes"] for run in runs)
         print(f"| {name} | `{RUNS[name] or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")

@@ -424,7 +424,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_runs_the_layers_agai
         for layer in llms.adapted(model):
             torch.nn.init.normal_(layer.lora_B.data, std=0.1)
         if again:
-            model.gradient_checkpointing_enable()
+            llms.checkpoint_layers(model)
         calls.append(0)
         mlp = model.base_model.layers[0].mlp
         mlp.register_forward_pre_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
@@ -456,3 +456,10 @@ def test_the_estimate_counts_what_each_choice_adds(checkpoint):
     llms.add_lora(model, 2, 4.0)
     light = llms.memory(model, (False, False), 0, 1000, False, False)
     assert light["AdamW"] < plain["AdamW"] / 4 and light["weights"] < plain["weights"] * 1.2
+
+
+def test_a_model_that_is_no_decoder_is_refused_in_one_line(tmp_path):
+    transformers.T5Config(d_model=8, num_layers=1, vocab_size=10).save_pretrained(tmp_path / "t5")
+    with pytest.raises(llms.ModelError) as error:
+        llms.skeleton(str(tmp_path / "t5"))
+    assert "\n" not in str(error.value)

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -273,6 +275,9 @@ def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, argumen
         ("--algorithm sft --dataset bare.jsonl --eval_dataset arithmetic", "bare.jsonl has none"),
         ("--algorithm sft --dataset arithmetic:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
         ("--supervision process --dataset order:1", "order:1 have none"),
+        ("--algorithm dpo --denominator token", "sequence for dpo"),
+        ("--algorithm ppo --ratio sequence", "token where advantages differ"),
+        ("--algorithm rft --reward_model x/y", "empty for rft"),
         ("--lora_rank 65", "tiny's smallest linear layer, 64"),
         ("--lora_rank -1", "at least 0"),
         ("--lora_alpha 0", "above 0"),
@@ -300,20 +305,23 @@ def test_every_row_of_table_10_is_a_flag_and_its_run_can_be_gone_on_with(finishe
     code, _, err = inside("--resume", "runs/x", "--steps", "3")
     assert code == 0, err
     rows = [row for row in lines(Path("runs/x/metrics.jsonl")) if "reward" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["kl"] == 0.0 and rows[0]["skipped_updates"] == 0
+    assert [row["step"] for row in rows] == [1, 2, 3] and not rows[0]["kl"] and rows[0]["skipped_updates"] == 0
     assert transformers.AutoModelForCausalLM.from_pretrained("runs/x/model").config.model_type == "qwen2"
 
 
-def test_tensorboard_gets_the_same_keys_or_is_missed_in_one_line(finished, inside):
+def test_without_tensorboard_its_flag_is_refused_in_one_line(inside, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else real(name))
+    code, _, err = inside("--tensorboard", "true")
+    assert code == 2 and err.count("\n") == 1 and "pip install tensorboard" in err and not (tmp_path / "runs").exists()
+
+
+def test_tensorboard_gets_the_same_keys(finished, inside):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, flags, _ = finished
     code, _, err = inside(*flags, "--tensorboard", "true", "--steps", "2", "--run", "board")
-    if not importlib.util.find_spec("tensorboard"):
-        assert code == 2 and err.count("\n") == 1 and "pip install tensorboard" in err
-        return
     assert code == 0, err
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator("runs/board/tensorboard").Reload()
+    board = accumulator.EventAccumulator("runs/board/tensorboard").Reload()
     rows = lines(Path("runs/board/metrics.jsonl"))
     numbers = {key for row in rows for key, value in row.items() if isinstance(value, (int, float))} - {"step"}
     assert numbers <= set(board.Tags()["scalars"])
@@ -368,3 +376,27 @@ def test_a_curriculum_of_puzzles_and_programs_runs_on_a_small_checkpoint(finishe
 def test_help_lists_every_constant_with_its_comment():
     code, out, _ = run(ROOT, "--help")
     assert code == 0 and "--group_size INT" in out and "π_θ/π_θold per token" in out and "(default: 0.04)" in out
+
+
+def test_a_finished_run_is_a_model_to_train_on_and_an_older_version_of_it_can_be_resumed(finished, inside, monkeypatch):
+    folder, flags, _ = finished
+    monkeypatch.chdir(folder)
+    code, _, err = inside("--model", "runs/whole", *flags[2:], "--steps", "1", "--run", "second")
+    assert code == 0, err
+    config = json.loads((folder / "runs/second/config.json").read_text())
+    del config["ALGORITHM"], config["LORA_RANK"]  # as a run from before there was a choice
+    (folder / "runs/second/config.json").write_text(json.dumps(config))
+    code, _, err = inside("--resume", "runs/second", "--steps", "2")
+    assert code == 0, err
+
+
+def test_every_command_and_every_flag_of_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"python main\.py ([^`#\n]*[^`#\s])", text)
+    assert len(commands) > 10
+    for command in commands:
+        if command != "--help":
+            main.parse(shlex.split(command))  # a flag that is not there ends the program
+    flags = set(re.findall(r"`--([a-z_]+)", text))
+    known = {name.lower() for name in main.CONSTANTS} | {"resume", "evaluate", "against", "test", "draw"}
+    assert flags and flags <= known

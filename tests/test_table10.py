@@ -8,6 +8,7 @@ import torch
 from torch import nn, tensor
 from torch.testing import assert_close
 
+import evaluator
 import llms
 import main
 import rldatasets
@@ -34,7 +35,6 @@ class Toy(nn.Module):
     """log π(b | … a) = log softmax(W[:, a])_b, in float64."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(hidden_size=V)
 
     def __init__(self, seed):
         super().__init__()
@@ -97,9 +97,14 @@ TABLE = {  # the gradient coefficient of token t of output i, in the words of th
 }
 
 
+@pytest.mark.parametrize("budget, batches", [(100, 1), (13, 2), (7, 4)])
 @pytest.mark.parametrize("algorithm", TABLE)
-def test_at_the_old_policy_the_gradient_is_the_coefficient_times_the_score_function(toy, algorithm):
+def test_at_the_old_policy_the_gradient_is_the_coefficient_times_the_score_function(
+    toy, constants, algorithm, budget, batches
+):
     state, outputs = toy
+    constants(TOKEN_BUDGET=budget)
+    assert len(main.micro_batches(outputs.rollout, range(4))) == batches
     state.critic = llms.Critic(state.policy) if algorithm == "ppo" else None
     if algorithm == "ppo":
         state.critic.value_head.double()
@@ -127,11 +132,41 @@ def test_the_gradient_of_dpo_is_the_derivative_of_equation_12(toy):
     assert outputs.measured["dpo/loss"] == pytest.approx(-J.item(), abs=1e-6) and outputs.measured["dpo/pairs"] == 2
 
 
+@pytest.mark.parametrize("denominator", ["sequence", "token", "constant"])
+def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_gradient(toy, constants, denominator):
+    state, outputs = toy
+    constants(DENOMINATOR=denominator)
+    state.critic = llms.Critic(state.policy)
+    state.critic.value_head.double()
+    nn.init.normal_(state.critic.value_head.weight, generator=torch.Generator().manual_seed(2))
+    results = []
+    for budget in (100, 13, 7):
+        constants(TOKEN_BUDGET=budget)
+        seen = {}
+        state.optimizer.step = lambda seen=seen: seen.update(V=state.critic.value_head.weight.grad.clone())
+        A = main.ppo_advantages(state, outputs)
+        measured = main.update(state, outputs.rollout, A, None, None, main.ppo_loss, outputs.targets)
+        results.append((seen["V"], measured["value_loss"], measured["loss"]))
+        state.critic.value_head.weight.grad = None  # the optimizer of this test does not know the critic
+    for V, value_loss, loss in results:
+        assert_close(V, results[0][0], atol=1e-12, rtol=0)
+        assert value_loss == pytest.approx(results[0][1], abs=1e-6) and loss == pytest.approx(results[0][2], abs=1e-6)
+    assert results[0][0].norm() > 1e-3
+
+
 def test_dpo_without_a_right_and_a_wrong_output_learns_nothing(toy):
     state, outputs = toy
     for verdict in ([1.0] * 4, [0.0] * 4):
         outputs.by_name = {"correctness": verdict}
-        assert not update_gradient(state, outputs, "dpo").any()
+        assert not update_gradient(state, outputs, "dpo").any() and outputs.measured["dpo/pairs"] == 0
+
+
+def test_an_output_that_is_masked_is_in_no_pair_of_dpo(toy, constants):
+    constants(MASK_TRUNCATED=True)
+    state, outputs = toy  # right: 0 and 3, wrong: 1 and 2
+    outputs.rollout = outputs.rollout._replace(truncated=tensor([False, True, False, False]))
+    coefficients = main.preference(state, outputs)
+    assert coefficients[0] > 0 and coefficients[2] == -coefficients[0] and not coefficients[[1, 3]].any()
 
 
 def test_dpo_pairs_outputs_of_the_same_question_only(toy, constants):
@@ -211,7 +246,15 @@ def test_against_the_others_an_output_is_measured_as_rloo_does(constants):  # T6
 # ---- in the loop ---------------------------------------------------------------------------------------------------
 
 
-def test_the_data_source_is_that_of_the_table(setup, tmp_path, monkeypatch):
+@pytest.fixture
+def judged(monkeypatch):
+    """A rule that a random model meets half of the time: the right answers are those with an even number of letters."""
+    real = evaluator.rewards
+    even = lambda text, problem: real(text, problem) | {"correctness": float(len(text) % 2 == 0)}
+    monkeypatch.setattr(evaluator, "rewards", even)
+
+
+def test_the_data_source_is_that_of_the_table(setup, judged, tmp_path, monkeypatch):
     asked = []
     real = llms.sample
     monkeypatch.setattr(llms, "sample", lambda model, *how: asked.append(model) or real(model, *how))
@@ -224,7 +267,11 @@ def test_the_data_source_is_that_of_the_table(setup, tmp_path, monkeypatch):
         assert asked == [getattr(state, source)] * 2 if source else not asked
         first, second = main.read_lines(tmp_path / algorithm / "metrics.jsonl")
         assert (first["sampler_gap"] is None) == (source != "policy")
-        assert first["kl"] < 1e-6 < second["kl"] or first["grad_norm"] == 0  # the reference stays behind
+        assert first["grad_norm"] > 0 and second["skipped_updates"] == 0
+        if source == "policy":  # nowhere else can the KL of the policy be estimated
+            assert first["kl"] < 1e-6 < second["kl"]  # the reference stays behind
+        else:
+            assert first["kl"] is second["kl"] is second["entropy"] is None
         assert ("value_loss" in first) == (algorithm == "ppo")
 
 
@@ -246,8 +293,8 @@ def test_sft_learns_the_worked_solution_with_its_end_token(setup, tmp_path):
     assert cut.mask.sum() == 5 and cut.truncated.all() and cut.ids[0, len(prompt) :].tolist() == ids[:5]
 
 
-@pytest.mark.parametrize("algorithm, rank", [("ppo", 0), ("ppo", 2), ("grpo", 2), ("rft", 0)])
-def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, tmp_path, monkeypatch, algorithm, rank):
+@pytest.mark.parametrize("algorithm, rank", [("ppo", 0), ("ppo", 2), ("grpo", 2), ("rft", 0), ("dpo", 2)])
+def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tmp_path, monkeypatch, algorithm, rank):
     how = {"ALGORITHM": algorithm, "LORA_RANK": rank, "STEPS": 2, "ITERATIONS": 2, "SAVE_EVERY": 3}
     real = main.save_checkpoint  # each in a folder of its own: that of step 3 is from within the second iteration
     monkeypatch.setattr(main, "save_checkpoint", lambda state, run: real(state, run / str(state.step)))
@@ -258,5 +305,18 @@ def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, tmp_path, 
     main.load_checkpoint(resumed, tmp_path / "3")
     assert resumed.step == 3
     main.train(resumed, iter((PROBLEMS * 20)[resumed.position :]), [], tmp_path, set())
+    assert main.read_lines(tmp_path / "metrics.jsonl")[-1]["grad_norm"] > 0
     ours, theirs = whole.tensors(), resumed.tensors()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
+    state, rollout = setup(ALGORITHM="ppo", LORA_RANK=2)
+    for layer in llms.adapted(state.policy):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    nn.init.normal_(state.critic.value_head.weight)
+    before = main.score(state.critic, rollout, llms.Critic.token_values)
+    old, state.reference = main.score(state.reference, rollout), llms.frozen_copy(state.policy)
+    assert torch.equal(main.score(state.reference, rollout), main.score(state.policy, rollout))
+    assert (main.score(state.reference, rollout) - old).abs().max() > 1e-3
+    assert torch.equal(main.score(state.critic, rollout, llms.Critic.token_values), before) and before.any()
