@@ -94,10 +94,6 @@ SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr.
 RATIO = "token"  # π_θ/π_θold per token (paper), or one per sequence (GSPO)
 MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the loss (DAPO's filter)
 DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
-BETA_DPO = 2.0  # β of DPO, eq. (12): larger than the KL's, for it weighs log-ratios that are means over an output
-GAMMA = 1.0  # γ of PPO's advantages: below 1, what comes late counts less
-LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they rely more on the value function, and vary less
-EPSILON_VALUE = 0.2  # PPO's values are clipped at ± this around those the step began with
 # -- Rewards: the weight of each in r_i
 SUPERVISION = "outcome"  # a reward for the whole output (outcome, §4.1.2), or also one for each step (process, §4.1.3)
 WEIGHT_STEPS = 0.5  # of the steps' advantages beside the output's own, under process supervision
@@ -122,6 +118,11 @@ ADAM_BETA2 = 0.99  # decay of AdamW's mean of its square: 0.999 remembers longer
 WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # the gradient's global norm is clipped here
 TOKEN_BUDGET = 8192  # tokens per micro-batch, padding included: memory only, the gradient is the same for any split
+# -- The other methods of Table 10
+BETA_DPO = 2.0  # β of DPO, eq. (12): larger than the KL's, for it weighs log-ratios that are means over an output
+GAMMA = 1.0  # γ of PPO's advantages: below 1, what comes late counts less
+LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they rely more on the value function, and vary less
+EPSILON_VALUE = 0.2  # PPO's values are clipped at ± this around those the step began with
 # -- Evaluation
 EVAL_EVERY = 50  # steps between evaluations; there is always one before the first step and one after the last
 EVAL_QUESTIONS = 0  # how many test questions; 0: all of the split
@@ -200,6 +201,13 @@ def importance_ratio(logp, logp_old, mask):
     return log_ratio.exp()
 
 
+def clipped_objective(logp, logp_old, A, mask):
+    """min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ) with ρ = π_θ / π_θold, of eq. (1) and (3), for each token: [N, T]."""
+    ratio = importance_ratio(logp, logp_old, mask)  # [N, T]
+    clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
+    return torch.minimum(ratio * A, clipped * A)  # [N, T]
+
+
 def kl_estimate(logp, logp_ref):
     """D_KL[π_θ ‖ π_ref] of each sampled token, [N, T]: eq. (4), or one of Schulman's other two estimators (KL).
 
@@ -212,13 +220,6 @@ def kl_estimate(logp, logp_ref):
     if KL == "k2":
         return d.square() / 2
     return torch.expm1(d) - d  # π_ref/π_θ - log(π_ref/π_θ) - 1, never negative: expm1 is exact where exp(d) - 1 is not
-
-
-def clipped_objective(logp, logp_old, A, mask):
-    """min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ) with ρ = π_θ / π_θold, of eq. (1) and (3), for each token: [N, T]."""
-    ratio = importance_ratio(logp, logp_old, mask)  # [N, T]
-    clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
-    return torch.minimum(ratio * A, clipped * A)  # [N, T]
 
 
 def mean_over_outputs(x, mask, num_sequences, num_tokens):
