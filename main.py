@@ -1331,10 +1331,10 @@ def needs():
     cache = min(CACHE_TOKENS, QUESTIONS_PER_STEP * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
     copies = (needs_reference() and not LORA_RANK, ALGORITHM == "ppo")
     parts = llms.memory(model, copies, cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, torch.cuda.is_available())
-    about = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+    about = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
     return (
         f"{MODEL}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained; "
-        f"up to {sum(parts.values()) / 1e9:.1f} GB of memory ({about})"
+        f"up to {sum(parts.values()) / 1e9:.2g} GB of memory ({about})"
     )
 
 

@@ -145,7 +145,7 @@ def summary(folder):
     """What the pictures and the table need of a run: its evaluations, and some means over its last ten steps."""
     rows = plot.read(folder)[1]
     tests, last = [row for row in rows if "eval/accuracy" in row], [row for row in rows if "reward" in row]
-    keys = ("accuracy", "kl", "entropy", "clip_low", "clip_high", "zero_std_groups", "length", "grad_norm")
+    keys = ("accuracy", "kl", "entropy", "clip_low", "clip_high", "zero_std_groups")
     values = {key: [row[key] for row in last[-10:] if row.get(key) is not None] for key in keys}
     return {
         "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/format", "eval/ci95")} for row in tests],
@@ -209,7 +209,8 @@ def draw(data):
                 label: [run["tests"] for run in data[name]["runs"]] for label, name in curves.items() if name in data
             }
             plot.panel(axes, "eval/accuracy", f"{title}: greedy test accuracy", runs, smoothed=False)
-            axes.set_xlabel("step")
+            axes.set(xlabel="step", ylim=(0.4, 1.02) if columns == 1 else (-0.02, 1.02))
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(fontsize=8, loc="lower right")
         figure.savefig(OUT / f"{file}.png", dpi=100)
     if "figure7" in data:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,18 @@ def test_plots_overlay_runs_from_their_files_alone(finished):
     ]
     wrong = subprocess.run([*plot, "nowhere"], cwd=folder, check=False, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
+    shutil.copytree(ROOT / "plots", tmp_path / "plots", ignore=shutil.ignore_patterns("*.png"))
+    command = [sys.executable, str(tmp_path / "plots" / "reproduce.py")]
+    drawn = subprocess.run([*command, "--draw"], check=False, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    pictures = sorted(path.stem for path in (tmp_path / "plots" / "reproduce").glob("*.png"))
+    assert pictures == ["ablations", "figure5", "figure6", "figure7", "methods"]
+    assert "| grpo |" in drawn.stdout and "| mu-4-epsilon-10 |" in drawn.stdout
+    wrong = subprocess.run([*command, "a2c"], check=False, capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "online-rft" in wrong.stderr
 
 
 @pytest.mark.parametrize(
