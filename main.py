@@ -1129,7 +1129,10 @@ def parse(argv):
         kind = true_or_false if isinstance(default, bool) else type(default)
         text = f"{comment.replace('%', '%%')} (default: {default!r})"
         flag = {"type": kind, "metavar": type(default).__name__.upper(), "help": text, "default": argparse.SUPPRESS}
-        sections[section].add_argument(f"--{name.lower()}", **flag)
+        alone = (
+            {"nargs": "?", "const": True} if isinstance(default, bool) else {}
+        )  # --tensorboard is --tensorboard true
+        sections[section].add_argument(f"--{name.lower()}", **flag, **alone)
     # --group-size is --group_size
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]
     flags = vars(parser.parse_args(argv))

@@ -332,7 +332,7 @@ def test_without_tensorboard_its_flag_is_refused_in_one_line(inside, tmp_path, m
 def test_tensorboard_gets_the_same_keys(finished, inside):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, flags, _ = finished
-    code, _, err = inside(*flags, "--tensorboard", "true", "--steps", "2", "--run", "board")
+    code, _, err = inside(*flags, "--tensorboard", "--steps", "2", "--run", "board")
     assert code == 0, err
     board = accumulator.EventAccumulator("runs/board/tensorboard").Reload()
     rows = lines(Path("runs/board/metrics.jsonl"))
