@@ -173,7 +173,8 @@ def collect(names):
             folders = [f"runs/reproduce-{name}-{seed}" for seed in SEEDS]
             data[name] = {"flags": f"{COMMON} {RUNS[name]}".strip(), "runs": list(map(summary, folders))}
     OUT.mkdir(exist_ok=True)
-    (OUT / "data.json").write_text(json.dumps(data, indent=1) + "\n")
+    lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in data.items())
+    (OUT / "data.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return all(done.values())
 
 
