@@ -320,3 +320,12 @@ def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     assert torch.equal(main.score(state.reference, rollout), main.score(state.policy, rollout))
     assert (main.score(state.reference, rollout) - old).abs().max() > 1e-3
     assert torch.equal(main.score(state.critic, rollout, llms.Critic.token_values), before) and before.any()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_critic_has_no_trained_weight_in_common_with_the_policy(setup, rank):
+    state, _ = setup(ALGORITHM="ppo", LORA_RANK=rank)
+    ours = {id(weight) for weight in state.policy.parameters() if weight.requires_grad}
+    theirs = {id(weight) for weight in state.critic.parameters() if weight.requires_grad}
+    assert ours and theirs and not ours & theirs
+    assert {id(weight) for weight in state.trained()} == ours | theirs
