@@ -1129,10 +1129,9 @@ def parse(argv):
         kind = true_or_false if isinstance(default, bool) else type(default)
         text = f"{comment.replace('%', '%%')} (default: {default!r})"
         flag = {"type": kind, "metavar": type(default).__name__.upper(), "help": text, "default": argparse.SUPPRESS}
-        alone = (
-            {"nargs": "?", "const": True} if isinstance(default, bool) else {}
-        )  # --tensorboard is --tensorboard true
-        sections[section].add_argument(f"--{name.lower()}", **flag, **alone)
+        if isinstance(default, bool):  # --tensorboard is --tensorboard true
+            flag |= {"nargs": "?", "const": True}
+        sections[section].add_argument(f"--{name.lower()}", **flag)
     # --group-size is --group_size
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]
     flags = vars(parser.parse_args(argv))
@@ -1162,9 +1161,8 @@ CHOICES = {
     "SCHEDULE": ("constant", "linear", "cosine"),
     "SUPERVISION": ("outcome", "process"),
 }
-AT_LEAST_1 = (
-    "ITERATIONS STEPS QUESTIONS_PER_STEP MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY"
-)
+AT_LEAST_1 = "ITERATIONS STEPS QUESTIONS_PER_STEP GROUP_SIZE MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS"
+AT_LEAST_1 += " EVAL_EVERY SAVE_EVERY"
 AT_LEAST_0 = "SEED LORA_RANK EPSILON_LOW EPSILON_HIGH BETA LEARNING_RATE WARMUP WEIGHT_DECAY"
 AT_LEAST_0 += " EVAL_QUESTIONS EVAL_SAMPLES SHOW_EVERY"
 
@@ -1179,27 +1177,19 @@ def check_settings():
     rules += [(name, now[name] >= 0.01, "at least 0.01") for name in ("TEMPERATURE", "EVAL_TEMPERATURE")]
     rules += [(name, 0 <= now[name] < 1, "at least 0 and below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")]
     rules += [(name, 0 <= now[name] <= 1, "from 0 to 1") for name in ("GAMMA", "LAMBDA")]
-    dpo, by_tokens = ALGORITHM == "dpo", ALGORITHM == "ppo" or SUPERVISION == "process"
     rules += [(name, now[name] > 0, "above 0") for name in ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM")]
-    longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
-    fewest = 2 if ALGORITHM in ("grpo", "dpo") else 1
+    longest, dpo = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, ALGORITHM == "dpo"
+    by_tokens, by_rule = ALGORITHM == "ppo" or SUPERVISION == "process", ALGORITHM not in ("ppo", "grpo")
+    compared = f"at least 2: {ALGORITHM} compares an output with others of its group"
     rules += [
-        (
-            "GROUP_SIZE",
-            GROUP_SIZE >= fewest,
-            f"at least {fewest}: {ALGORITHM} compares an output with others of its group",
-        ),
+        ("GROUP_SIZE", GROUP_SIZE >= 2 or ALGORITHM not in ("grpo", "dpo"), compared),
         (
             "DENOMINATOR",
             DENOMINATOR == "sequence" or not dpo,
             "sequence for dpo: its pairs compare means over an output",
         ),
         ("RATIO", RATIO == "token" or not by_tokens, "token where advantages differ from token to token"),
-        (
-            "REWARD_MODEL",
-            not REWARD_MODEL or ALGORITHM in ("ppo", "grpo"),
-            f"empty for {ALGORITHM}, which is told right from wrong by rule",
-        ),
+        ("REWARD_MODEL", not (REWARD_MODEL and by_rule), f"empty for {ALGORITHM}, which goes by the rule alone"),
         ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
         ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),

@@ -145,10 +145,10 @@ def summary(folder):
     """What the pictures and the table need of a run: its evaluations, and some means over its last ten steps."""
     rows = plot.read(folder)[1]
     tests, last = [row for row in rows if "eval/accuracy" in row], [row for row in rows if "reward" in row]
-    keys = ("accuracy", "kl", "entropy", "clip_low", "clip_high", "zero_std_groups")
+    keys = ("kl", "clip_low", "clip_high", "zero_std_groups")
     values = {key: [row[key] for row in last[-10:] if row.get(key) is not None] for key in keys}
     return {
-        "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/format", "eval/ci95")} for row in tests],
+        "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/ci95")} for row in tests],
         "last": {key: sum(of_key) / len(of_key) for key, of_key in values.items() if of_key},
         "minutes": sum(row["seconds"] for row in last) / 60,
     }

@@ -280,6 +280,7 @@ def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, argumen
     [
         ("--algorithm a2c", "one of sft, rft, dpo, online_rft, ppo, grpo"),
         ("--algorithm dpo --group_size 1", "at least 2: dpo compares"),
+        ("--algorithm ppo --group_size 0", "--group_size must be at least 1, not 0"),
         ("--algorithm dpo --mu 2", "1 for dpo"),
         ("--algorithm dpo --beta_dpo 0", "above 0"),
         ("--algorithm ppo --beta -0.1", "--beta must be at least 0"),
