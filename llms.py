@@ -27,8 +27,11 @@ How a batch lies in memory (prompt left-padded, completion right-padded, so that
 import bisect
 import copy
 import logging
+import math
 import os
 import shutil
+import weakref
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,15 +40,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DynamicCache,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 transformers.logging.set_verbosity_error()
@@ -98,6 +105,7 @@ def load(name):
         raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
     if torch.cuda.is_available():
         model.cuda()
+    attend_by_layout(model)
     return model.eval(), tokenizer
 
 
@@ -146,12 +154,21 @@ def frozen_copy(model, adapter=True):
     """A copy that no gradient and no update reaches: the reference.
 
     With LoRA it shares the model's weights, and has an adapter like the model's as it is now, or none: that is the
-    model as it was loaded.
+    model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
     """
     reference = own_copy(model)
     for layer in adapted(reference) if not adapter else ():
         layer.lora_A = layer.lora_B = None
+    if precision(model.device) is torch.bfloat16 and not adapted(reference):
+        for layer in linear_layers(reference).values():  # as they would be rounded at every use
+            layer.to(torch.bfloat16)
     return reference.requires_grad_(False)
+
+
+def precision(device):
+    """bf16 on a GPU that computes in it, else fp32."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def compute(model, keep_casts):
@@ -160,8 +177,8 @@ def compute(model, keep_casts):
     With `keep_casts` a weight's bf16 copy is kept until the end: right for the many steps of sampling, but gradients
     that reach one weight from several places would be added up in bf16.
     """
-    on_gpu = model.device.type == "cuda"
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=keep_casts)
+    bf16 = precision(model.device) is torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=keep_casts)
 
 
 def at_least_fp32(logits):
@@ -181,6 +198,10 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def merged(self):
+        """W + (α/r) B A."""
+        return self.weight if self.lora_B is None else self.weight + self.scale * self.lora_B @ self.lora_A
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -207,7 +228,7 @@ def adapted(model):
 def merge_lora(model):
     """Add the adapters to the weights, W ← W + (α/r) B A, and set them to 0."""
     for layer in adapted(model):
-        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+        layer.weight.copy_(layer.merged())
         layer.lora_B.zero_()
 
 
@@ -296,7 +317,8 @@ def batch(prompts, completions, device):
         ids.append([0] * left + prompt + completion + [0] * right)
         attention.append([0] * left + [1] * (len(prompt) + len(completion)) + [0] * right)
         mask.append([True] * len(completion) + [False] * right)
-    return (torch.tensor(rows, device=device) for rows in (ids, attention, mask))
+    kinds = zip((ids, attention, mask), (torch.long, torch.long, torch.bool))
+    return (torch.tensor(rows, dtype=kind, device=device) for rows, kind in kinds)
 
 
 class Rollout(NamedTuple):
@@ -318,6 +340,249 @@ class Rollout(NamedTuple):
         return self.ids[index, columns], attention[:, columns], mask[:, :T]
 
 
+# ---- attention without padding -------------------------------------------------------------------------------------
+# All of a decoder but its attention looks at one token at a time. So the tokens of a batch may lie in one line, without
+# padding and with each prompt once, if the attention knows which of them belong together. Here it is ours, and does as
+# a layout says: Packed is that of whole rows, Drawing that of outputs which grow by a token at a time.
+
+NO_MASK = torch.zeros(1, 1, 1, 1)  # what has four dimensions is passed on as it is: the library builds no mask
+
+
+def attention_by_layout(module, query, key, value, mask, layout=None, **how):
+    """The attention of a layer as the library calls it: the library's own, or a layout's where one is given."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **how)
+    return layout.attend(module.layer_idx, query, key, value, how.get("scaling")), None
+
+
+AttentionInterface.register("by_layout", attention_by_layout)
+AttentionMaskInterface.register("by_layout", sdpa_mask)
+
+
+def attend_by_layout(model):
+    """Let a model attend as layouts say, and say whether it can; a model that cannot is run on padded rows.
+
+    It cannot where attention is written into the model, sees a window only, bends its scores or keeps a state.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    peculiar = window or getattr(config, "attn_logit_softcapping", None) or model._is_stateful
+    if model._supports_attention_backend and kinds == {"full_attention"} and not peculiar:
+        model.set_attn_implementation("by_layout")
+    return by_layout(model)
+
+
+def by_layout(model):
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == "by_layout"
+
+
+def repeats(ids, attention, mask):
+    """Whether an output has the prompt of the one above it: a list of N; False for prompts without outputs, T = 0."""
+    P = ids.shape[1] - mask.shape[1]
+    prompts = torch.where(attention[:, :P] > 0, ids[:, :P], -1)
+    return [False, *((prompts[1:] == prompts[:-1]).all(1) & (mask.shape[1] > 0)).tolist()]
+
+
+class Packed:
+    """Rows in one line, q₁ o₁ o₂ … q₂ o_{G+1} …: those that follow each other with the same prompt share it.
+
+    The last token of an output is left out, for nothing is predicted from it.
+    """
+
+    def __init__(self, ids, attention, mask):
+        P, width = ids.shape[1] - mask.shape[1], ids.shape[1]
+        line, places = [], []  # where in ids a token stands, and its place in its own row
+        asked, said = [], []  # where in the line is what predicts the first token of a prompt's outputs; each token
+        self.questions, self.kept = [], None  # (tokens in the prompt, outputs, tokens in the longest, cells)
+        sizes = zip(attention.sum(1).tolist(), mask.sum(1).tolist(), repeats(ids, attention, mask))
+        for row, (size, length, again) in enumerate(sizes):
+            start, p = row * width + P, size - length
+            if not again:
+                line += range(start - p, start)
+                places += range(p)
+                asked.append(len(line) - 1)
+                self.questions.append((p, []))
+            self.questions[-1][1].append(max(0, length - 1))
+            said += [asked[-1], *range(len(line), len(line) + length - 1)][:length]
+            line += range(start, start + length - 1)
+            places += range(p, size - 1)
+        for number, (p, lengths) in enumerate(self.questions):
+            T = max(lengths)
+            cells = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
+            self.questions[number] = (p, len(lengths), T, torch.tensor(cells, device=ids.device))
+        index = lambda numbers: torch.tensor(numbers, device=ids.device)
+        self.ids, self.places = ids.flatten()[index(line)][None], index(places)[None]  # [1, line]
+        self.asked, self.said = index(asked), index(said)
+
+    def attend(self, layer, query, key, value, scaling):
+        """Causal attention of [1, heads, line, D], each output's to its prompt and itself: [1, line, heads, D]."""
+        if self.kept is not None:
+            self.kept[layer] = key, value
+        heads, at, parts = {"scale": scaling, "enable_gqa": True}, 0, []
+        for p, n, T, cells in self.questions:
+            q, k, v = (x[:, :, at : at + p] for x in (query, key, value))  # [1, heads, p, D]
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **heads)[0].transpose(0, 1))
+            at += p
+            if len(cells):
+                own = (x[0, :, at : at + len(cells)].transpose(0, 1) for x in (query, key, value))  # [Σ|o_i|, heads, D]
+                padded = [x.new_zeros(n * T, *x.shape[1:]).index_copy(0, cells, x).unflatten(0, (n, T)) for x in own]
+                q, *own = (x.transpose(1, 2) for x in padded)  # [n, heads, T, D]
+                k, v = (torch.cat([prompt.expand(n, -1, -1, -1), x], 2) for prompt, x in zip((k, v), own))
+                out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, p + T), **heads)
+                parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, cells))
+                at += len(cells)
+        return torch.cat(parts)[None]
+
+    def inputs(self):
+        """What to give to a model, or to its trunk."""
+        how = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
+        return {"input_ids": self.ids, "position_ids": self.places} | how
+
+
+class Drawing:
+    """Outputs that are being drawn: row i of each tensor is one of them, for i below the number that is alive."""
+
+    def __init__(self, rows, columns, max_new_tokens, ends, temperature, device):
+        self.ends, self.temperature, self.alive, self.columns = ends, temperature, 0, columns
+        self.keys, self.values, self.graphs = {}, {}, {}  # of each layer, [rows, heads, columns, D]; recorded steps
+        self.token, self.place, self.length = torch.zeros(3, rows, dtype=torch.long, device=device)  # the newest token
+        self.ended = torch.ones(rows, dtype=torch.bool, device=device)
+        # a last column takes what is drawn behind an end
+        self.said = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=device)
+        self.logp, self.entropy, self.chance = torch.zeros(3, rows, max_new_tokens + 1, device=device)
+
+    def begin(self, model, prompts, group_size, generator):
+        """Read some prompts, each once, hand their keys and values to their G outputs, and draw the first tokens."""
+        packed, first = Packed(*batch(prompts, [[]] * len(prompts), model.device)), self.alive
+        packed.kept = {}
+        logits = model(**packed.inputs(), logits_to_keep=packed.asked).logits[0]  # [Q, V]
+        check_finite(logits)
+        for layer, kept in packed.kept.items():
+            for cache, x in zip((self.keys, self.values), kept):  # x [1, heads, line, D]
+                if layer not in cache:
+                    cache[layer] = x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3])
+                line = x[0].split([len(prompt) for prompt in prompts], 1)
+                for question, prompt in enumerate(line):
+                    row = first + question * group_size
+                    cache[layer][row : row + group_size, :, : prompt.shape[1]] = prompt
+        self.alive += len(prompts) * group_size
+        rows = slice(first, self.alive)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        self.place[rows] = lengths.repeat_interleave(group_size)
+        self.length[rows], self.ended[rows] = 0, False
+        shape = (self.alive - first, self.chance.shape[1] - 1)
+        self.chance[rows, :-1] = torch.rand(shape, generator=generator, device=model.device)
+        self.draw(rows, logits.repeat_interleave(group_size, 0))
+
+    def draw(self, rows, logits):
+        """Draw a token for each of some rows, and note what it was: logits [n, V]."""
+        length, ended = self.length[rows, None], self.ended[rows, None]  # [n, 1]
+        drawn = choose(logits, self.temperature, self.chance[rows].gather(1, length))  # 3 × [n, 1]
+        column = torch.where(ended, self.said.shape[1] - 1, length)
+        for notes, x in zip((self.said, self.logp, self.entropy), drawn):
+            notes[rows].scatter_(1, column, x)
+        self.token[rows] = drawn[0][:, 0]
+        self.length[rows] += ~self.ended[rows]
+        self.ended[rows] |= (drawn[0] == self.ends).any(1) | (self.length[rows] == self.said.shape[1] - 1)
+
+    def attend(self, layer, query, key, value, scaling):
+        """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
+        n = len(query)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.rows, :, self.place[:n]], values[self.rows, :, self.place[:n]] = key[:, :, 0], value[:, :, 0]
+        keys, values = keys[:n, :, : self.reach], values[:n, :, : self.reach]
+        # query heads with the same key head are taken for queries of one head: no key is repeated
+        queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads each, D]
+        out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
+        return out.flatten(1, 2)[:, None]
+
+    def step(self, model, n, reach):
+        """Read the newest token of the first n rows, none of which goes beyond column `reach`, and draw the next."""
+        place = self.place[:n, None]
+        self.rows, self.reach = torch.arange(n, device=place.device), reach
+        columns = torch.arange(reach, device=place.device)
+        self.bias = torch.zeros(n, 1, 1, reach, device=place.device, dtype=model.dtype)
+        self.bias.masked_fill_((columns > place)[:, None, None], -math.inf)  # of what a row does not have yet
+        how = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
+        logits = model(input_ids=self.token[:n, None], position_ids=place, **how).logits[:, -1]  # [n, V]
+        self.place[:n] += ~self.ended[:n]
+        self.draw(slice(0, n), logits)
+
+    def leave(self, row):
+        """Take an output out; the last row moves into its place. Returns its tokens, their log π, the entropies."""
+        length, last = int(self.length[row]), self.alive - 1
+        output = [x[row, :length].clone() for x in (self.said, self.logp, self.entropy)]
+        if row < last:
+            used = int(self.place[last]) + 1
+            for cache in (*self.keys.values(), *self.values.values()):
+                cache[row, :, :used] = cache[last, :, :used]
+            rows = (self.token, self.place, self.length, self.ended, self.said, self.logp, self.entropy, self.chance)
+            for x in rows:
+                x[row] = x[last]
+        self.alive, self.ended[last] = last, True
+        return output
+
+    def go_on(self, model):
+        """Draw the next token of all outputs that are alive, or on a GPU the next 16 without asking how it stands.
+
+        There the kernels of a step are recorded once for a number of rows and columns, and then only replayed.
+        """
+        last = int(self.place[: self.alive].max())
+        if self.place.device.type != "cuda":
+            return self.step(model, self.alive, last + 1)
+        n = min(len(self.place), 2 ** (self.alive - 1).bit_length())  # few numbers of rows and columns, few recordings
+        reach = min(self.columns, (last + 16) // 256 * 256 + 256)
+        for _ in range(16):
+            if (key := (n, reach, self.temperature)) in self.graphs:
+                self.graphs[key].replay()
+                continue
+            self.step(model, n, reach)  # a recording needs one before it
+            graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+                self.step(model, n, reach)  # is recorded, not run
+            self.graphs[key] = graph
+
+
+def plain_copy(model, dtype):
+    """A copy with weights of another precision and adapters merged, from which can be sampled faster."""
+    copied = copy.deepcopy(model).requires_grad_(False)
+    for layer in adapted(copied):
+        layer.lora_A = layer.lora_B = None
+    for weight in copied.parameters():  # not the buffers: RoPE's frequencies stay in fp32
+        weight.data = weight.to(dtype)
+    return copied
+
+
+@torch.no_grad()
+def renew(copied, model):
+    """Bring the weights of a plain copy to where the model's are now, in place."""
+    weights = dict(model.named_parameters())
+    for name, weight in copied.named_parameters():
+        weight.copy_(weights[name])
+    for mine, layer in zip(adapted(copied), adapted(model)):
+        mine.weight.copy_(layer.merged())
+
+
+COPIES = weakref.WeakKeyDictionary()  # on a GPU: {model: (its copy, Drawing)}, where recorded steps expect them
+
+
+def drawing_of(model, rows, columns, max_new_tokens, ends, temperature):
+    """What is sampled from, and into what: the model itself, on a GPU a plain copy in bf16, and a Drawing."""
+    if model.device.type != "cuda":
+        return model, Drawing(rows, columns, max_new_tokens, ends, temperature, model.device)
+    columns = -(-columns // 256) * 256
+    copied, drawing = COPIES.pop(model, None) or (plain_copy(model, precision(model.device)), None)
+    renew(copied, model)
+    if drawing is None or drawing.said.shape != (rows, max_new_tokens + 1) or drawing.columns != columns:
+        drawing = None  # its memory is free before the next takes some
+        drawing = Drawing(rows, columns, max_new_tokens, ends, temperature, model.device)
+    COPIES[model] = copied, drawing
+    drawing.alive, drawing.temperature = 0, temperature
+    drawing.ended.fill_(True)
+    return copied, drawing
+
+
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
@@ -327,19 +592,17 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
 
     Nothing else bends the distribution: no top-k, no top-p, nothing from the checkpoint's generation config but its end
     tokens. Temperature 0 takes the most probable token (evaluation). At most `cache_tokens` tokens are kept in the
-    key-value cache at once, but at least one group; more prompts than that are sampled one wave after another.
+    key-value cache at once, but at least one group; where outputs end, those of the next prompts begin.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
-    at_once = max(1, cache_tokens // (longest * group_size))
-    outputs = []  # per completion: token ids, log-probabilities, entropies
+    rows = min(len(prompts), max(1, cache_tokens // (longest * group_size))) * group_size  # at once
     with tqdm(total=len(prompts) * group_size, desc="sampling", unit="output", leave=False, delay=2) as bar:
-        for start in range(0, len(prompts), at_once):
-            wave = prompts[start : start + at_once]
-            outputs += sample_wave(model, wave, group_size, max_new_tokens, temperature, generator, ends, bar)
+        how = (group_size, max_new_tokens, temperature, generator, ends, rows, bar)
+        outputs = (draw_by_layout if by_layout(model) else draw_in_waves)(model, prompts, *how)
 
     completions = [tokens.tolist() for tokens, _, _ in outputs]
     ids, attention, mask = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
@@ -355,48 +618,84 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     return Rollout(ids, attention, mask, *padded, truncated, texts)
 
 
-def sample_wave(model, prompts, group_size, max_new_tokens, temperature, generator, ends, bar):
-    """Sample some prompts side by side: [(token ids, log-probabilities, entropies)] of each output in turn."""
-    rows = len(prompts) * group_size
-    ids, attention, _ = batch(prompts, [[]] * len(prompts), model.device)  # [Q, P]
-    drawn = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=model.device)
-    logp, entropy = torch.zeros(2, rows, max_new_tokens, device=model.device)
-    lengths = torch.full((rows,), max_new_tokens, device=model.device)
-    alive = torch.arange(rows, device=model.device)  # the rows that have not ended; only these are in the cache
+def choose(logits, temperature, chance):
+    """A token from softmax(logits / T) for each row, the log π of it and the entropy of π: logits [n, V] -> 3 × [n, 1].
 
-    cache, place = DynamicCache(), positions(attention)
+    It is the token at which the sum of π over the vocabulary passes a number `chance` [n, 1] between 0 and 1.
+    """
+    logits = at_least_fp32(logits) if temperature in (0, 1) else at_least_fp32(logits) / temperature  # [n, V]
+    pi = torch.softmax(logits, -1)  # [n, V]
+    if temperature:
+        below = pi.cumsum(-1)  # [n, V]
+        total = below[:, -1:]
+        # rounding must not carry it to the total, beyond the last token that can be drawn
+        token = torch.searchsorted(below, torch.minimum(chance * total, total.nextafter(0 * total)), right=True)
+    else:
+        token = logits.argmax(-1, keepdim=True)
+    logp = pi.gather(1, token).log()
+    # H = - Σ π log π = log Σ exp(logits) - Σ π logits, and the first is logits - log π of any token
+    entropy = logits.gather(1, token) - logp - (pi[:, None] @ logits[:, :, None])[:, 0]
+    return token, logp.float(), entropy.float()
 
-    def next_logits(tokens):
-        inputs = {"attention_mask": attention, "position_ids": place, "past_key_values": cache, "logits_to_keep": 1}
-        return model(input_ids=tokens, **inputs).logits[:, -1]
 
-    with compute(model, keep_casts=True):
-        # the prompt is read once, and its keys and values are handed to the G outputs
-        logits = next_logits(ids).repeat_interleave(group_size, 0)  # [N, V]
-        if not logits.isfinite().all():
-            raise ModelError("the model's logits are not finite: its weights are broken, or training has diverged")
-        cache.batch_repeat_interleave(group_size)
-        attention, place = attention.repeat_interleave(group_size, 0), place[:, -1:].repeat_interleave(group_size, 0)
-        for t in range(max_new_tokens):
-            log_pi = torch.log_softmax(at_least_fp32(logits) / (temperature or 1), -1)  # [alive, V]
-            pi = log_pi.exp()
-            token = torch.multinomial(pi, 1, generator=generator) if temperature else log_pi.argmax(-1, keepdim=True)
-            drawn[alive, t] = token.squeeze(1)
-            logp[alive, t] = log_pi.gather(1, token).squeeze(1).float()
-            entropy[alive, t] = -torch.special.xlogy(pi, pi).sum(-1).float()
-            going = (~torch.isin(token.squeeze(1), ends)).nonzero().squeeze(1)
-            if len(going) < len(alive):  # rows that ended leave the batch and the cache
-                bar.update(len(alive) - len(going))
-                lengths[alive] = t + 1
-                cache.batch_select_indices(going)
-                alive, token, attention, place = alive[going], token[going], attention[going], place[going]
-                lengths[alive] = max_new_tokens
-            if len(alive) == 0 or t == max_new_tokens - 1:
-                break
-            attention, place = torch.cat([attention, torch.ones_like(token)], 1), place + 1
-            logits = next_logits(token)
-    bar.update(len(alive))
-    return [(drawn[i, :n], logp[i, :n], entropy[i, :n]) for i, n in enumerate(lengths.tolist())]
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise ModelError("the model's logits are not finite: its weights are broken, or training has diverged")
+
+
+def draw_by_layout(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, bar):
+    """All outputs as [(token ids, log-probabilities, entropies)]; where some end, those of waiting prompts begin."""
+    columns = max(map(len, prompts)) + max_new_tokens
+    model, drawing = drawing_of(model, rows, columns, max_new_tokens, ends, temperature)
+    outputs, waiting = [None] * len(prompts) * group_size, deque(range(len(prompts)))
+    numbers = []  # of the outputs that are being drawn, row by row
+    while waiting or numbers:
+        while waiting and rows - len(numbers) >= max(group_size, rows // 8):
+            room = min(16, (rows - len(numbers)) // group_size, len(waiting))  # prompts to read in one pass
+            asked = [waiting.popleft() for _ in range(room)]
+            drawing.begin(model, [prompts[question] for question in asked], group_size, generator)
+            numbers += [question * group_size + i for question in asked for i in range(group_size)]
+        drawing.go_on(model)
+        for row in reversed(drawing.ended[: len(numbers)].nonzero().flatten().tolist()):
+            outputs[numbers[row]] = drawing.leave(row)
+            numbers[row] = numbers[-1]
+            numbers.pop()
+            bar.update()
+    return outputs
+
+
+def draw_in_waves(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, bar):
+    """All outputs as [(token ids, log-probabilities, entropies)], the plain way: what any other way must return."""
+    outputs = []
+    for start in range(0, len(prompts), rows // group_size):
+        ids, attention, _ = batch(
+            prompts[start : start + rows // group_size], [[]] * len(prompts), model.device
+        )  # [Q, P]
+        cache, place = DynamicCache(), positions(attention)
+        chance = torch.rand(len(ids) * group_size, max_new_tokens, generator=generator, device=model.device)
+        drawn, ended = [], torch.zeros(len(chance), dtype=torch.bool, device=model.device)
+        with compute(model, keep_casts=True):
+            for t in range(max_new_tokens):
+                inputs = {"attention_mask": attention, "position_ids": place, "past_key_values": cache}
+                logits = model(input_ids=ids, **inputs, logits_to_keep=1).logits[:, -1]  # [n, V]
+                if t == 0:  # the prompt is read once, and its keys and values are handed to the G outputs
+                    check_finite(logits)
+                    cache.batch_repeat_interleave(group_size)
+                    logits, attention, place = (
+                        x.repeat_interleave(group_size, 0) for x in (logits, attention, place[:, -1:])
+                    )
+                drawn.append(choose(logits, temperature, chance[:, t : t + 1]))  # 3 × [n, 1]
+                ids = drawn[-1][0]
+                ended |= torch.isin(ids[:, 0], ends)
+                if ended.all():
+                    break
+                attention, place = torch.cat([attention, torch.ones_like(ids)], 1), place + 1
+        columns = [torch.cat(column, 1) for column in zip(*drawn)]  # 3 × [n, T]
+        is_end = torch.isin(columns[0], ends)
+        lengths = ((is_end.cumsum(1) - is_end.long()) == 0).sum(1).tolist()  # up to the first end, and with it
+        outputs += [tuple(x[row, :length] for x in columns) for row, length in enumerate(lengths)]
+        bar.update(len(lengths))
+    return outputs
 
 
 def as_rollout(model, tokenizer, prompts, texts, max_new_tokens):
@@ -414,31 +713,69 @@ def as_rollout(model, tokenizer, prompts, texts, max_new_tokens):
 def states(trunk, ids, attention, mask):
     """The trunk's last hidden state from which each completion token is predicted, row after row: [tokens, D]."""
     trunk.train(torch.is_grad_enabled())  # without dropout all that this switches is gradient checkpointing
-    inputs = {"attention_mask": attention, "position_ids": positions(attention), "use_cache": False}
-    hidden = trunk(input_ids=ids, **inputs).last_hidden_state
+    if by_layout(trunk):
+        packed = Packed(ids, attention, mask)
+        hidden = trunk(**packed.inputs()).last_hidden_state[0].index_select(0, packed.said)  # [tokens, D]
+    else:
+        inputs = {"attention_mask": attention, "position_ids": positions(attention), "use_cache": False}
+        hidden = trunk(input_ids=ids, **inputs).last_hidden_state
+        # position j predicts token j + 1: the first completion token comes from the last prompt position
+        hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # [tokens, D]
     trunk.eval()
-    # position j predicts token j + 1: the first completion token comes from the last prompt position
-    return hidden[:, -mask.shape[1] - 1 : -1][mask]
+    return hidden
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """log softmax(logits / T) of given tokens, logits = W h + b, of which only a chunk of tokens' is ever there."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
+        """hidden [tokens, D], weight [V, D], bias [V] or None, targets [tokens] -> [tokens], computed in a dtype."""
+        ctx.temperature, ctx.chunk, logp = temperature, max(1, LOGITS_AT_ONCE // len(weight)), []
+        inputs = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*inputs, targets)
+        for h, target in zip(inputs[0].split(ctx.chunk), targets.split(ctx.chunk)):
+            logits = at_least_fp32(F.linear(h, *inputs[1:])) / temperature  # [chunk, V]
+            logp.append(logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1))  # [chunk]
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx, d_logp):
+        """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / T; the sum over all tokens is made in place."""
+        hidden, weight, bias, targets = ctx.saved_tensors
+        d_hidden, full = [], d_logp.dtype
+        d_weight = torch.zeros_like(weight, dtype=full) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=full) if bias is not None else None
+        for h, target, d in zip(*(x.split(ctx.chunk) for x in (hidden, targets, d_logp / ctx.temperature))):
+            pi = torch.softmax(at_least_fp32(F.linear(h, weight, bias)) / ctx.temperature, 1)  # [chunk, V]
+            d_logits = pi.mul_(-d[:, None]).scatter_add_(1, target[:, None], d[:, None])  # [chunk, V]
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(weight.dtype)
+            d_hidden.append(d_logits @ weight)
+            if d_weight is not None and weight.dtype == full:
+                d_weight.addmm_(d_logits.T, h)
+            elif d_weight is not None:
+                d_weight += d_logits.T @ h
+        return torch.cat(d_hidden).to(full), d_weight, d_bias, None, None, None
 
 
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of each completion token, fp32, [N, T]; 0 off the mask.
 
     The logits are never there all at once: N·T rows of 150,000 numbers would be most of a step's memory. The trunk
-    gives the hidden states; the head is applied to a chunk of completion positions at a time, and again going backward.
+    gives the hidden states; the head is applied to a chunk of completion tokens at a time, and again going backward.
     """
+    head = model.get_output_embeddings()
     with compute(model, keep_casts=False):
         hidden = states(model.base_model, ids, attention, mask)  # [tokens, D]
-        targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
-        head = model.get_output_embeddings()
-
-        def chunk_logprobs(hidden, targets):
-            logits = at_least_fp32(head(hidden)) / temperature  # [chunk, V]
-            return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)  # [chunk]
-
-        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-        chunks = zip(hidden.split(size), targets.split(size))
-        logp = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    dtype = (
+        torch.promote_types(hidden.dtype, head.weight.dtype)
+        if precision(model.device) is torch.float32
+        else torch.bfloat16
+    )
+    targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
+    logp = HeadLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature, dtype)  # [tokens]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 

@@ -29,6 +29,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import itertools
 import json
@@ -93,7 +94,7 @@ DENOMINATOR = "sequence"  # of a token: sequence |o_i| (paper), token Σ|o_i| (D
 SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
 RATIO = "token"  # π_θ/π_θold per token (paper), or one per sequence (GSPO)
 MASK_TRUNCATED = False  # leave outputs that hit the length limit out of the loss (DAPO's filter)
-DROP_ZERO_ADVANTAGE = False  # do not compute outputs with Â = 0: the same gradient at β = 0, without their KL otherwise
+DROP_ZERO_ADVANTAGE = False  # leave out outputs with Â = 0 for β > 0 too, and their KL with them; at β = 0 always done
 # -- Rewards: the weight of each in r_i
 SUPERVISION = "outcome"  # a reward for the whole output (outcome, §4.1.2), or also one for each step (process, §4.1.3)
 WEIGHT_STEPS = 0.5  # of the steps' advantages beside the output's own, under process supervision
@@ -260,12 +261,41 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
 # Â + β (π_ref/π_θ - 1), and holds where π_θold = π_θ; what is maximised is eq. (3), whose gradient there is (21).
 
 
+def within_memory(budget):
+    """Where the GPU has no memory for some work, halve its budget, TOKEN_BUDGET or CACHE_TOKENS, and do it again."""
+
+    def decorate(work):
+        @functools.wraps(work)
+        def repeat(*args, **kwargs):
+            while True:
+                try:
+                    return work(*args, **kwargs)
+                except torch.OutOfMemoryError:
+                    had, least = globals()[budget], MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
+                if had <= least:
+                    raise RunError(f"out of memory with --{budget.lower()} {had}, which one output may need")
+                globals()[budget] = max(had // 2, least)
+                torch.cuda.empty_cache()
+                tqdm.write(f"note: out of memory with --{budget.lower()} {had}; trying again with {globals()[budget]}.")
+
+        return repeat
+
+    return decorate
+
+
 def micro_batches(rollout, rows):
-    """Split row numbers into lists, longest first, such that none takes more than TOKEN_BUDGET with its padding."""
+    """Split row numbers into lists, none of which takes more than TOKEN_BUDGET with its padding.
+
+    The outputs of a question stay together, for they share the computation of their prompt, longest first.
+    """
     completions = rollout.mask.sum(1).tolist()
     prompts = (rollout.attention.sum(1) - rollout.mask.sum(1)).tolist()
+    question = list(itertools.accumulate(not again for again in llms.repeats(*rollout[:3])))
+    longest = defaultdict(int)  # tokens in the longest row of a question
+    for row in rows:
+        longest[question[row]] = max(longest[question[row]], prompts[row] + completions[row])
     batches = []
-    for row in sorted(rows, key=lambda row: -prompts[row] - completions[row]):
+    for row in sorted(rows, key=lambda row: (-longest[question[row]], question[row], -completions[row])):
         bigger = [*batches[-1], row] if batches else [row]
         width = max(prompts[i] for i in bigger) + max(completions[i] for i in bigger)
         if batches and len(bigger) * width <= TOKEN_BUDGET:
@@ -280,6 +310,7 @@ def log_policy(model, ids, attention, mask):
     return llms.token_logprobs(model, ids, attention, mask, TEMPERATURE)
 
 
+@within_memory("TOKEN_BUDGET")
 @torch.no_grad()
 def score(model, rollout, read=log_policy):
     """log π, or what else to `read`, of every token of a rollout under a model, without gradient: [N, T]."""
@@ -319,17 +350,19 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
     return sums
 
 
-def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
-    """One optimizer step on the whole rollout, in micro-batches; advantages [N] or [N, T]. Returns its diagnostics.
+@within_memory("TOKEN_BUDGET")
+def accumulate(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
+    """The gradient of the loss of a whole rollout, left in .grad, in micro-batches. Returns its diagnostics.
 
     Every micro-batch is divided by the counts of the whole update, taken before the first backward pass: the sum is the
-    gradient of the whole, to the last bit but rounding. If loss or gradient is not finite the weights stay as they are.
-    The targets are what PPO's critic learns beside the policy: its values before the first update, and the returns.
+    gradient of the whole, to the last bit but rounding.
     """
+    state.optimizer.zero_grad()
     mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
     num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
     advantages = advantages[:, None].expand_as(mask) if advantages.dim() == 1 else advantages  # [N, T]
-    learning = [row for row, any_A in enumerate(advantages.any(1).tolist()) if any_A or not DROP_ZERO_ADVANTAGE]
+    only_A = targets is None and logp_ref is None  # then an output with Â = 0 teaches nothing, and is left out
+    learning = [row for row, A in enumerate(advantages.any(1).tolist()) if A or not (only_A or DROP_ZERO_ADVANTAGE)]
     measured = max(1, int(mask[learning].sum()))  # tokens that the diagnostics are means over
     totals = defaultdict(float)
     for rows in micro_batches(rollout, learning):
@@ -350,11 +383,18 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
         sampled = None if rollout.logp is None else rollout.logp[rows, :T]  # [n, T]
         for name, value in diagnose(logp, old, ref, sampled, A, kept).items():
             totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / measured
+    return totals
 
-    if not learning:  # AdamW moves on by its momentum where the gradient is 0, but not where there is none
-        for parameter in state.trained():
-            parameter.grad = torch.zeros_like(parameter)
 
+def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
+    """One optimizer step on the whole rollout; advantages [N] or [N, T]. Returns its diagnostics.
+
+    If loss or gradient is not finite the weights stay as they are. The targets are what PPO's critic learns beside the
+    policy: its values before the first update, and the returns.
+    """
+    totals = accumulate(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
+    for parameter in state.trained():  # AdamW moves on by its momentum where the gradient is 0, not where there is none
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     lr = learning_rate(state.updates)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -428,10 +468,16 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+@within_memory("CACHE_TOKENS")
+def draw(model, tokenizer, prompts, group_size, temperature, generator):
+    """o ~ π(O|q): some outputs for each prompt."""
+    return llms.sample(model, tokenizer, prompts, group_size, MAX_NEW_TOKENS, temperature, generator, CACHE_TOKENS)
+
+
 def evaluate(policy, tokenizer, problems):
     """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: metrics, and a record per problem."""
     prompts = [llms.encode(tokenizer, rldatasets.prompt(problem)) for problem in problems]
-    greedy = llms.sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0, None, CACHE_TOKENS)
+    greedy = draw(policy, tokenizer, prompts, 1, 0.0, None)
     by_name = score_completions(greedy.texts, problems)[1]
     records = [
         {"question": problem["question"], "answer": problem["answer"], "completion": text}
@@ -460,8 +506,7 @@ def evaluate_samples(policy, tokenizer, problems, prompts):
     """pass@k and maj@k for k = 1, 2, 4 … n = EVAL_SAMPLES, from n outputs of every problem (paper, Figure 7)."""
     n = EVAL_SAMPLES
     generator = torch.Generator(policy.device).manual_seed(SEED)
-    sampling = (n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator, CACHE_TOKENS)
-    texts = llms.sample(policy, tokenizer, prompts, *sampling).texts
+    texts = draw(policy, tokenizer, prompts, n, EVAL_TEMPERATURE, generator).texts
     groups = [texts[i * n : (i + 1) * n] for i in range(len(problems))]
     graded = score_completions(texts, problems)[1]["correctness"]
     right = [int(sum(graded[i * n : (i + 1) * n])) for i in range(len(problems))]
@@ -812,12 +857,7 @@ class Outputs:
 
 def policy_outputs(state, problems, prompts):
     """o ~ π_θ(O|q): G outputs for each question."""
-    return outputs_of(state.policy, state, prompts)
-
-
-def outputs_of(model, state, prompts):
-    how = (GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator, CACHE_TOKENS)
-    return llms.sample(model, state.tokenizer, prompts, *how)
+    return draw(state.policy, state.tokenizer, prompts, GROUP_SIZE, TEMPERATURE, state.generator)
 
 
 def group_relative(state, outputs):
@@ -970,7 +1010,8 @@ def dataset_outputs(state, problems, prompts):
 
 def reference_outputs(state, problems, prompts):
     """o ~ π_sft(O|q): G outputs for each question of the policy that the iteration began with, which is π_ref."""
-    return outputs_of(state.reference, state, prompts)._replace(logp=None, entropy=None)  # not π_θ's
+    outputs = draw(state.reference, state.tokenizer, prompts, GROUP_SIZE, TEMPERATURE, state.generator)
+    return outputs._replace(logp=None, entropy=None)  # they are not π_θ's
 
 
 def ones(state, outputs):
@@ -1041,7 +1082,7 @@ def ppo_advantages(state, outputs):
     rewards = torch.zeros_like(values)  # [N, T]
     rewards[torch.arange(len(ends), device=ends.device), ends] = outputs.rewards.flatten().to(values)
     if BETA:
-        logp = score(state.policy, rollout) if outputs.logp_old is None else outputs.logp_old  # [N, T]
+        logp = rollout.logp if outputs.logp_old is None else outputs.logp_old  # [N, T]
         rewards -= BETA * (logp - outputs.logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
     outputs.targets = values, advantages + values

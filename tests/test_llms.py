@@ -1,5 +1,6 @@
 """The model of llms.py: what is sampled is what is scored. Numbers like T26 are those of the project's list of checks."""
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 import llms
 import main
 import rldatasets
+from conftest import SHAPE
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 EVERYTHING = 10**9  # a cache budget that never binds
@@ -339,6 +341,162 @@ def test_weights_that_are_not_finite_are_named(checkpoint):
     next(model.parameters()).data.fill_(float("nan"))
     with pytest.raises(llms.ModelError, match="not finite"):
         draw(model, tokenizer)
+
+
+# ---- attention without padding: every fast way returns what the plain one does --------------------------------------
+
+ALL = (*FAMILIES, "gpt2")
+
+
+def plain(model):
+    """The same weights, run on padded rows by the library's own attention."""
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("sdpa")
+    assert llms.by_layout(model) and not llms.by_layout(other)
+    return other
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_outputs_drawn_by_layout_are_those_of_the_plain_loop(checkpoint, monkeypatch, family, temperature):
+    model, tokenizer = llms.load(checkpoint(family))
+    asked = prompts(tokenizer, (3, 9, 9, 1, 30, 9, 2))  # 9 twice in a row: the same question twice
+    expected = draw(plain(model), tokenizer, asked, temperature=temperature)
+    assert expected.mask.sum(1).unique().numel() > (3 if temperature else 1)  # ragged
+    for budget in (EVERYTHING, 12 * (30 + 12), 1):  # all at once; 12 rows, refilled as outputs end; a group at a time
+        monkeypatch.setattr("test_llms.EVERYTHING", budget)
+        out = draw(model, tokenizer, asked, temperature=temperature)
+        assert torch.equal(out.ids, expected.ids) and torch.equal(out.mask, expected.mask)
+        assert torch.equal(out.truncated, expected.truncated) and out.texts == expected.texts
+        assert (out.logp - expected.logp).abs().max() < 1e-5
+        assert (out.entropy - expected.entropy).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_scores_values_and_gradient_by_layout_are_those_of_padded_rows(checkpoint, family):
+    model, tokenizer = llms.load(checkpoint(family))
+    model.double()
+    other = plain(model)
+    asked = [question for question in prompts(tokenizer, (3, 9, 30)) for _ in range(3)]
+    said = [[7] * n for n in (1, 12, 4, 1, 1, 1, 5, 2, 9)]
+    ids, attention, mask = llms.batch(asked, said, "cpu")
+    weight, found = torch.linspace(-1, 1, mask.numel()).view(mask.shape), []
+    for one in (model, other):
+        critic = llms.Critic(one)
+        torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+        logp, V = llms.token_logprobs(one, ids, attention, mask, 0.7), critic.token_values(ids, attention, mask)
+        ((logp * weight).sum() + (V * weight).sum()).backward()
+        parameters = [*one.parameters(), *critic.parameters()]
+        found.append([logp, V, *(p.grad for p in parameters if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(
+        *found
+    ):  # relative to the largest, for the library's norms compute in fp32 whatever the model is in
+        assert (a - b).abs().max() < 1e-6 * max(1, b.abs().max())
+
+
+def test_a_prompt_is_read_once_for_its_outputs_and_padding_never(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    read = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: read.append(inputs[0].numel()))
+    out = draw(model, tokenizer, prompts(tokenizer, (3, 9)), n=4)
+    tokens = int(out.mask.sum()) - 8  # nothing is predicted from the last token of the 8 outputs
+    assert sum(read) == 3 + 9 + tokens
+    read.clear()
+    llms.token_logprobs(model, out.ids, out.attention, out.mask, 1.0)
+    assert read == [3 + 9 + tokens]
+
+
+def test_waiting_prompts_begin_where_outputs_end_and_never_more_than_the_cache_holds(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    steps = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: steps.append(inputs[0].shape))
+    model.generation_config.eos_token_id = list(range(20, 60))
+    how = (1, 12, 1.0, torch.Generator().manual_seed(0))
+    out = llms.sample(model, tokenizer, prompts(tokenizer, [5] * 40), *how, 8 * 17)
+    rows = [n for n, tokens in steps if tokens == 1]
+    assert max(rows) == 8 and len(out.texts) == 40
+    lengths = out.mask.sum(1)
+    assert len(rows) < lengths.view(5, 8).amax(1).sum() - 5  # fewer steps than five waves of eight take
+
+
+def test_steps_that_nobody_looks_at_note_nothing_behind_an_end(checkpoint):  # as on a GPU, 16 at a time
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    asked = prompts(tokenizer, (3, 9))
+    expected = draw(plain(model), tokenizer, asked)
+    model.generation_config.eos_token_id = list(range(20, 60))
+    ends = torch.tensor(llms.end_tokens(model, tokenizer))
+    drawing = llms.Drawing(10, 21 + 16, 12, ends, 1.0, "cpu")  # and two rows more than there are outputs
+    with torch.no_grad():
+        drawing.begin(model, asked, 4, torch.Generator().manual_seed(0))
+        for _ in range(16):
+            drawing.step(model, 10, 21 + 16)
+    assert drawing.ended.all() and drawing.length[:8].tolist() == expected.mask.sum(1).tolist()
+    T = expected.mask.shape[1]
+    assert torch.equal(drawing.said[:8, :T] * expected.mask, expected.ids[:, -T:] * expected.mask)
+    assert ((drawing.logp[:8, :T] - expected.logp) * expected.mask).abs().max() < 1e-5
+
+
+def test_the_copy_that_samples_has_the_adapters_merged_and_is_renewed_in_place(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    llms.add_lora(model, 2, 4.0)
+    copied = llms.plain_copy(model, torch.float32)
+    before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
+    for layer in llms.adapted(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert (copied(ids).logits - model(ids).logits).abs().max() > 1e-2
+    llms.renew(copied, model)
+    assert (copied(ids).logits - model(ids).logits).abs().max() < 1e-4
+    assert {name: weight.data_ptr() for name, weight in copied.named_parameters()} == before
+    half = llms.plain_copy(model, torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in half.buffers()} == {torch.float32}  # angles of far positions need them
+    assert half.lm_head.weight is half.model.embed_tokens.weight  # tied as before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_heads_gradient_by_hand_is_that_of_the_log_softmax(monkeypatch, bias):
+    monkeypatch.setattr(llms, "LOGITS_AT_ONCE", 3 * 11)  # chunks of 3 tokens
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, b, d = (torch.randn(*shape, generator=g).double() for shape in ((7, 5), (11, 5), (11,), (7,)))
+    inputs = [x.requires_grad_() for x in (hidden, weight, b)[: 2 + bias]]
+    targets = torch.tensor([0, 10, 3, 3, 5, 9, 1])
+    by_hand = llms.HeadLogprobs.apply(hidden, weight, b if bias else None, targets, 0.7, torch.float64)
+    logits = hidden @ weight.T + (b if bias else 0)
+    expected = torch.log_softmax(logits / 0.7, 1)[range(7), targets]
+    assert (by_hand - expected).abs().max() < 1e-12
+    for one, other in zip(
+        torch.autograd.grad((by_hand * d).sum(), inputs), torch.autograd.grad((expected * d).sum(), inputs)
+    ):
+        assert (one - other).abs().max() < 1e-12
+
+
+def test_a_model_whose_attention_is_peculiar_is_run_on_padded_rows(checkpoint, tmp_path):
+    _, tokenizer = llms.load(checkpoint("llama"))
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    windowed = transformers.MistralConfig(
+        **SHAPE, **ends, num_key_value_heads=2, vocab_size=len(tokenizer), sliding_window=4
+    )
+    older = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=len(tokenizer), **ends)
+    for config in (windowed, older):
+        torch.manual_seed(0)
+        llms.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "model")
+        model, _ = llms.load(str(tmp_path / "model"))
+        assert not llms.by_layout(model)
+        out = draw(model, tokenizer, longest=9)
+        for i, (row, mask) in enumerate(zip(out.ids, out.mask)):
+            row, length = row[out.attention[i].bool()], int(mask.sum())
+            logp = torch.log_softmax(model(row[None]).logits[0], -1)[-length - 1 : -1].gather(1, row[-length:, None])
+            assert (logp[:, 0] - out.logp[i, :length]).abs().max() < 1e-5
+
+
+def test_our_attention_leaves_no_trace_in_a_saved_model_and_serves_the_library_too(checkpoint, tmp_path):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert (model(ids).logits - plain(model)(ids).logits).abs().max() < 1e-5  # without a layout: causal
+    llms.save(model, tokenizer, tmp_path / "model")
+    assert "by_layout" not in "".join(file.read_text() for file in (tmp_path / "model").glob("*.json"))
 
 
 # ---- LoRA, gradient checkpointing, the memory that a run needs ------------------------------------------------------

@@ -406,26 +406,72 @@ def test_micro_batches_hold_every_row_once_and_keep_the_budget_with_their_paddin
     assert sorted(row for rows in main.micro_batches(rollout, [6, 0]) for row in rows) == [0, 6]
 
 
-def test_dropping_outputs_without_advantage_keeps_the_gradient_at_beta_0_and_not_otherwise(setup):  # T35
-    advantages = SPREAD.clone()
+def test_outputs_without_advantage_are_left_out_where_that_keeps_the_gradient(setup, monkeypatch):  # T35
+    advantages, scored = SPREAD.clone(), []
     advantages[4:8] = 0.0
-    for beta, same in ((0.0, True), (0.04, False)):
+    real = main.log_policy
+    monkeypatch.setattr(main, "log_policy", lambda *given: scored.append(len(given[1])) or real(*given))
+    for beta, drop, rows, same in ((0.0, False, 8, True), (0.04, False, 12, True), (0.04, True, 8, False)):
         gradients = []
-        for drop in (False, True):
-            state, rollout = setup(BETA=beta, DROP_ZERO_ADVANTAGE=drop, DENOMINATOR="token", MAX_GRAD_NORM=1e9)
-            moved = rollout.logp + 0.3 if beta else None  # a reference elsewhere, so that there is a KL to lose
-            gradients.append(step_gradient(state, rollout, advantages, None, moved)[0])
+        for left_out in (False, True):
+            state, rollout = setup(
+                BETA=beta, DROP_ZERO_ADVANTAGE=drop and left_out, DENOMINATOR="token", MAX_GRAD_NORM=1e9
+            )
+            elsewhere = rollout.logp + 0.3  # a reference, so that there is a KL to lose
+            scored.clear()
+            ref = elsewhere if beta or not left_out else None  # with a reference at β = 0 all rows are scored
+            gradients.append(step_gradient(state, rollout, advantages, None, ref)[0])
+        assert sum(scored) == rows
         assert (gradients[0] - gradients[1]).abs().max() < 1e-6 if same else (gradients[0] - gradients[1]).norm() > 1e-3
 
 
-def test_dropping_every_output_is_a_step_on_a_gradient_of_zero(setup):  # AdamW's momentum moves on, as without dropping
+def test_leaving_out_every_output_is_a_step_on_a_gradient_of_zero(setup):  # AdamW's momentum moves on all the same
     weights = []
-    for drop in (False, True):
-        state, rollout = setup(BETA=0.0, DROP_ZERO_ADVANTAGE=drop)
+    for ref in (False, True):
+        state, rollout = setup(BETA=0.0)
         main.update(state, rollout, SPREAD, None, None)
-        main.update(state, rollout, torch.zeros(12), None, None)
+        main.update(state, rollout, torch.zeros(12), None, rollout.logp if ref else None)
         weights.append(torch.cat([p.detach().flatten() for p in state.policy.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, constants, monkeypatch, capsys):
+    state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9)
+    expected, _ = step_gradient(state, rollout, SPREAD)
+    real, seen = main.log_policy, []
+
+    def limited(model, ids, attention, mask):
+        seen.append(ids.numel())
+        if len(seen) == 2 or ids.numel() > 100:  # once in the middle, and wherever it is too much
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, ids, attention, mask)
+
+    state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9, TOKEN_BUDGET=200, MAX_PROMPT_TOKENS=5)
+    monkeypatch.setattr(main, "log_policy", limited)
+    gradient, _ = step_gradient(state, rollout, SPREAD)
+    assert_close(gradient, expected, atol=1e-6, rtol=0)  # what the broken attempts left behind is gone
+    said = capsys.readouterr().out
+    assert main.TOKEN_BUDGET == 50 and "--token_budget 200; trying again with 100" in said and "with 50" in said
+    constants(TOKEN_BUDGET=17)  # a row of its own needs as much
+    monkeypatch.setattr(main, "log_policy", lambda *given: limited(*[torch.zeros(200)] * 4))
+    with pytest.raises(main.RunError, match="out of memory with --token_budget 17"):
+        main.score(state.policy, rollout, main.log_policy)
+
+
+def test_out_of_memory_while_sampling_halves_the_cache(setup, constants, monkeypatch):
+    state, rollout = setup(CACHE_TOKENS=1000)
+    real, seen = llms.sample, []
+
+    def limited(*how):
+        seen.append(how[-1])
+        if how[-1] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*how)
+
+    monkeypatch.setattr(llms, "sample", limited)
+    constants(MAX_PROMPT_TOKENS=5)
+    assert len(main.draw(state.policy, state.tokenizer, [[5, 6, 7]], 4, 1.0, state.generator).texts) == 4
+    assert seen == [1000, 500, 250] and main.CACHE_TOKENS == 250
 
 
 def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
@@ -506,7 +552,7 @@ def test_the_order_of_events_is_algorithm_1(setup, tmp_path, monkeypatch):  # T3
     spy(state.optimizer, "step", "step")
     spy(state.optimizer, "zero_grad", "zero")
     main.train(state, iter(PROBLEMS * 9), [], tmp_path, set())
-    step = ["sample", "reward", "advantage"] + ["update", "step", "zero"] * 3
+    step = ["sample", "reward", "advantage"] + ["update", "zero", "step", "zero"] * 3
     assert events == (["ref"] + step * 2) * 2
     assert state.updates == 2 * 2 * 3
     rows = main.read_lines(tmp_path / "metrics.jsonl")

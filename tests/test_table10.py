@@ -56,6 +56,7 @@ def toy(constants, monkeypatch):
     policy, reference = Toy(0), Toy(1)
     state = main.State(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), None, reference=reference)
     rewards, by_name = tensor([RIGHT], dtype=torch.float64), {"correctness": RIGHT}
+    rollout = rollout._replace(logp=main.score(policy, rollout))
     logp_ref = main.score(reference, rollout).double()
     return state, main.Outputs([{}], rollout, rewards, by_name, None, logp_ref)
 
