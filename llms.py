@@ -59,7 +59,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-LOGITS_AT_ONCE = 2**24  # log-probabilities are computed over so few positions at a time that this many logits suffice
+LOGITS_AT_ONCE = 2**24  # log-probabilities take few tokens at a time, so that this many logits suffice; 8 × on a GPU
 
 
 class ModelError(ValueError):
@@ -101,6 +101,9 @@ def load(name):
         raise ModelError(f"{name} lacks weights of its own architecture: {min(loaded['missing_keys'])} and maybe more")
     if not tokenizer("How many?")["input_ids"]:
         raise ModelError(f"{name} has no tokenizer")
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config.get_text_config(), key, None) not in (None, 1.0):
+            raise ModelError(f"{name} changes its logits behind the head ({key}), which is not known here")
     if not end_tokens(model, tokenizer):
         raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
     if torch.cuda.is_available():
@@ -271,8 +274,9 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu):
     return {
         "weights": 4 * total,
         "AdamW": 8 * trained,
-        "copies": 4 * trained * reference + 16 * trained * critic,
-        "sampling or updating": max(sampling, updating) + 3 * 4 * LOGITS_AT_ONCE,
+        "copies": size * trained * reference + 16 * trained * critic,
+        f"sampling {'and' if on_gpu else 'or'} updating": (sampling + updating if on_gpu else max(sampling, updating))
+        + 3 * 4 * LOGITS_AT_ONCE * (8 if on_gpu else 1),
     }
 
 
@@ -411,7 +415,7 @@ class Packed:
             T = max(lengths)
             cells = [row * T + t for row, length in enumerate(lengths) for t in range(length)]
             self.questions[number] = (p, len(lengths), T, torch.tensor(cells, device=ids.device))
-        index = lambda numbers: torch.tensor(numbers, device=ids.device)
+        index = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=ids.device)
         self.ids, self.places = ids.flatten()[index(line)][None], index(places)[None]  # [1, line]
         self.asked, self.said = index(asked), index(said)
 
@@ -445,7 +449,8 @@ class Drawing:
 
     def __init__(self, rows, columns, max_new_tokens, ends, temperature, device):
         self.ends, self.temperature, self.alive, self.columns = ends, temperature, 0, columns
-        self.keys, self.values, self.graphs = {}, {}, {}  # of each layer, [rows, heads, columns, D]; recorded steps
+        self.keys, self.values = {}, {}  # of each layer, [rows, heads, columns, D]
+        self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, T): a recorded step}
         self.token, self.place, self.length = torch.zeros(3, rows, dtype=torch.long, device=device)  # the newest token
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
         # a last column takes what is drawn behind an end
@@ -471,8 +476,9 @@ class Drawing:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         self.place[rows] = lengths.repeat_interleave(group_size)
         self.length[rows], self.ended[rows] = 0, False
-        shape = (self.alive - first, self.chance.shape[1] - 1)
-        self.chance[rows, :-1] = torch.rand(shape, generator=generator, device=model.device)
+        if self.temperature:
+            shape = (self.alive - first, self.chance.shape[1] - 1)
+            self.chance[rows, :-1] = torch.rand(shape, generator=generator, device=model.device)
         self.draw(rows, logits.repeat_interleave(group_size, 0))
 
     def draw(self, rows, logits):
@@ -538,10 +544,21 @@ class Drawing:
                 self.graphs[key].replay()
                 continue
             self.step(model, n, reach)  # a recording needs one before it
-            graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+            if self.recordable:
+                self.record(key, lambda: self.step(model, n, reach))
+
+    def record(self, key, step):
+        """Record a step without running it; a model in which something cannot be recorded is called every time."""
+        graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+        try:
             with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
-                self.step(model, n, reach)  # is recorded, not run
+                step()
             self.graphs[key] = graph
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.recordable = False
+            tqdm.write(f"note: sampling without recorded steps, which is slower: {str(error).splitlines()[0]}")
 
 
 def plain_copy(model, dtype):
@@ -672,8 +689,11 @@ def draw_in_waves(model, prompts, group_size, max_new_tokens, temperature, gener
             prompts[start : start + rows // group_size], [[]] * len(prompts), model.device
         )  # [Q, P]
         cache, place = DynamicCache(), positions(attention)
-        chance = torch.rand(len(ids) * group_size, max_new_tokens, generator=generator, device=model.device)
-        drawn, ended = [], torch.zeros(len(chance), dtype=torch.bool, device=model.device)
+        n = len(ids) * group_size
+        drawn, ended = [], torch.zeros(n, dtype=torch.bool, device=model.device)
+        chance = torch.zeros(n, max_new_tokens, device=model.device)
+        if temperature:
+            chance.copy_(torch.rand(chance.shape, generator=generator, device=model.device))
         with compute(model, keep_casts=True):
             for t in range(max_new_tokens):
                 inputs = {"attention_mask": attention, "position_ids": place, "past_key_values": cache}
@@ -731,33 +751,36 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
         """hidden [tokens, D], weight [V, D], bias [V] or None, targets [tokens] -> [tokens], computed in a dtype."""
-        ctx.temperature, ctx.chunk, logp = temperature, max(1, LOGITS_AT_ONCE // len(weight)), []
-        inputs = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*inputs, targets)
-        for h, target in zip(inputs[0].split(ctx.chunk), targets.split(ctx.chunk)):
-            logits = at_least_fp32(F.linear(h, *inputs[1:])) / temperature  # [chunk, V]
-            logp.append(logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1))  # [chunk]
-        return torch.cat(logp)
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        at_once = LOGITS_AT_ONCE * (8 if weight.is_cuda else 1)
+        ctx.temperature, ctx.chunk = temperature, max(1, at_once // len(weight))
+        logp = at_least_fp32(hidden.new_empty(len(hidden)))  # filled in place, like all below: malloc would leave gaps
+        for h, target, out in zip(*(x.split(ctx.chunk) for x in (hidden, targets, logp))):
+            logits = at_least_fp32(F.linear(h, weight, bias)) / temperature  # [chunk, V]
+            out.copy_(logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1))  # [chunk]
+        return logp
 
     @staticmethod
     def backward(ctx, d_logp):
-        """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / T; the sum over all tokens is made in place."""
+        """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / T."""
         hidden, weight, bias, targets = ctx.saved_tensors
-        d_hidden, full = [], d_logp.dtype
+        d_hidden, full = torch.empty_like(hidden), d_logp.dtype
         d_weight = torch.zeros_like(weight, dtype=full) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=full) if bias is not None else None
-        for h, target, d in zip(*(x.split(ctx.chunk) for x in (hidden, targets, d_logp / ctx.temperature))):
+        chunks = (x.split(ctx.chunk) for x in (hidden, targets, d_logp / ctx.temperature, d_hidden))
+        for h, target, d, out in zip(*chunks):
             pi = torch.softmax(at_least_fp32(F.linear(h, weight, bias)) / ctx.temperature, 1)  # [chunk, V]
             d_logits = pi.mul_(-d[:, None]).scatter_add_(1, target[:, None], d[:, None])  # [chunk, V]
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
-            d_hidden.append(d_logits @ weight)
+            out.copy_(d_logits @ weight)
             if d_weight is not None and weight.dtype == full:
                 d_weight.addmm_(d_logits.T, h)
             elif d_weight is not None:
                 d_weight += d_logits.T @ h
-        return torch.cat(d_hidden).to(full), d_weight, d_bias, None, None, None
+        return d_hidden.to(full), d_weight, d_bias, None, None, None
 
 
 def token_logprobs(model, ids, attention, mask, temperature):

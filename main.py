@@ -1444,6 +1444,10 @@ def run_training(actions, flags):
     state.tensorboard = tensorboard(run, state.step + 1)
     print(f"{ALGORITHM} on {DATASET}; {policy.device}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
+    if not llms.by_layout(policy):
+        print(f"note: the attention of {MODEL} is not one of those that run here without padding: it will be slower.")
+    if torch.cuda.is_available() and llms.precision(policy.device) is torch.float32:
+        print("note: this GPU does not compute in bf16: fp32 takes twice the memory and more time.")
     if LORA_RANK and LEARNING_RATE < 1e-5:
         print(f"note: an adapter learns little at --learning_rate {LEARNING_RATE}: 1e-5 to 1e-4 is usual.")
     stopped = train(state, stream, problems, run, evaluate_at)

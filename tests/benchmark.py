@@ -1,73 +1,334 @@
-"""Measure what the README claims of memory: python tests/benchmark.py
+"""Measure what the README claims of speed and memory: python tests/benchmark.py [rollout] [step] [growth] [memory] [lora]
 
-Each figure is the peak of the resident memory of a process of its own, less that of the one it is compared with.
+Everything is measured beside what a user of the library would write, on the same random weights, questions and lengths,
+in turns, and given as medians and ratios. Peaks of memory are those of processes of their own, above the imports.
+With a GPU the model has the shape of Qwen2.5-1.5B, and shares of the GPU's measured limits are given too.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-ROWS, PROMPT, TOKENS, VOCABULARY = 4, 32, 512, 151_936
-STEP = {  # one GRPO step of a model of 200 M parameters, on 8 outputs of 64 tokens behind prompts of 32
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars between the figures
+SHAPES = {  # hidden size, layers, inner size, heads, key heads, vocabulary
+    "small": (384, 8, 1024, 6, 2, 32_000),
+    "smaller": (256, 4, 688, 4, 2, 32_000),
+    "large vocabulary": (256, 4, 688, 4, 2, 128_000),
+    "200 M": (1024, 15, 2816, 16, 4, 32_000),
+    "Qwen2.5-1.5B": (1536, 28, 8960, 12, 2, 151_936),
+}
+LORA = {
     "full": {},
     "full, checkpointing": {"GRADIENT_CHECKPOINTING": True},
     "LoRA, rank 32": {"LORA_RANK": 32},
     "LoRA, checkpointing": {"LORA_RANK": 32, "GRADIENT_CHECKPOINTING": True},
 }
+PROMPT = 100  # tokens in each prompt, about GSM8K's with its instruction
+END = 1  # the token that ends an output
 
 
 def peak():
+    """The most memory that this process ever had."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def random_model(**shape):
+def clock():
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def random_model(hidden, layers, inner, heads, key_heads, vocabulary):
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(**shape, tie_word_embeddings=True)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
+    ends = {"eos_token_id": END, "bos_token_id": None, "pad_token_id": None}
+    config = transformers.Qwen2Config(**shape, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return model.cuda() if torch.cuda.is_available() else model
 
 
-def score(how, hidden):
-    """Score 4 × 512 tokens forward and backward; the process's peak memory in bytes."""
+class Words:
+    """A tokenizer that has nothing to say."""
+
+    eos_token_id = None
+
+    def decode(self, ids, skip_special_tokens):
+        return ""
+
+
+def end_by(model, longest, ragged):
+    """Let outputs end by a law, whoever samples: log-normal, median a fifth of the longest, σ = 0.6; or never."""
+    import torch
+
+    cdf = [0.5 * (1 + math.erf(math.log(t / (longest / 5)) / 0.6 / 2**0.5)) for t in range(1, longest + 1)]
+    hazard = [(b - a) / (1 - a) for a, b in zip([0.0, *cdf], cdf)] if ragged else [0.0] * longest
+    log_odds = torch.tensor([math.log(h / (1 - h)) if h > 1e-9 else -1e4 for h in hazard], device=model.device)
+    with torch.no_grad():  # the other tokens of a random model weigh about the same everywhere
+        others = model(torch.arange(64, device=model.device)[None]).logits.float().logsumexp(-1).mean().item()
+    place = {}
+
+    def see(module, inputs, kwargs):
+        place["ids"] = kwargs["position_ids"] if "position_ids" in kwargs else inputs[1]
+
+    def end(module, inputs, logits):
+        t = place["ids"] - PROMPT + 1
+        t = t if t.numel() == logits[..., 0].numel() else torch.zeros_like(logits[..., 0], dtype=torch.long)
+        logits[..., END] = (others + log_odds[t.expand(logits.shape[:2]).clamp(0, longest - 1)]).to(logits)
+
+    hooks = [model.model.rotary_emb.register_forward_pre_hook(see, with_kwargs=True)]
+    return [*hooks, model.lm_head.register_forward_hook(end)]
+
+
+def questions(count, vocabulary):
+    import torch
+
+    return torch.randint(2, vocabulary, (count, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def generate(model, prompts, group_size, longest):
+    """What the library offers: every row of every group, until the last has ended."""
+    import torch
+
+    ids = torch.tensor(prompts, device=model.device).repeat_interleave(group_size, 0)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": longest}
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=END, **how)
+    is_end = out[:, PROMPT:] == END
+    return out, (is_end.cumsum(1) - is_end.long()) == 0  # [N, P + T], [N, T]
+
+
+def library_model(shape):
+    """The model as the library runs it fastest: on a GPU in bf16."""
+    import torch
+
+    model = random_model(*SHAPES[shape])
+    if torch.cuda.is_available():
+        for weight in model.parameters():  # not the buffers, see llms.plain_copy
+            weight.data = weight.to(torch.bfloat16)
+    return model
+
+
+def ours(shape):
+    import llms
+
+    model = random_model(*SHAPES[shape])
+    assert llms.attend_by_layout(model)
+    return model
+
+
+def rollout(shape, count, group_size, longest, repeats=3):
+    """Tokens per second of llms.sample and of generate, in turns."""
     import torch
 
     import llms
 
-    shape = {"hidden_size": hidden, "num_hidden_layers": 2, "intermediate_size": 2 * hidden, "num_attention_heads": 4}
-    model = random_model(**shape, num_key_value_heads=2, vocab_size=VOCABULARY)
-    said = torch.randint(0, VOCABULARY, (ROWS, PROMPT + TOKENS)).tolist()
-    ids, attention, mask = llms.batch([row[:PROMPT] for row in said], [row[PROMPT:] for row in said], "cpu")
-    model.get_output_embeddings().weight.grad = torch.zeros(VOCABULARY, hidden)  # the weights' gradient counts for all
+    mine, theirs, prompts = ours(shape), library_model(shape), questions(count, SHAPES[shape][-1])
+    generator = torch.Generator(mine.device).manual_seed(0)
+    how = (group_size, longest, 1.0, generator, 10**9)
+    print(f"\nrollouts: {count} prompts of {PROMPT} tokens, {group_size} outputs each, up to {longest} tokens")
+    print(f"{'lengths':12}{'this program':>18}{'generate':>18}{'ratio':>8}")
+    for name in ("equal", "ragged"):
+        hooks = [hook for model in (mine, theirs) for hook in end_by(model, longest, name == "ragged")]
+        speeds = []
+        for turn in range(repeats + 1):  # the first is a warm-up
+            began = clock()
+            tokens = int(llms.sample(mine, Words(), prompts, *how).mask.sum())
+            between = clock()
+            others = int(generate(theirs, prompts, group_size, longest)[1].sum())
+            speeds.append((tokens / (between - began), others / (clock() - between)))
+        a, b = (statistics.median(column) for column in zip(*speeds[1:]))
+        print(f"{name:12}{a:14.0f} t/s{b:14.0f} t/s{a / b:8.2f}", flush=True)
+        if torch.cuda.is_available() and name == "equal":
+            print(f"  {100 * bandwidth_share(mine, count * group_size, longest, a):.0f} % of the bandwidth limit")
+        for hook in hooks:
+            hook.remove()
+
+
+def bandwidth_share(model, rows, longest, tokens_per_second):
+    """Bytes that decoding must read, weights once a step and the cache of every row, over those that could be read."""
+    import torch
+
+    config, block = model.config, torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    copies, began = 20, clock()
+    for _ in range(copies):
+        block[: 2**30].copy_(block[2**30 :])
+    limit = copies * 2**31 / (clock() - began)  # bytes per second, read and written
+    weights = 2 * sum(weight.numel() for weight in model.parameters())
+    per_token = 2 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.hidden_size
+    cache = rows * per_token // config.num_attention_heads * (PROMPT + longest / 2)
+    return (weights + cache) * tokens_per_second / rows / limit
+
+
+def update_share(shape, rows=128, tokens=700):
+    """The arithmetic of an update, forward and backward, over that of plain bf16 matrix products in the same time."""
+    import torch
+
+    import llms
+    import main
+
+    main.__dict__.update(TOKEN_BUDGET=16_384, BETA=0.0, MAX_PROMPT_TOKENS=PROMPT)
+    state = main.new_state(ours(shape), None)
+    prompts = [prompt for prompt in questions(rows // 16, SHAPES[shape][-1]) for _ in range(16)]
+    said = torch.randint(2, 9999, (rows, tokens - PROMPT)).tolist()
+    layout = llms.batch(prompts, said, "cuda")
+    rollout = llms.Rollout(*layout, None, None, torch.zeros(rows).bool().cuda(), [""] * rows)
+    seconds = []
+    for _ in range(3):
+        began = clock()
+        main.update(state, rollout, torch.randn(rows).cuda(), None, None)
+        seconds.append(clock() - began)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a @ a
+    began = clock()
+    for _ in range(20):
+        a @ a
+    limit = 20 * 2 * 8192**3 / (clock() - began)
+    weights = sum(weight.numel() for weight in state.policy.parameters())
+    computed = rows // 16 * PROMPT + rows * (tokens - PROMPT)  # every prompt once
+    share = 6 * weights * computed / statistics.median(seconds) / limit
+    print(f"update of {rows} × {tokens} tokens: {statistics.median(seconds):.2f} s, {100 * share:.0f} % of the limit")
+
+
+def our_step(model, prompts, group_size, longest, budget):
+    """A whole GRPO step of this program but for the rules, as main.py makes it: a function to be called."""
+    import torch
+
+    import llms
+    import main
+
+    main.__dict__.update(TOKEN_BUDGET=budget, CACHE_TOKENS=budget, GROUP_SIZE=group_size, MAX_NEW_TOKENS=longest)
+    llms.attend_by_layout(model)
+    state = main.new_state(model, Words())
+    state.reference = llms.frozen_copy(model)
+
+    def step():
+        rollout = main.draw(model, Words(), prompts, group_size, 1.0, state.generator)
+        logp_ref = main.score(state.reference, rollout)
+        main.update(state, rollout, torch.randn(len(rollout.mask)).to(model.device), None, logp_ref)
+        return int(rollout.mask.sum())
+
+    return step
+
+
+def plain_step(model, prompts, group_size, longest, rows=8):
+    """The same as it is usually written: generate, full logits, micro-batches of so many rows."""
+    import copy
+
+    import torch
+
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def log_probabilities(model, ids, attention):
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, PROMPT - 1 : -1].float()
+        return torch.log_softmax(logits, -1).gather(2, ids[:, PROMPT:, None]).squeeze(2)
+
+    def step():
+        ids, mask = generate(model, prompts, group_size, longest)
+        attention = torch.cat([torch.ones_like(ids[:, :PROMPT]), mask.long()], 1)
+        advantages = torch.randn(len(ids), 1, device=ids.device)
+        for start in range(0, len(ids), rows):
+            part, real = slice(start, start + rows), mask[start : start + rows]
+            with torch.no_grad():
+                ref = log_probabilities(reference, ids[part], attention[part])
+            logp = log_probabilities(model, ids[part], attention[part])
+            ratio, d = (logp - logp.detach()).exp(), ref - logp
+            objective = torch.minimum(ratio * advantages[part], ratio.clamp(0.8, 1.2) * advantages[part])
+            objective = objective - 0.04 * (d.exp() - d - 1)
+            (-(objective * real).sum(1) / real.sum(1) / len(ids)).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return int(mask.sum())
+
+    return step
+
+
+def step(how, shape, count, group_size, longest):
+    """Seconds and tokens per second of a step, and the peak above the imports: in this process."""
+    import torch
+
+    import main
+
+    main.__dict__.update(BETA=0.04, LEARNING_RATE=1e-6)
+    before, model = peak(), random_model(*SHAPES[shape])
+    end_by(model, longest, True)
+    prompts = questions(count, SHAPES[shape][-1])
+    one = our_step(model, prompts, group_size, longest, 2048) if how == "ours" else None
+    one = one or plain_step(model, prompts, group_size, longest)
+    torch.manual_seed(0)
+    seconds, speeds = [], []
+    for _ in range(3):
+        began = clock()
+        tokens = one()
+        seconds.append(clock() - began)
+        speeds.append(tokens / seconds[-1])
+    return {"seconds": seconds[1:], "speed": statistics.median(speeds[1:]), "peak": peak() - before}
+
+
+def compare_steps(title, cases):
+    print(f"\n{title}")
+    print(
+        f"{'Q':>4}{'G':>4}{'longest':>9}{'vocabulary':>12}{'this program':>24}{'usual':>24}{'faster':>9}{'memory':>9}"
+    )
+    for shape, *sizes in cases:
+        a, b = (child("step", how, shape, *map(str, sizes)) for how in ("ours", "usual"))
+        cells = [f"{one['speed']:10.0f} t/s{one['peak'] / 1e9:7.2f} GB" for one in (a, b)]
+        about = "".join(f"{size:{width}}" for size, width in zip(sizes, (4, 4, 9))) + f"{SHAPES[shape][-1]:12,}"
+        ratios = f"{a['speed'] / b['speed']:9.2f}{a['peak'] / b['peak']:9.2f}"
+        print(f"{about}{cells[0]:>24}{cells[1]:>24}{ratios}", flush=True)
+
+
+def score(how, hidden, rows=8, tokens=1024, vocabulary=151_936):
+    """Score 8 × 1,024 tokens forward and backward; the process's peak memory in bytes."""
+    import torch
+
+    import llms
+
+    before, model = peak(), random_model(hidden, 2, 2 * hidden, 4, 2, vocabulary)
+    said = torch.randint(0, vocabulary, (rows, 32 + tokens)).tolist()
+    ids, attention, mask = llms.batch([row[:32] for row in said], [row[32:] for row in said], "cpu")
+    model.get_output_embeddings().weight.grad = torch.zeros(vocabulary, hidden)  # the weights' gradient counts for all
     model.get_output_embeddings().weight.grad += 1e-9  # touched, so that it is resident
     if how == "trunk":  # the model without its head: weights, gradients and the trunk's activations
         loss = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state.sum()
     elif how == "chunks":
         loss = llms.token_logprobs(model, ids, attention, mask, 1.0).sum()
     else:  # what a straightforward implementation does
-        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, PROMPT - 1 : -1].float()
-        loss = torch.log_softmax(logits, -1).gather(-1, ids[:, PROMPT:, None]).sum()
+        log_pi = torch.log_softmax(model(input_ids=ids, attention_mask=attention, use_cache=False).logits, -1)
+        loss = log_pi[:, :-1].gather(2, ids[:, 1:, None]).sum()
     loss.backward()
-    return {"peak": peak()}
+    return {"peak": peak() - before}
 
 
-def step(how):
-    """Two updates with a reference, as main.py makes them: the peak above the imports, and what main.py estimates."""
+def lora(how):
+    """Two updates with a reference, as main.py makes them, and what main.py estimates."""
     import torch
 
     import llms
     import main
 
-    shape = {"hidden_size": 1024, "num_hidden_layers": 15, "intermediate_size": 2816, "num_attention_heads": 16}
-    main.__dict__.update(STEP[how] | {"TOKEN_BUDGET": 768, "LEARNING_RATE": 1e-4, "BETA": 0.04})
-    before = peak()
-    model = random_model(**shape, num_key_value_heads=4, vocab_size=32_000)
+    main.__dict__.update(LORA[how] | {"TOKEN_BUDGET": 768, "LEARNING_RATE": 1e-4, "BETA": 0.04})
+    before, model = peak(), random_model(*SHAPES["200 M"])
+    llms.attend_by_layout(model)
     numbers = sum(weight.numel() for weight in model.parameters())
     state = main.new_state(model, None)
     state.reference = llms.frozen_copy(model)
@@ -84,38 +345,71 @@ def step(how):
 def child(*what):
     """The result of a measurement in a process of its own.
 
-    In a step tensors of all ages lie side by side, and malloc keeps the gaps: there every tensor of more than 64 kB is
-    given back as soon as it is freed, so that what is measured is what is alive.
+    Under "lora" every tensor of more than 64 kB is given back as soon as it is freed, which is slow, but then what is
+    measured is what is alive: malloc keeps the gaps between tensors of different ages.
     """
-    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if what[0] == "step" else {})
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if what[0] == "lora" else {})
     command = [sys.executable, __file__, "--measure", *what]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # the child process
-    arguments = parser.parse_args()
-    if arguments.measure:
-        what, *how = arguments.measure
-        print(json.dumps(step(*how) if what == "step" else score(how[0], int(how[1]))))
-        return
-    print(f"scoring {ROWS} × {TOKENS} tokens, vocabulary {VOCABULARY:,}, forward and backward, fp32: peak memory")
-    print(f"{'hidden size':>12}{'without head':>16}{'in chunks adds':>18}{'all at once adds':>20}{'share':>8}")
-    for hidden in (64, 256, 896):
-        trunk, chunks, whole = (
-            child("score", how, str(hidden))["peak"] / 2**20 for how in ("trunk", "chunks", "whole")
-        )
-        share = (chunks - trunk) / (whole - trunk)
-        print(f"{hidden:12}{trunk:13.0f} MB{chunks - trunk:15.0f} MB{whole - trunk:17.0f} MB{share:8.2f}")
-    found = {how: child("step", how) for how in STEP}
+def measure_memory():
+    print("\nscoring 8 × 1,024 tokens, vocabulary 151,936, forward and backward, fp32: peak memory")
+    print(
+        f"{'hidden size':>12}{'without head':>16}{'by chunks adds':>18}{'all at once adds':>20}{'of it':>8}{'in all':>8}"
+    )
+    for hidden in (64, 896):
+        trunk, chunks, whole = (child("score", how, str(hidden))["peak"] / 1e6 for how in ("trunk", "chunks", "whole"))
+        adds = f"{chunks - trunk:15.0f} MB{whole - trunk:17.0f} MB{(chunks - trunk) / (whole - trunk):8.2f}"
+        print(f"{hidden:12}{trunk:13.0f} MB{adds}{chunks / whole:8.2f}", flush=True)
+
+
+def measure_lora():
+    found = {how: child("lora", how) for how in LORA}
     millions = found["full"]["numbers"] / 1e6
-    print(f"\na GRPO step of a model of {millions:.0f} M parameters, 8 outputs of 64 tokens, fp32: peak memory")
+    print(f"\nan update of a model of {millions:.0f} M parameters, 8 outputs of 64 tokens, fp32: peak memory")
     print(f"{'':22}{'measured':>12}{'share of full':>16}{'estimated':>12}")
     for how, one in found.items():
         share = one["peak"] / found["full"]["peak"]
         print(f"{how:22}{one['peak'] / 1e9:9.2f} GB{share:16.2f}{one['estimate'] / 1e9:9.2f} GB")
+
+
+def main():
+    import torch
+
+    sections = ("rollout", "step", "growth", "memory", "lora")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("section", nargs="*", choices=[[], *sections], help="what to measure; all of it by default")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # the child process
+    arguments = parser.parse_args()
+    if arguments.measure:
+        what, how, *sizes = arguments.measure
+        if what == "step":
+            print(json.dumps(step(how, sizes[0], *map(int, sizes[1:]))))
+        else:
+            print(json.dumps(lora(how) if what == "lora" else score(how, int(sizes[0]))))
+        return
+    chosen = arguments.section or sections
+    on_gpu = torch.cuda.is_available()
+    print(
+        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    shape = "Qwen2.5-1.5B" if on_gpu else "small"
+    if "rollout" in chosen:
+        rollout(shape, *((8, 16, 512) if on_gpu else (4, 16, 128)))
+        if on_gpu:
+            update_share(shape)
+    if "step" in chosen:
+        compare_steps("a GRPO step, ragged lengths", [(shape, 8, 16, 512) if on_gpu else (shape, 4, 16, 128)])
+    if "growth" in chosen:
+        grown = [(4, 8, 64), (16, 8, 64), (4, 32, 64), (4, 8, 256)]
+        cases = [("smaller", *sizes) for sizes in grown] + [("large vocabulary", *grown[0])]
+        compare_steps("growth: a smaller model, then more questions, outputs, tokens, vocabulary", cases)
+    if "memory" in chosen and not on_gpu:
+        measure_memory()
+    if "lora" in chosen and not on_gpu:
+        measure_lora()
 
 
 if __name__ == "__main__":
