@@ -17,6 +17,9 @@ what an advantage is, what β and ε are, is not known here.
     reward_scores(...)            what a learned reward model says of completions
     save(model, tokenizer, ...)   a plain Hugging Face folder
 
+The trunk computes no padding and every prompt once for all its outputs, in sampling and in scoring alike: `Packed` and
+`Drawing` say how. `draw_in_waves` and the padded half of `states` are the plain way to the same numbers.
+
 How a batch lies in memory (prompt left-padded, completion right-padded, so that all completions start in one column):
 
     ids        [pad pad  q   q  | o   o   o  <e> pad]     [N, P + T]
@@ -202,10 +205,6 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
-    def merged(self):
-        """W + (α/r) B A."""
-        return self.weight if self.lora_B is None else self.weight + self.scale * self.lora_B @ self.lora_A
-
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         return y if self.lora_B is None else y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -231,7 +230,7 @@ def adapted(model):
 def merge_lora(model):
     """Add the adapters to the weights, W ← W + (α/r) B A, and set them to 0."""
     for layer in adapted(model):
-        layer.weight.copy_(layer.merged())
+        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
         layer.lora_B.zero_()
 
 
@@ -356,6 +355,7 @@ def attention_by_layout(module, query, key, value, mask, layout=None, **how):
     """The attention of a layer as the library calls it: the library's own, or a layout's where one is given."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, mask, **how)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in fp32
     return layout.attend(module.layer_idx, query, key, value, how.get("scaling")), None
 
 
@@ -363,17 +363,26 @@ AttentionInterface.register("by_layout", attention_by_layout)
 AttentionMaskInterface.register("by_layout", sdpa_mask)
 
 
+@torch.no_grad()
 def attend_by_layout(model):
     """Let a model attend as layouts say, and say whether it can; a model that cannot is run on padded rows.
 
-    It cannot where attention is written into the model, sees a window only, bends its scores or keeps a state.
+    It cannot where attention sees a window only, keeps a state, or is another than causal softmax attention, once a
+    layer, as a short line shows that is read both ways.
     """
-    config = model.config.get_text_config()
+    config, before = model.config.get_text_config(), model.config._attn_implementation
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    peculiar = window or getattr(config, "attn_logit_softcapping", None) or model._is_stateful
-    if model._supports_attention_backend and kinds == {"full_attention"} and not peculiar:
-        model.set_attn_implementation("by_layout")
+    if not model._supports_attention_backend or kinds != {"full_attention"} or window or model._is_stateful:
+        return False
+    ids, attention, mask = batch([[3, 1, 4, 1, 5]], [[2, 6, 5]], model.device)
+    packed, expected = Packed(ids, attention, mask), model(ids).logits[0, :-1]
+    packed.kept = []
+    model.set_attn_implementation("by_layout")
+    difference = (model(**packed.inputs()).logits[0] - expected).abs().max()
+    layers = [layer for layer, _, _ in packed.kept]
+    if not difference < 1e-3 * expected.abs().max() or len(layers) != len(set(layers)):
+        model.set_attn_implementation(before)
     return by_layout(model)
 
 
@@ -398,7 +407,7 @@ class Packed:
         P, width = ids.shape[1] - mask.shape[1], ids.shape[1]
         line, places = [], []  # where in ids a token stands, and its place in its own row
         asked, said = [], []  # where in the line is what predicts the first token of a prompt's outputs; each token
-        self.questions, self.kept = [], None  # (tokens in the prompt, outputs, tokens in the longest, cells)
+        self.questions, self.kept = [], None  # (prompt tokens, outputs, their longest, cells); keys and values
         sizes = zip(attention.sum(1).tolist(), mask.sum(1).tolist(), repeats(ids, attention, mask))
         for row, (size, length, again) in enumerate(sizes):
             start, p = row * width + P, size - length
@@ -422,7 +431,9 @@ class Packed:
     def attend(self, layer, query, key, value, scaling):
         """Causal attention of [1, heads, line, D], each output's to its prompt and itself: [1, line, heads, D]."""
         if self.kept is not None:
-            self.kept[layer] = key, value
+            self.kept.append((layer, key, value))
+        if query.is_cuda and query.dtype == torch.float32:  # its fast kernels want a key head for every query head
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         heads, at, parts = {"scale": scaling, "enable_gqa": True}, 0, []
         for p, n, T, cells in self.questions:
             q, k, v = (x[:, :, at : at + p] for x in (query, key, value))  # [1, heads, p, D]
@@ -457,13 +468,17 @@ class Drawing:
         self.said = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=device)
         self.logp, self.entropy, self.chance = torch.zeros(3, rows, max_new_tokens + 1, device=device)
 
+    def holds(self, rows, columns, max_new_tokens):
+        """Is there room for so many rows of so many tokens, the outputs' limit being the same?"""
+        return len(self.token) >= rows and self.columns >= columns and self.said.shape[1] == max_new_tokens + 1
+
     def begin(self, model, prompts, group_size, generator):
         """Read some prompts, each once, hand their keys and values to their G outputs, and draw the first tokens."""
         packed, first = Packed(*batch(prompts, [[]] * len(prompts), model.device)), self.alive
-        packed.kept = {}
+        packed.kept = []
         logits = model(**packed.inputs(), logits_to_keep=packed.asked).logits[0]  # [Q, V]
         check_finite(logits)
-        for layer, kept in packed.kept.items():
+        for layer, *kept in packed.kept:
             for cache, x in zip((self.keys, self.values), kept):  # x [1, heads, line, D]
                 if layer not in cache:
                     cache[layer] = x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3])
@@ -508,7 +523,7 @@ class Drawing:
         place = self.place[:n, None]
         self.rows, self.reach = torch.arange(n, device=place.device), reach
         columns = torch.arange(reach, device=place.device)
-        self.bias = torch.zeros(n, 1, 1, reach, device=place.device, dtype=model.dtype)
+        self.bias = torch.zeros(n, 1, 1, reach, device=place.device, dtype=next(iter(self.keys.values())).dtype)
         self.bias.masked_fill_((columns > place)[:, None, None], -math.inf)  # of what a row does not have yet
         how = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
         logits = model(input_ids=self.token[:n, None], position_ids=place, **how).logits[:, -1]  # [n, V]
@@ -537,7 +552,8 @@ class Drawing:
         last = int(self.place[: self.alive].max())
         if self.place.device.type != "cuda":
             return self.step(model, self.alive, last + 1)
-        n = min(len(self.place), 2 ** (self.alive - 1).bit_length())  # few numbers of rows and columns, few recordings
+        # few numbers of rows and columns, few recordings; a single row is summed up in another way, less exactly
+        n = min(len(self.place), max(2, 2 ** (self.alive - 1).bit_length()))
         reach = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, reach, self.temperature)) in self.graphs:
@@ -549,7 +565,7 @@ class Drawing:
 
     def record(self, key, step):
         """Record a step without running it; a model in which something cannot be recorded is called every time."""
-        graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+        graph, others, stream = torch.cuda.CUDAGraph(), list(self.graphs.values()), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
                 step()
@@ -557,41 +573,39 @@ class Drawing:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)
             self.recordable = False
             tqdm.write(f"note: sampling without recorded steps, which is slower: {str(error).splitlines()[0]}")
 
 
-def plain_copy(model, dtype):
-    """A copy with weights of another precision and adapters merged, from which can be sampled faster."""
-    copied = copy.deepcopy(model).requires_grad_(False)
-    for layer in adapted(copied):
-        layer.lora_A = layer.lora_B = None
-    for weight in copied.parameters():  # not the buffers: RoPE's frequencies stay in fp32
-        weight.data = weight.to(dtype)
-    return copied
+def rounded_copy(model, dtype):
+    """A copy with weights of another precision, or the very weights where they have it; RoPE's buffers stay in fp32."""
+    weights = {id(weight): nn.Parameter(weight.to(dtype), requires_grad=False) for weight in model.parameters()}
+    return copy.deepcopy(model, weights)
 
 
 @torch.no_grad()
 def renew(copied, model):
-    """Bring the weights of a plain copy to where the model's are now, in place."""
-    weights = dict(model.named_parameters())
-    for name, weight in copied.named_parameters():
-        weight.copy_(weights[name])
-    for mine, layer in zip(adapted(copied), adapted(model)):
-        mine.weight.copy_(layer.merged())
+    """Bring the weights of a copy to where the model's are now, in place. Adapters stay beside their layers.
+
+    Merged into a weight of bf16, what they have learnt would be rounded away.
+    """
+    for mine, weight in zip(copied.parameters(), model.parameters()):
+        mine.copy_(weight)
 
 
-COPIES = weakref.WeakKeyDictionary()  # on a GPU: {model: (its copy, Drawing)}, where recorded steps expect them
+COPIES = weakref.WeakKeyDictionary()  # on a GPU: {model: (its copy, Drawing)} of the model that was sampled from last
 
 
 def drawing_of(model, rows, columns, max_new_tokens, ends, temperature):
-    """What is sampled from, and into what: the model itself, on a GPU a plain copy in bf16, and a Drawing."""
+    """What is sampled from, and into what: the model itself, on a GPU a copy of it in bf16, and a Drawing."""
     if model.device.type != "cuda":
         return model, Drawing(rows, columns, max_new_tokens, ends, temperature, model.device)
-    columns = -(-columns // 256) * 256
-    copied, drawing = COPIES.pop(model, None) or (plain_copy(model, precision(model.device)), None)
+    copied, drawing = COPIES.pop(model, (None, None))
+    COPIES.clear()
+    copied = copied or rounded_copy(model, precision(model.device))
     renew(copied, model)
-    if drawing is None or drawing.said.shape != (rows, max_new_tokens + 1) or drawing.columns != columns:
+    if drawing is None or not drawing.holds(rows, columns, max_new_tokens):
         drawing = None  # its memory is free before the next takes some
         drawing = Drawing(rows, columns, max_new_tokens, ends, temperature, model.device)
     COPIES[model] = copied, drawing
@@ -616,9 +630,10 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     if longest > limit:
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
-    rows = min(len(prompts), max(1, cache_tokens // (longest * group_size))) * group_size  # at once
+    columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256
+    rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size  # at once
     with tqdm(total=len(prompts) * group_size, desc="sampling", unit="output", leave=False, delay=2) as bar:
-        how = (group_size, max_new_tokens, temperature, generator, ends, rows, bar)
+        how = (group_size, max_new_tokens, temperature, generator, ends, rows, columns, bar)
         outputs = (draw_by_layout if by_layout(model) else draw_in_waves)(model, prompts, *how)
 
     completions = [tokens.tolist() for tokens, _, _ in outputs]
@@ -645,8 +660,9 @@ def choose(logits, temperature, chance):
     if temperature:
         below = pi.cumsum(-1)  # [n, V]
         total = below[:, -1:]
-        # rounding must not carry it to the total, beyond the last token that can be drawn
-        token = torch.searchsorted(below, torch.minimum(chance * total, total.nextafter(0 * total)), right=True)
+        # rounding must not carry it to the total, beyond the last token that can be drawn; nan stays in the vocabulary
+        chance = torch.minimum(chance * total, total.nextafter(0 * total))
+        token = torch.searchsorted(below, chance, right=True).clamp(max=logits.shape[1] - 1)
     else:
         token = logits.argmax(-1, keepdim=True)
     logp = pi.gather(1, token).log()
@@ -660,9 +676,8 @@ def check_finite(logits):
         raise ModelError("the model's logits are not finite: its weights are broken, or training has diverged")
 
 
-def draw_by_layout(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, bar):
+def draw_by_layout(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, columns, bar):
     """All outputs as [(token ids, log-probabilities, entropies)]; where some end, those of waiting prompts begin."""
-    columns = max(map(len, prompts)) + max_new_tokens
     model, drawing = drawing_of(model, rows, columns, max_new_tokens, ends, temperature)
     outputs, waiting = [None] * len(prompts) * group_size, deque(range(len(prompts)))
     numbers = []  # of the outputs that are being drawn, row by row
@@ -681,13 +696,12 @@ def draw_by_layout(model, prompts, group_size, max_new_tokens, temperature, gene
     return outputs
 
 
-def draw_in_waves(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, bar):
+def draw_in_waves(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, columns, bar):
     """All outputs as [(token ids, log-probabilities, entropies)], the plain way: what any other way must return."""
     outputs = []
     for start in range(0, len(prompts), rows // group_size):
-        ids, attention, _ = batch(
-            prompts[start : start + rows // group_size], [[]] * len(prompts), model.device
-        )  # [Q, P]
+        wave = prompts[start : start + rows // group_size]
+        ids, attention, _ = batch(wave, [[]] * len(wave), model.device)  # [Q, P]
         cache, place = DynamicCache(), positions(attention)
         n = len(ids) * group_size
         drawn, ended = [], torch.zeros(n, dtype=torch.bool, device=model.device)
@@ -710,10 +724,10 @@ def draw_in_waves(model, prompts, group_size, max_new_tokens, temperature, gener
                 if ended.all():
                     break
                 attention, place = torch.cat([attention, torch.ones_like(ids)], 1), place + 1
-        columns = [torch.cat(column, 1) for column in zip(*drawn)]  # 3 × [n, T]
-        is_end = torch.isin(columns[0], ends)
+        notes = [torch.cat(column, 1) for column in zip(*drawn)]  # 3 × [n, T]
+        is_end = torch.isin(notes[0], ends)
         lengths = ((is_end.cumsum(1) - is_end.long()) == 0).sum(1).tolist()  # up to the first end, and with it
-        outputs += [tuple(x[row, :length] for x in columns) for row, length in enumerate(lengths)]
+        outputs += [tuple(x[row, :length] for x in notes) for row, length in enumerate(lengths)]
         bar.update(len(lengths))
     return outputs
 

@@ -29,7 +29,6 @@ import argparse
 import ast
 import dataclasses
 import difflib
-import functools
 import importlib.util
 import itertools
 import json
@@ -118,7 +117,7 @@ ADAM_BETA1 = 0.9  # decay of AdamW's mean of the gradient
 ADAM_BETA2 = 0.99  # decay of AdamW's mean of its square: 0.999 remembers longer than most runs last
 WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # the gradient's global norm is clipped here
-TOKEN_BUDGET = 8192  # tokens per micro-batch, padding included: memory only, the gradient is the same for any split
+TOKEN_BUDGET = 8192  # tokens per micro-batch, as if padded: memory only, the gradient is the same for any split
 # -- The other methods of Table 10
 BETA_DPO = 2.0  # β of DPO, eq. (12): larger than the KL's, for it weighs log-ratios that are means over an output
 GAMMA = 1.0  # γ of PPO's advantages: below 1, what comes late counts less
@@ -261,32 +260,10 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
 # Â + β (π_ref/π_θ - 1), and holds where π_θold = π_θ; what is maximised is eq. (3), whose gradient there is (21).
 
 
-def within_memory(budget):
-    """Where the GPU has no memory for some work, halve its budget, TOKEN_BUDGET or CACHE_TOKENS, and do it again."""
-
-    def decorate(work):
-        @functools.wraps(work)
-        def repeat(*args, **kwargs):
-            while True:
-                try:
-                    return work(*args, **kwargs)
-                except torch.OutOfMemoryError:
-                    had, least = globals()[budget], MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
-                if had <= least:
-                    raise RunError(f"out of memory with --{budget.lower()} {had}, which one output may need")
-                globals()[budget] = max(had // 2, least)
-                torch.cuda.empty_cache()
-                tqdm.write(f"note: out of memory with --{budget.lower()} {had}; trying again with {globals()[budget]}.")
-
-        return repeat
-
-    return decorate
-
-
 def micro_batches(rollout, rows):
-    """Split row numbers into lists, none of which takes more than TOKEN_BUDGET with its padding.
+    """Split row numbers into lists, none of which takes more than TOKEN_BUDGET if it were padded.
 
-    The outputs of a question stay together, for they share the computation of their prompt, longest first.
+    The outputs of a question stay together, longest first: they share the computation of their prompt.
     """
     completions = rollout.mask.sum(1).tolist()
     prompts = (rollout.attention.sum(1) - rollout.mask.sum(1)).tolist()
@@ -310,12 +287,15 @@ def log_policy(model, ids, attention, mask):
     return llms.token_logprobs(model, ids, attention, mask, TEMPERATURE)
 
 
-@within_memory("TOKEN_BUDGET")
 @torch.no_grad()
 def score(model, rollout, read=log_policy):
     """log π, or what else to `read`, of every token of a rollout under a model, without gradient: [N, T]."""
-    batches = micro_batches(rollout, range(len(rollout.mask)))
-    parts = [read(model, *rollout.rows(rows)) for rows in batches]
+
+    def in_parts():
+        batches = micro_batches(rollout, range(len(rollout.mask)))
+        return batches, [read(model, *rollout.rows(rows)) for rows in batches]
+
+    batches, parts = within_memory("TOKEN_BUDGET", in_parts)
     scores = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
     for rows, part in zip(batches, parts):
         scores[rows, : part.shape[1]] = part
@@ -350,7 +330,6 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
     return sums
 
 
-@within_memory("TOKEN_BUDGET")
 def accumulate(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
     """The gradient of the loss of a whole rollout, left in .grad, in micro-batches. Returns its diagnostics.
 
@@ -392,7 +371,8 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
     If loss or gradient is not finite the weights stay as they are. The targets are what PPO's critic learns beside the
     policy: its values before the first update, and the returns.
     """
-    totals = accumulate(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
+    what = (state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
+    totals = within_memory("TOKEN_BUDGET", lambda: accumulate(*what))
     for parameter in state.trained():  # AdamW moves on by its momentum where the gradient is 0, not where there is none
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     lr = learning_rate(state.updates)
@@ -407,6 +387,22 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
     state.optimizer.zero_grad()
     state.updates += 1
     return {**totals, "grad_norm": grad_norm, "lr": lr, "finite": finite}
+
+
+def within_memory(budget, work, rows=1):
+    """What work() returns. Where the GPU has no memory for it, TOKEN_BUDGET or CACHE_TOKENS is halved, and it begins
+    again; a budget of fewer than so many of the longest rows makes no difference to it."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            had, least = globals()[budget], rows * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS)
+        if had <= least:
+            raise RunError(f"out of memory, and less than --{budget.lower()} {had} would not help")
+        globals()[budget] = max(had // 2, least)
+        llms.COPIES.clear()
+        torch.cuda.empty_cache()
+        tqdm.write(f"note: out of memory with --{budget.lower()} {had}; trying again with {globals()[budget]}.")
 
 
 # ==== Rewards: line 8 ===============================================================================================
@@ -468,10 +464,14 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-@within_memory("CACHE_TOKENS")
 def draw(model, tokenizer, prompts, group_size, temperature, generator):
     """o ~ π(O|q): some outputs for each prompt."""
-    return llms.sample(model, tokenizer, prompts, group_size, MAX_NEW_TOKENS, temperature, generator, CACHE_TOKENS)
+
+    def sample():
+        how = (group_size, MAX_NEW_TOKENS, temperature, generator, CACHE_TOKENS)
+        return llms.sample(model, tokenizer, prompts, *how)
+
+    return within_memory("CACHE_TOKENS", sample, group_size)
 
 
 def evaluate(policy, tokenizer, problems):
@@ -1082,7 +1082,7 @@ def ppo_advantages(state, outputs):
     rewards = torch.zeros_like(values)  # [N, T]
     rewards[torch.arange(len(ends), device=ends.device), ends] = outputs.rewards.flatten().to(values)
     if BETA:
-        logp = rollout.logp if outputs.logp_old is None else outputs.logp_old  # [N, T]
+        logp = rollout.logp if outputs.logp_old is None else outputs.logp_old  # [N, T], of the policy that drew them
         rewards -= BETA * (logp - outputs.logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
     outputs.targets = values, advantages + values
@@ -1495,6 +1495,10 @@ def main(argv=None):
     except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except torch.OutOfMemoryError as error:
+        help = "try --lora_rank 32, --gradient_checkpointing, or less of --token_budget and --cache_tokens"
+        print(f"main.py: error: {str(error).splitlines()[0]} ({help})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Measure what the README claims of speed and memory: python tests/benchmark.py [rollout] [step] [growth] [memory] [lora]
+"""Measure what the README claims of speed and memory: python tests/benchmark.py [rollout] [update] [step] [growth] [memory] [lora]
 
 Everything is measured beside what a user of the library would write, on the same random weights, questions and lengths,
 in turns, and given as medians and ratios. Peaks of memory are those of processes of their own, above the imports.
@@ -160,6 +160,7 @@ def rollout(shape, count, group_size, longest, repeats=3):
             print(f"  {100 * bandwidth_share(mine, count * group_size, longest, a):.0f} % of the bandwidth limit")
         for hook in hooks:
             hook.remove()
+        llms.COPIES.clear()  # what was recorded has the hooks in it
 
 
 def bandwidth_share(model, rows, longest, tokens_per_second):
@@ -205,6 +206,36 @@ def update_share(shape, rows=128, tokens=700):
     computed = rows // 16 * PROMPT + rows * (tokens - PROMPT)  # every prompt once
     share = 6 * weights * computed / statistics.median(seconds) / limit
     print(f"update of {rows} × {tokens} tokens: {statistics.median(seconds):.2f} s, {100 * share:.0f} % of the limit")
+
+
+def packing(shape, group_sizes=(8, 16), count=4, repeats=3):
+    """Seconds of an update on prompts read once, without padding, and on padded rows, in turns; the same weights."""
+    import torch
+
+    import llms
+    import main
+
+    print(f"\nupdates: {count} prompts of {PROMPT} tokens, outputs of 120 tokens on average")
+    print(f"{'G':>4}{'without padding':>18}{'padded rows':>16}{'ratio':>8}")
+    main.__dict__.update(BETA=0.0, TOKEN_BUDGET=8192)
+    states = [main.new_state(model, None) for model in (ours(shape), random_model(*SHAPES[shape]))]
+    for group_size in group_sizes:
+        torch.manual_seed(0)
+        lengths = (102 * (0.6 * torch.randn(count * group_size)).exp()).clamp(1, 512).long().tolist()
+        prompts = [prompt for prompt in questions(count, SHAPES[shape][-1]) for _ in range(group_size)]
+        said = [torch.randint(2, 9999, (length,)).tolist() for length in lengths]
+        rows = len(prompts)
+        layout = tuple(llms.batch(prompts, said, states[0].policy.device))
+        rollout = llms.Rollout(*layout, None, None, torch.zeros(rows).bool(), [""] * rows)
+        advantages, seconds = torch.randn(rows).to(layout[0].device), []
+        for _ in range(repeats + 1):  # the first is a warm-up
+            times = [clock()]
+            for state in states:
+                main.update(state, rollout, advantages, None, None)
+                times.append(clock())
+            seconds.append((times[1] - times[0], times[2] - times[1]))
+        a, b = (statistics.median(column) for column in zip(*seconds[1:]))
+        print(f"{group_size:4}{a:16.2f} s{b:14.2f} s{b / a:8.2f}", flush=True)
 
 
 def our_step(model, prompts, group_size, longest, budget):
@@ -378,7 +409,7 @@ def measure_lora():
 def main():
     import torch
 
-    sections = ("rollout", "step", "growth", "memory", "lora")
+    sections = ("rollout", "update", "step", "growth", "memory", "lora")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("section", nargs="*", choices=[[], *sections], help="what to measure; all of it by default")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # the child process
@@ -398,6 +429,8 @@ def main():
     shape = "Qwen2.5-1.5B" if on_gpu else "small"
     if "rollout" in chosen:
         rollout(shape, *((8, 16, 512) if on_gpu else (4, 16, 128)))
+    if "update" in chosen:
+        packing(shape)
         if on_gpu:
             update_share(shape)
     if "step" in chosen:

@@ -1,4 +1,4 @@
-"""The model of llms.py: what is sampled is what is scored. Numbers like T26 are those of the project's list of checks."""
+"""The model of llms.py: what is sampled is what is scored. Numbers like T26 are those of the list of checks."""
 
 import copy
 import math
@@ -437,22 +437,44 @@ def test_steps_that_nobody_looks_at_note_nothing_behind_an_end(checkpoint):  # a
     assert ((drawing.logp[:8, :T] - expected.logp) * expected.mask).abs().max() < 1e-5
 
 
-def test_the_copy_that_samples_has_the_adapters_merged_and_is_renewed_in_place(checkpoint):
+def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     llms.add_lora(model, 2, 4.0)
-    copied = llms.plain_copy(model, torch.float32)
+    copied = llms.rounded_copy(model, torch.bfloat16)
     before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
-    for layer in llms.adapted(model):
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    assert (copied(ids).logits - model(ids).logits).abs().max() > 1e-2
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
     llms.renew(copied, model)
-    assert (copied(ids).logits - model(ids).logits).abs().max() < 1e-4
-    assert {name: weight.data_ptr() for name, weight in copied.named_parameters()} == before
-    half = llms.plain_copy(model, torch.bfloat16)
-    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
-    assert {buffer.dtype for buffer in half.buffers()} == {torch.float32}  # angles of far positions need them
-    assert half.lm_head.weight is half.model.embed_tokens.weight  # tied as before
+    weights = dict(model.named_parameters())
+    assert set(before) == set(weights) and any("lora_B" in name for name in before)
+    for name, weight in copied.named_parameters():
+        assert torch.equal(weight, weights[name].bfloat16()) and weight.data_ptr() == before[name]
+    assert {buffer.dtype for buffer in copied.buffers()} == {torch.float32}  # angles of far positions need them
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight  # tied as before
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_in_bf16_as_on_a_gpu_all_fits_together(checkpoint, monkeypatch, rank):  # by the CPU's autocast
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    exact = draw(model, tokenizer)
+    scored = llms.token_logprobs(model, exact.ids, exact.attention, exact.mask, 1.0)
+    if rank:
+        llms.add_lora(model, rank, 4.0)
+    monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
+    reference = llms.frozen_copy(model)
+    kept = {layer.weight.dtype for layer in llms.linear_layers(reference).values()}
+    assert kept == {torch.float32 if rank else torch.bfloat16}  # with LoRA the weights are the policy's own
+    given = (exact.ids, exact.attention, exact.mask, 1.0)
+    logp = llms.token_logprobs(model, *given)
+    assert torch.equal(llms.token_logprobs(reference, *given), logp)  # the same numerics: the KL begins at 0
+    assert 0 < (logp - scored).abs().max() < 0.5 and (logp - scored)[exact.mask].abs().mean() < 0.05
+    logp.sum().backward()
+    assert all(w.grad.dtype == torch.float32 for w in model.parameters() if w.requires_grad)
+    llms.Critic(model).token_values(*given[:3]).sum().backward()
+    out = draw(llms.rounded_copy(model, torch.bfloat16), tokenizer)  # what samples on a GPU
+    gap = (out.logp - llms.token_logprobs(model, out.ids, out.attention, out.mask, 1.0))[out.mask]
+    assert gap.abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -475,20 +497,29 @@ def test_the_heads_gradient_by_hand_is_that_of_the_log_softmax(monkeypatch, bias
 def test_a_model_whose_attention_is_peculiar_is_run_on_padded_rows(checkpoint, tmp_path):
     _, tokenizer = llms.load(checkpoint("llama"))
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    windowed = transformers.MistralConfig(
-        **SHAPE, **ends, num_key_value_heads=2, vocab_size=len(tokenizer), sliding_window=4
-    )
+    shape = SHAPE | ends | {"num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    windowed = transformers.MistralConfig(**shape, sliding_window=4)
     older = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=len(tokenizer), **ends)
-    for config in (windowed, older):
+    twice = transformers.DiffLlamaConfig(**shape)  # attends twice in each layer
+    for config in (windowed, older, twice):
         torch.manual_seed(0)
         llms.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "model")
         model, _ = llms.load(str(tmp_path / "model"))
         assert not llms.by_layout(model)
         out = draw(model, tokenizer, longest=9)
+        assert (llms.token_logprobs(model, out.ids, out.attention, out.mask, 1.0) - out.logp).abs().max() < 1e-5
         for i, (row, mask) in enumerate(zip(out.ids, out.mask)):
             row, length = row[out.attention[i].bool()], int(mask.sum())
             logp = torch.log_softmax(model(row[None]).logits[0], -1)[-length - 1 : -1].gather(1, row[-length:, None])
             assert (logp[:, 0] - out.logp[i, :length]).abs().max() < 1e-5
+
+
+def test_a_model_that_changes_its_logits_behind_the_head_is_refused(checkpoint, tmp_path):
+    _, tokenizer = llms.load(checkpoint("llama"))
+    config = transformers.GraniteConfig(**SHAPE, vocab_size=len(tokenizer), logits_scaling=8.0)
+    llms.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "granite")
+    with pytest.raises(llms.ModelError, match="changes its logits behind the head .logits_scaling."):
+        llms.load(str(tmp_path / "granite"))
 
 
 def test_our_attention_leaves_no_trace_in_a_saved_model_and_serves_the_library_too(checkpoint, tmp_path):

@@ -454,7 +454,7 @@ def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, consta
     assert main.TOKEN_BUDGET == 50 and "--token_budget 200; trying again with 100" in said and "with 50" in said
     constants(TOKEN_BUDGET=17)  # a row of its own needs as much
     monkeypatch.setattr(main, "log_policy", lambda *given: limited(*[torch.zeros(200)] * 4))
-    with pytest.raises(main.RunError, match="out of memory with --token_budget 17"):
+    with pytest.raises(main.RunError, match="out of memory, and less than --token_budget 17 would not help"):
         main.score(state.policy, rollout, main.log_policy)
 
 

@@ -356,6 +356,16 @@ def test_programs_are_refused_without_bubblewrap(finished, inside, tmp_path, mon
     assert "apt-get install bubblewrap" in err
 
 
+def test_a_run_says_that_a_peculiar_attention_is_slower(checkpoint, inside, tmp_path):
+    _, tokenizer = llms.load(checkpoint("llama"))
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "sliding_window": 16, "vocab_size": len(tokenizer)}
+    config = transformers.MistralConfig(**shape, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    llms.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "windowed")
+    code, out, _ = inside("--model", "windowed", *SMALL.split(), "--test")
+    assert code == 0 and "note: the attention of windowed is not one of those" in out
+
+
 def test_a_run_with_every_kind_of_reward_writes_each_by_name(finished, inside, reward_model):
     _, flags, _ = finished
     more = "--steps 2 --supervision process --weight_overlong 1 --weight_safety 1 --run all"
