@@ -238,14 +238,14 @@ def packing(shape, group_sizes=(8, 16), count=4, repeats=3):
         print(f"{group_size:4}{a:16.2f} s{b:14.2f} s{b / a:8.2f}", flush=True)
 
 
-def our_step(model, prompts, group_size, longest, budget):
+def our_step(model, prompts, group_size, longest, cache):
     """A whole GRPO step of this program but for the rules, as main.py makes it: a function to be called."""
     import torch
 
     import llms
     import main
 
-    main.__dict__.update(TOKEN_BUDGET=budget, CACHE_TOKENS=budget, GROUP_SIZE=group_size, MAX_NEW_TOKENS=longest)
+    main.__dict__.update(TOKEN_BUDGET=2048, CACHE_TOKENS=cache, GROUP_SIZE=group_size, MAX_NEW_TOKENS=longest)
     llms.attend_by_layout(model)
     state = main.new_state(model, Words())
     state.reference = llms.frozen_copy(model)
@@ -293,7 +293,7 @@ def plain_step(model, prompts, group_size, longest, rows=8):
     return step
 
 
-def step(how, shape, count, group_size, longest):
+def step(how, shape, count, group_size, longest, cache):
     """Seconds and tokens per second of a step, and the peak above the imports: in this process."""
     import torch
 
@@ -303,7 +303,7 @@ def step(how, shape, count, group_size, longest):
     before, model = peak(), random_model(*SHAPES[shape])
     end_by(model, longest, True)
     prompts = questions(count, SHAPES[shape][-1])
-    one = our_step(model, prompts, group_size, longest, 2048) if how == "ours" else None
+    one = our_step(model, prompts, group_size, longest, cache) if how == "ours" else None
     one = one or plain_step(model, prompts, group_size, longest)
     torch.manual_seed(0)
     seconds, speeds = [], []
@@ -315,13 +315,13 @@ def step(how, shape, count, group_size, longest):
     return {"seconds": seconds[1:], "speed": statistics.median(speeds[1:]), "peak": peak() - before}
 
 
-def compare_steps(title, cases):
+def compare_steps(title, cases, cache):
     print(f"\n{title}")
     print(
         f"{'Q':>4}{'G':>4}{'longest':>9}{'vocabulary':>12}{'this program':>24}{'usual':>24}{'faster':>9}{'memory':>9}"
     )
     for shape, *sizes in cases:
-        a, b = (child("step", how, shape, *map(str, sizes)) for how in ("ours", "usual"))
+        a, b = (child("step", how, shape, *map(str, [*sizes, cache])) for how in ("ours", "usual"))
         cells = [f"{one['speed']:10.0f} t/s{one['peak'] / 1e9:7.2f} GB" for one in (a, b)]
         about = "".join(f"{size:{width}}" for size, width in zip(sizes, (4, 4, 9))) + f"{SHAPES[shape][-1]:12,}"
         ratios = f"{a['speed'] / b['speed']:9.2f}{a['peak'] / b['peak']:9.2f}"
@@ -434,11 +434,15 @@ def main():
         if on_gpu:
             update_share(shape)
     if "step" in chosen:
-        compare_steps("a GRPO step, ragged lengths", [(shape, 8, 16, 512) if on_gpu else (shape, 4, 16, 128)])
+        compare_steps(
+            "a GRPO step, ragged lengths",
+            [(shape, 8, 16, 512) if on_gpu else (shape, 4, 16, 128)],
+            2**17 if on_gpu else 2**14,
+        )
     if "growth" in chosen:
         grown = [(4, 8, 64), (16, 8, 64), (4, 32, 64), (4, 8, 256)]
         cases = [("smaller", *sizes) for sizes in grown] + [("large vocabulary", *grown[0])]
-        compare_steps("growth: a smaller model, then more questions, outputs, tokens, vocabulary", cases)
+        compare_steps("growth: a smaller model, then more questions, outputs, tokens, vocabulary", cases, 2048)
     if "memory" in chosen and not on_gpu:
         measure_memory()
     if "lora" in chosen and not on_gpu:

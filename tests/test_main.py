@@ -406,6 +406,14 @@ def test_micro_batches_hold_every_row_once_and_keep_the_budget_with_their_paddin
     assert sorted(row for rows in main.micro_batches(rollout, [6, 0]) for row in rows) == [0, 6]
 
 
+def test_the_outputs_of_a_question_stay_together_longest_first(constants):
+    constants(TOKEN_BUDGET=1000)
+    lengths = [1, 9, 5, 9, 1, 5]  # two questions with three outputs each
+    ids, attention, mask = llms.batch([[7, 7]] * 3 + [[8, 8, 8]] * 3, [[7] * n for n in lengths], "cpu")
+    rollout = llms.Rollout(ids, attention, mask, None, None, None, None)
+    assert main.micro_batches(rollout, range(6)) == [[3, 5, 4, 1, 2, 0]]
+
+
 def test_outputs_without_advantage_are_left_out_where_that_keeps_the_gradient(setup, monkeypatch):  # T35
     advantages, scored = SPREAD.clone(), []
     advantages[4:8] = 0.0
