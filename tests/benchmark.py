@@ -1,4 +1,4 @@
-"""Measure what the README claims of speed and memory: python tests/benchmark.py [rollout] [update] [step] [growth] [memory] [lora]
+"""Measure what the README claims of speed and memory: python tests/benchmark.py [rollout update step growth memory lora]
 
 Everything is measured beside what a user of the library would write, on the same random weights, questions and lengths,
 in turns, and given as medians and ratios. Peaks of memory are those of processes of their own, above the imports.
@@ -387,9 +387,8 @@ def child(*what):
 
 def measure_memory():
     print("\nscoring 8 × 1,024 tokens, vocabulary 151,936, forward and backward, fp32: peak memory")
-    print(
-        f"{'hidden size':>12}{'without head':>16}{'by chunks adds':>18}{'all at once adds':>20}{'of it':>8}{'in all':>8}"
-    )
+    head = ("hidden size", "without head", "by chunks adds", "all at once adds", "of it", "in all")
+    print("".join(f"{title:>{width}}" for title, width in zip(head, (12, 16, 18, 20, 8, 8))))
     for hidden in (64, 896):
         trunk, chunks, whole = (child("score", how, str(hidden))["peak"] / 1e6 for how in ("trunk", "chunks", "whole"))
         adds = f"{chunks - trunk:15.0f} MB{whole - trunk:17.0f} MB{(chunks - trunk) / (whole - trunk):8.2f}"
@@ -423,9 +422,8 @@ def main():
         return
     chosen = arguments.section or sections
     on_gpu = torch.cuda.is_available()
-    print(
-        f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     shape = "Qwen2.5-1.5B" if on_gpu else "small"
     if "rollout" in chosen:
         rollout(shape, *((8, 16, 512) if on_gpu else (4, 16, 128)))
