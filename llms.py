@@ -464,7 +464,7 @@ class Drawing:
         self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, T): a recorded step}
         self.token, self.place, self.length = torch.zeros(3, rows, dtype=torch.long, device=device)  # the newest token
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
-        # a last column takes what is drawn behind an end
+        # one column more than tokens: what is drawn behind an end falls behind it, and its length stays
         self.said = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=device)
         self.logp, self.entropy, self.chance = torch.zeros(3, rows, max_new_tokens + 1, device=device)
 
@@ -498,11 +498,10 @@ class Drawing:
 
     def draw(self, rows, logits):
         """Draw a token for each of some rows, and note what it was: logits [n, V]."""
-        length, ended = self.length[rows, None], self.ended[rows, None]  # [n, 1]
+        length = self.length[rows, None]  # [n, 1]
         drawn = choose(logits, self.temperature, self.chance[rows].gather(1, length))  # 3 × [n, 1]
-        column = torch.where(ended, self.said.shape[1] - 1, length)
         for notes, x in zip((self.said, self.logp, self.entropy), drawn):
-            notes[rows].scatter_(1, column, x)
+            notes[rows].scatter_(1, length, x)
         self.token[rows] = drawn[0][:, 0]
         self.length[rows] += ~self.ended[rows]
         self.ended[rows] |= (drawn[0] == self.ends).any(1) | (self.length[rows] == self.said.shape[1] - 1)

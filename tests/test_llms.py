@@ -426,11 +426,11 @@ def test_steps_that_nobody_looks_at_note_nothing_behind_an_end(checkpoint):  # a
     expected = draw(plain(model), tokenizer, asked)
     model.generation_config.eos_token_id = list(range(20, 60))
     ends = torch.tensor(llms.end_tokens(model, tokenizer))
-    drawing = llms.Drawing(10, 21 + 16, 12, ends, 1.0, "cpu")  # and two rows more than there are outputs
+    drawing = llms.Drawing(10, 21, 12, ends, 1.0, "cpu")  # and two rows more than there are outputs
     with torch.no_grad():
         drawing.begin(model, asked, 4, torch.Generator().manual_seed(0))
         for _ in range(16):
-            drawing.step(model, 10, 21 + 16)
+            drawing.step(model, 10, 21)
     assert drawing.ended.all() and drawing.length[:8].tolist() == expected.mask.sum(1).tolist()
     T = expected.mask.shape[1]
     assert torch.equal(drawing.said[:8, :T] * expected.mask, expected.ids[:, -T:] * expected.mask)
