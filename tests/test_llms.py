@@ -498,10 +498,10 @@ def test_a_model_whose_attention_is_peculiar_is_run_on_padded_rows(checkpoint, t
     _, tokenizer = llms.load(checkpoint("llama"))
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     shape = SHAPE | ends | {"num_key_value_heads": 2, "vocab_size": len(tokenizer)}
-    windowed = transformers.MistralConfig(**shape, sliding_window=4)
+    windowed, wide = (transformers.MistralConfig(**shape, sliding_window=window) for window in (4, 64))
     older = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=len(tokenizer), **ends)
     twice = transformers.DiffLlamaConfig(**shape)  # attends twice in each layer
-    for config in (windowed, older, twice):
+    for config in (windowed, wide, older, twice):
         torch.manual_seed(0)
         llms.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "model")
         model, _ = llms.load(str(tmp_path / "model"))

@@ -155,6 +155,17 @@ def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_g
     assert results[0][0].norm() > 1e-3
 
 
+def test_the_critic_learns_from_outputs_without_advantage_too(toy, constants):
+    state, outputs = toy
+    constants(BETA=0.0)
+    state.critic = llms.Critic(state.policy)
+    state.critic.value_head.double()
+    state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
+    values, returns = torch.zeros(outputs.rollout.mask.shape), torch.ones(outputs.rollout.mask.shape)
+    main.update(state, outputs.rollout, torch.zeros(4), None, None, main.ppo_loss, (values, returns))
+    assert state.critic.value_head.bias.item() > 0  # from V = 0 up to the returns, 1
+
+
 def test_dpo_without_a_right_and_a_wrong_output_learns_nothing(toy):
     state, outputs = toy
     for verdict in ([1.0] * 4, [0.0] * 4):
