@@ -13,6 +13,7 @@ what an advantage is, what β and ε are, is not known here.
     add_lora(model, rank, alpha)  a small trained adapter beside every linear layer, the weights themselves frozen
     memory(...)                   how much a run will need
     Critic(model)                 PPO's value function
+    shard(module)                 its weights split over all ranks, where torchrun has started several
     tokens_at(tokenizer, ...)     which tokens write given characters
     reward_scores(...)            what a learned reward model says of completions
     save(model, tokenizer, ...)   a plain Hugging Face folder
@@ -29,20 +30,27 @@ How a batch lies in memory (prompt left-padded, completion right-padded, so that
 
 import bisect
 import copy
+import functools
 import logging
 import math
 import os
 import shutil
+import sys
 import weakref
 from collections import deque
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 from transformers import (
@@ -69,6 +77,117 @@ class ModelError(ValueError):
     """What is wrong with a model, in one line for the person who named it."""
 
 
+# ---- several ranks -------------------------------------------------------------------------------------------------
+# torchrun starts the program once per GPU; each process is a rank. All of them run the same lines and meet in a few of
+# them: where weights are gathered, where gradients are added up, and in `gather`. Alone, all of this does nothing.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def join():
+    """Meet the other ranks. Only rank 0 is heard, save for errors."""
+    if WORLD == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+    # one rank may sample for long while the others wait; that one has died is noticed by torchrun
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def gather(rows):
+    """The lists of all ranks as one, on every rank."""
+    parts = [rows] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def share(rows):
+    """This rank's share of a list that all ranks have; `gather` puts the shares together again."""
+    return rows[len(rows) * RANK // WORLD : len(rows) * (RANK + 1) // WORLD]
+
+
+def in_step(batches):
+    """(batch, True) for each, then (row 0, False) until the rank with the most of them is through.
+
+    Weights are gathered by all ranks or by none: whoever is done earlier goes on computing what does not count.
+    """
+    turns = max(gather([len(batches)]))
+    return [(rows, True) for rows in batches] + [([0], False)] * (turns - len(batches))
+
+
+def on_rank_0(function):
+    """A function that only rank 0 runs: it writes or draws something, and returns nothing."""
+    return function if RANK == 0 else lambda *inputs, **named: None
+
+
+@contextmanager
+def one_first():
+    """A block that one rank of each machine goes through before its others: what it makes, they find."""
+    if LOCAL_RANK:
+        gather([])
+    yield
+    if not LOCAL_RANK:
+        gather([])
+
+
+SKELETONS = weakref.WeakKeyDictionary()  # {a sharded module: the same without weights}, to make copies of
+
+
+def shard(module):
+    """Split the weights of a module over all ranks, layer by layer (FSDP2). What reads them is `gathering`, below.
+
+    Gradients are added up over the ranks, not averaged: every loss is divided by the counts of all ranks already.
+    """
+    if WORLD == 1:
+        return module
+    SKELETONS[module] = copy_with(module, lambda weight: torch.empty_like(weight, device="meta"))
+    for part in (*layers_of(module), module):
+        fully_shard(part, reshard_after_forward=True)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    module.gathered = lambda function, *inputs, **named: function(module, *inputs, **named)
+    register_fsdp_forward_method(module, "gathered")
+    return module
+
+
+def gathering(function):
+    """Let a function of a module and some inputs find a sharded module's weights whole, layer after layer."""
+
+    @functools.wraps(function)
+    def on_whole_weights(module, *inputs, **named):
+        if isinstance(module, FSDPModule):
+            return module.gathered(function, *inputs, **named)
+        return function(module, *inputs, **named)
+
+    return on_whole_weights
+
+
+def whole(tensor):
+    """All of a tensor that may be sharded; all ranks ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(tensor, values):
+    """Copy values into a tensor, or this rank's part of them into a sharded one."""
+    if isinstance(tensor, DTensor):
+        values = values.to(tensor.device)
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
+def copy_with(module, change):
+    """A copy of a module with `change(weight)` in the place of each weight; of a sharded one, with whole weights."""
+    plain = SKELETONS.get(module, module)
+    return copy.deepcopy(
+        plain, {id(weight): nn.Parameter(change(weight), weight.requires_grad) for weight in plain.parameters()}
+    )
+
+
 # ---- loading and saving --------------------------------------------------------------------------------------------
 
 
@@ -88,7 +207,8 @@ def load(name):
     """A causal language model in fp32 and its tokenizer, from a folder or from the Hugging Face hub.
 
     The weights stay in fp32 (a step of 1e-6 is lost in bf16); `compute` says in which precision they are used. Dropout
-    is set to 0: the policy that is scored must be the one that sampled. The model is on the GPU if there is one.
+    is set to 0: the policy that is scored must be the one that sampled. The model is on the GPU if there is one, but
+    with several ranks only when it is sharded.
     """
     config = configuration(name)
     for key in vars(config):
@@ -109,7 +229,7 @@ def load(name):
             raise ModelError(f"{name} changes its logits behind the head ({key}), which is not known here")
     if not end_tokens(model, tokenizer):
         raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and WORLD == 1:
         model.cuda()
     attend_by_layout(model)
     return model.eval(), tokenizer
@@ -132,6 +252,11 @@ def explain(name, error):
 
 def save(model, tokenizer, folder):
     """Write a plain Hugging Face folder, adapters merged, whole or not at all: it is renamed when it is complete."""
+    if model in SKELETONS:
+        sharded, model = model, empty_copy(model, torch.float32, "cpu" if RANK == 0 else "meta")
+        renew(model, sharded)
+        if RANK:
+            return
     unfinished = Path(f"{folder}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     merge_lora(model)
@@ -162,13 +287,19 @@ def frozen_copy(model, adapter=True):
     With LoRA it shares the model's weights, and has an adapter like the model's as it is now, or none: that is the
     model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
     """
-    reference = own_copy(model)
+    sharded = model in SKELETONS
+    reference = copy_with(model, lambda weight: torch.empty_like(weight, device="cpu")) if sharded else own_copy(model)
     for layer in adapted(reference) if not adapter else ():
         layer.lora_A = layer.lora_B = None
     if precision(model.device) is torch.bfloat16 and not adapted(reference):
         for layer in linear_layers(reference).values():  # as they would be rounded at every use
             layer.to(torch.bfloat16)
-    return reference.requires_grad_(False)
+    reference.requires_grad_(False)
+    if sharded:
+        weights = dict(model.named_parameters())
+        for name, weight in shard(reference).named_parameters():
+            weight.copy_(weights[name])
+    return reference
 
 
 def precision(device):
@@ -208,6 +339,11 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
         return y if self.lora_B is None else y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def layers_of(module):
+    """The layers of the trunk: the outermost list of a decoder."""
+    return next(part for part in module.modules() if isinstance(part, nn.ModuleList))
 
 
 def linear_layers(model):
@@ -250,8 +386,8 @@ def largest_rank(model):
     return min(sizes, default=0)
 
 
-def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu):
-    """An estimate of what a run needs at its peak, in bytes, by part.
+def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ranks=1):
+    """An estimate of what a run needs at its peak, in bytes, by part; of several ranks, what each needs.
 
     model   as it is trained, with its adapters where it has any
     copies  (bool, bool): is there a reference with weights of its own, and a critic?
@@ -267,13 +403,18 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu):
     layer = 10 * config.hidden_size + 2 * head_size * heads + key_value + 5 * inner  # kept a token for the way back
     layers = config.num_hidden_layers
     kept = layer + layers * config.hidden_size if checkpointing else layers * layer
-    sampling = size * cache_tokens * layers * key_value + (2 * total if on_gpu else 0)
-    updating = 4 * trained + size * token_budget * kept + (2 * total if on_gpu else 0)
     reference, critic = copies
+    own = size * trained if trained == total else 4 * total  # of a reference; with adapters it stays in fp32
+    sampled_from = size * total if on_gpu or ranks > 1 else 0
+    outside = total - sum(weight.numel() for weight in layers_of(model).parameters())
+    gathered = 8 * (outside + 2 * (total - outside) / layers) if ranks > 1 else 0  # weights and gradients of a part
+    critics = 16 * trained + (4 * (total - trained) if ranks > 1 else 0)
+    sampling = size * cache_tokens * layers * key_value
+    updating = 4 * trained / ranks + gathered + size * token_budget * kept + (2 * total if on_gpu else 0)
     return {
-        "weights": 4 * total,
-        "AdamW": 8 * trained,
-        "copies": size * trained * reference + 16 * trained * critic,
+        "weights": 4 * total / ranks,
+        "AdamW": 8 * trained / ranks,
+        "copies": (own * reference + critics * critic) / ranks + sampled_from,
         f"sampling {'and' if on_gpu else 'or'} updating": (sampling + updating if on_gpu else max(sampling, updating))
         + 3 * 4 * LOGITS_AT_ONCE * (8 if on_gpu else 1),
     }
@@ -493,7 +634,7 @@ class Drawing:
         self.length[rows], self.ended[rows] = 0, False
         if self.temperature:
             shape = (self.alive - first, self.chance.shape[1] - 1)
-            self.chance[rows, :-1] = torch.rand(shape, generator=generator, device=model.device)
+            self.chance[rows, :-1] = torch.rand(shape, generator=generator)
         self.draw(rows, logits.repeat_interleave(group_size, 0))
 
     def draw(self, rows, logits):
@@ -579,8 +720,12 @@ class Drawing:
 
 def rounded_copy(model, dtype):
     """A copy with weights of another precision, or the very weights where they have it; RoPE's buffers stay in fp32."""
-    weights = {id(weight): nn.Parameter(weight.to(dtype), requires_grad=False) for weight in model.parameters()}
-    return copy.deepcopy(model, weights)
+    return copy_with(model, lambda weight: weight.to(dtype)).requires_grad_(False)
+
+
+def empty_copy(model, dtype, device):
+    """A copy that has no values yet."""
+    return copy_with(model, lambda weight: torch.empty_like(weight, dtype=dtype, device=device)).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -590,27 +735,36 @@ def renew(copied, model):
     Merged into a weight of bf16, what they have learnt would be rounded away.
     """
     for mine, weight in zip(copied.parameters(), model.parameters()):
-        mine.copy_(weight)
+        mine.copy_(whole(weight))
 
 
-COPIES = weakref.WeakKeyDictionary()  # on a GPU: {model: (its copy, Drawing)} of the model that was sampled from last
+COPIES = weakref.WeakKeyDictionary()  # {model: the copy of it that was sampled from last}
+
+
+def sampled_from(model):
+    """The model itself; on a GPU a copy in bf16 as it is now, and of a sharded model a copy of the whole."""
+    sharded = model in SKELETONS
+    if not sharded and (model.device.type == "cpu" or not by_layout(model)):
+        return model
+    if model not in COPIES:
+        COPIES.clear()
+        dtype = precision(model.device)
+        COPIES[model] = empty_copy(model, dtype, model.device) if sharded else rounded_copy(model, dtype)
+    renew(COPIES[model], model)
+    return COPIES[model]
 
 
 def drawing_of(model, rows, columns, max_new_tokens, ends, temperature):
-    """What is sampled from, and into what: the model itself, on a GPU a copy of it in bf16, and a Drawing."""
-    if model.device.type != "cuda":
-        return model, Drawing(rows, columns, max_new_tokens, ends, temperature, model.device)
-    copied, drawing = COPIES.pop(model, (None, None))
-    COPIES.clear()
-    copied = copied or rounded_copy(model, precision(model.device))
-    renew(copied, model)
+    """What is sampled into; on a GPU the same as the last time, with its recordings, if there is room in it."""
+    drawing = model.__dict__.pop("drawing", None)
     if drawing is None or not drawing.holds(rows, columns, max_new_tokens):
         drawing = None  # its memory is free before the next takes some
         drawing = Drawing(rows, columns, max_new_tokens, ends, temperature, model.device)
-    COPIES[model] = copied, drawing
+    if model.device.type == "cuda":
+        model.drawing = drawing
     drawing.alive, drawing.temperature = 0, temperature
     drawing.ended.fill_(True)
-    return copied, drawing
+    return drawing
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -623,6 +777,9 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     Nothing else bends the distribution: no top-k, no top-p, nothing from the checkpoint's generation config but its end
     tokens. Temperature 0 takes the most probable token (evaluation). At most `cache_tokens` tokens are kept in the
     key-value cache at once, but at least one group; where outputs end, those of the next prompts begin.
+
+    Each rank draws for its own share of the prompts, and with its own part of the generator's numbers (a CPU's): the
+    outputs are the same for any number of ranks.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
@@ -631,9 +788,13 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256
     rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size  # at once
+    source, mine, total = sampled_from(model), share(range(len(prompts))), len(prompts)
+    prompts = share(prompts)
+    skip(generator, mine.start, group_size, max_new_tokens, temperature)
     with tqdm(total=len(prompts) * group_size, desc="sampling", unit="output", leave=False, delay=2) as bar:
         how = (group_size, max_new_tokens, temperature, generator, ends, rows, columns, bar)
-        outputs = (draw_by_layout if by_layout(model) else draw_in_waves)(model, prompts, *how)
+        outputs = (draw_by_layout if by_layout(model) else draw_in_waves)(source, prompts, *how)
+    skip(generator, total - mine.stop, group_size, max_new_tokens, temperature)
 
     completions = [tokens.tolist() for tokens, _, _ in outputs]
     ids, attention, mask = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
@@ -647,6 +808,12 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
         for tokens, cut in zip(completions, truncated.tolist())
     ]
     return Rollout(ids, attention, mask, *padded, truncated, texts)
+
+
+def skip(generator, questions, group_size, max_new_tokens, temperature):
+    """Leave out the random numbers with which other ranks draw the outputs for some questions."""
+    for _ in range(questions if temperature else 0):
+        torch.rand(group_size, max_new_tokens, generator=generator)
 
 
 def choose(logits, temperature, chance):
@@ -677,7 +844,7 @@ def check_finite(logits):
 
 def draw_by_layout(model, prompts, group_size, max_new_tokens, temperature, generator, ends, rows, columns, bar):
     """All outputs as [(token ids, log-probabilities, entropies)]; where some end, those of waiting prompts begin."""
-    model, drawing = drawing_of(model, rows, columns, max_new_tokens, ends, temperature)
+    drawing = drawing_of(model, rows, columns, max_new_tokens, ends, temperature)
     outputs, waiting = [None] * len(prompts) * group_size, deque(range(len(prompts)))
     numbers = []  # of the outputs that are being drawn, row by row
     while waiting or numbers:
@@ -706,7 +873,7 @@ def draw_in_waves(model, prompts, group_size, max_new_tokens, temperature, gener
         drawn, ended = [], torch.zeros(n, dtype=torch.bool, device=model.device)
         chance = torch.zeros(n, max_new_tokens, device=model.device)
         if temperature:
-            chance.copy_(torch.rand(chance.shape, generator=generator, device=model.device))
+            chance.copy_(torch.rand(chance.shape, generator=generator))
         with compute(model, keep_casts=True):
             for t in range(max_new_tokens):
                 inputs = {"attention_mask": attention, "position_ids": place, "past_key_values": cache}
@@ -796,6 +963,7 @@ class HeadLogprobs(torch.autograd.Function):
         return d_hidden.to(full), d_weight, d_bias, None, None, None
 
 
+@gathering
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of each completion token, fp32, [N, T]; 0 off the mask.
 
@@ -825,6 +993,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
+    @gathering
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), what is still to be earned before token t is drawn, fp32, [N, T]; 0 off the mask."""
         with compute(self.trunk, keep_casts=False):

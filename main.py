@@ -3,6 +3,7 @@
     python main.py                                        a tiny model learns arithmetic, any laptop, no download
     python main.py --model Qwen/Qwen2.5-1.5B-Instruct     GSM8K on one 80 GB GPU
     python main.py --algorithm ppo                        or another row of Table 10: sft, rft, dpo, online_rft
+    torchrun --nproc_per_node 8 main.py --model …         the same on 8 GPUs
     python main.py --resume runs/NAME                     go on from the newest checkpoint
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
 
@@ -293,7 +294,7 @@ def score(model, rollout, read=log_policy):
 
     def in_parts():
         batches = micro_batches(rollout, range(len(rollout.mask)))
-        return batches, [read(model, *rollout.rows(rows)) for rows in batches]
+        return batches, [read(model, *rollout.rows(rows)) for rows, _ in llms.in_step(batches)]
 
     batches, parts = within_memory("TOKEN_BUDGET", in_parts)
     scores = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
@@ -313,56 +314,64 @@ def learning_rate(update):
 
 
 @torch.no_grad()
-def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask):
-    """What shows whether the update is healthy: sums over the tokens of some rows, and maxima ("max" in their name)."""
+def diagnose(logp, logp_old, logp_ref, logp_sampled, advantages, mask, num_tokens):
+    """What shows whether the update is healthy: the part of some rows in means over all tokens, and maxima."""
     ratio, A = importance_ratio(logp, logp_old, mask), advantages
-    sums = {
-        "clip_low": ((ratio < 1 - EPSILON_LOW) & (A < 0) & mask).sum().item(),
-        "clip_high": ((ratio > 1 + EPSILON_HIGH) & (A > 0) & mask).sum().item(),
-        "ratio_max": (ratio * mask).max().item(),
+    means = {
+        "clip_low": (ratio < 1 - EPSILON_LOW) & (A < 0) & mask,
+        "clip_high": (ratio > 1 + EPSILON_HIGH) & (A > 0) & mask,
     }
+    maxima = {"ratio_max": ratio * mask}
     if logp_sampled is not None:
-        gap = (logp_old - logp_sampled).abs() * mask
-        sums |= {"sampler_gap": gap.sum().item(), "sampler_gap_max": gap.max().item()}
+        means["sampler_gap"] = maxima["sampler_gap_max"] = (logp_old - logp_sampled).abs() * mask
     if logp_ref is not None:
-        sums["kl"] = (kl_estimate(logp, logp_ref) * mask).sum().item()
-        sums["kl_log_ratio_max"] = ((logp_ref - logp).abs() * mask).max().item()
-    return sums
+        means["kl"] = kl_estimate(logp, logp_ref) * mask
+        maxima["kl_log_ratio_max"] = (logp_ref - logp).abs() * mask
+    means = {name: x.sum().item() / num_tokens for name, x in means.items()}
+    return means | {name: x.max().item() for name, x in maxima.items()}
+
+
+def add_up(parts):
+    """The diagnostics of several micro-batches or ranks as one: sums, but of what ends in max the largest."""
+    totals = defaultdict(float)
+    for part in parts:
+        for name, value in part.items():
+            totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value
+    return totals
 
 
 def accumulate(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
     """The gradient of the loss of a whole rollout, left in .grad, in micro-batches. Returns its diagnostics.
 
-    Every micro-batch is divided by the counts of the whole update, taken before the first backward pass: the sum is the
-    gradient of the whole, to the last bit but rounding.
+    Every micro-batch is divided by the counts of the whole update, taken over all ranks before the first backward pass:
+    the sum is the gradient of the whole, to the last bit but rounding.
     """
     state.optimizer.zero_grad()
     mask = rollout.mask & ~rollout.truncated[:, None] if MASK_TRUNCATED else rollout.mask  # [N, T]
-    num_sequences, num_tokens = len(mask), max(1, int(mask.sum()))
     advantages = advantages[:, None].expand_as(mask) if advantages.dim() == 1 else advantages  # [N, T]
     only_A = targets is None and logp_ref is None  # then an output with Â = 0 teaches nothing, and is left out
     learning = [row for row, A in enumerate(advantages.any(1).tolist()) if A or not (only_A or DROP_ZERO_ADVANTAGE)]
-    measured = max(1, int(mask[learning].sum()))  # tokens that the diagnostics are means over
-    totals = defaultdict(float)
-    for rows in micro_batches(rollout, learning):
+    counts = llms.gather([(len(mask), int(mask.sum()), int(mask[learning].sum()))])
+    # N, Σ|o_i|, and the number of tokens that the diagnostics are means over
+    num_sequences, num_tokens, measured = (max(1, sum(of_ranks)) for of_ranks in zip(*counts))
+    parts = []
+    for rows, counted in llms.in_step(micro_batches(rollout, learning)):
         ids, attention, real = rollout.rows(rows)
         T = real.shape[1]
-        kept, A = mask[rows, :T], advantages[rows, :T]  # [n, T]
+        kept, A = mask[rows, :T] & counted, advantages[rows, :T]  # [n, T]
         logp = log_policy(state.policy, ids, attention, real)  # [n, T]
         old = logp.detach() if logp_old is None else logp_old[rows, :T]  # [n, T]
         ref = None if logp_ref is None else logp_ref[rows, :T]  # [n, T]
+        sampled = None if rollout.logp is None else rollout.logp[rows, :T]  # [n, T]
         loss = loss_function(logp, old, ref, A, kept, num_sequences, num_tokens)
         loss.backward()
-        totals["loss"] += loss.item()
+        parts.append({"loss": loss.item(), **diagnose(logp, old, ref, sampled, A, kept, measured)})
         if targets:
             V = state.critic.token_values(ids, attention, real)  # [n, T]
             loss = value_loss(V, *(target[rows, :T] for target in targets), kept, num_sequences, num_tokens)
             loss.backward()
-            totals["value_loss"] += loss.item()
-        sampled = None if rollout.logp is None else rollout.logp[rows, :T]  # [n, T]
-        for name, value in diagnose(logp, old, ref, sampled, A, kept).items():
-            totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value / measured
-    return totals
+            parts[-1]["value_loss"] = loss.item()
+    return add_up(llms.gather(parts))
 
 
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
@@ -379,24 +388,27 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     networks = [network for network in (state.policy, state.critic) if network]  # each is clipped by itself
-    norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM).item() for network in networks]
-    grad_norm = norms[0]  # before it is clipped
+    norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM) for network in networks]
+    norms = [llms.whole(norm).item() for norm in norms]  # before they are clipped
     finite = all(map(math.isfinite, [totals["loss"], *norms]))
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad()
     state.updates += 1
-    return {**totals, "grad_norm": grad_norm, "lr": lr, "finite": finite}
+    return {**totals, "grad_norm": norms[0], "lr": lr, "finite": finite}
 
 
 def within_memory(budget, work, rows=1):
     """What work() returns. Where the GPU has no memory for it, TOKEN_BUDGET or CACHE_TOKENS is halved, and it begins
-    again; a budget of fewer than so many of the longest rows makes no difference to it."""
+    again; a budget of fewer than so many of the longest rows makes no difference to it. One of several ranks cannot
+    begin again alone."""
     while True:
         try:
             return work()
         except torch.OutOfMemoryError:
             had, least = globals()[budget], rows * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS)
+        if llms.WORLD > 1:
+            raise RunError(f"out of memory with --{budget.lower()} {had}: --resume with a smaller one")
         if had <= least:
             raise RunError(f"out of memory, and less than --{budget.lower()} {had} would not help")
         globals()[budget] = max(had // 2, least)
@@ -414,7 +426,7 @@ def score_completions(texts, problems, **others):
     The rules are asked here, side by side, for programs take their time; others are rewards [N] known already.
     """
     group = len(texts) // len(problems)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max(1, os.cpu_count() // llms.LOCAL_WORLD)) as pool:
         rows = list(pool.map(evaluator.rewards, texts, (problem for problem in problems for _ in range(group))))
     names = dict.fromkeys(name for row in rows for name in row)  # a program has other rewards than a number
     by_name = {name: [row.get(name, 0.0) for row in rows] for name in names} | others
@@ -430,8 +442,9 @@ def other_rewards(state, rollout, problems):
         group = len(rollout.texts) // len(problems)
         questions = [problem["question"] for problem in problems for _ in range(group)]
         scores = torch.tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts))  # [N]
-        spread = scores.std(correction=min(1, len(scores) - 1))
-        others["reward_model"] = ((scores - scores.mean()) / (spread + 1e-4)).tolist()
+        of_all = torch.tensor(llms.gather(scores.tolist()))  # of every rank's outputs
+        spread = of_all.std(correction=min(1, len(of_all) - 1))
+        others["reward_model"] = ((scores - of_all.mean()) / (spread + 1e-4)).tolist()
     return others
 
 
@@ -465,7 +478,7 @@ def pass_at_k(n, c, k):
 
 
 def draw(model, tokenizer, prompts, group_size, temperature, generator):
-    """o ~ π(O|q): some outputs for each prompt."""
+    """o ~ π(O|q): some outputs for each prompt; each of several ranks draws those of its share."""
 
     def sample():
         how = (group_size, MAX_NEW_TOKENS, temperature, generator, CACHE_TOKENS)
@@ -477,20 +490,22 @@ def draw(model, tokenizer, prompts, group_size, temperature, generator):
 def evaluate(policy, tokenizer, problems):
     """Greedy on every problem, and from EVAL_SAMPLES samples each where asked: metrics, and a record per problem."""
     prompts = [llms.encode(tokenizer, rldatasets.prompt(problem)) for problem in problems]
-    greedy = draw(policy, tokenizer, prompts, 1, 0.0, None)
-    by_name = score_completions(greedy.texts, problems)[1]
+    greedy, mine = draw(policy, tokenizer, prompts, 1, 0.0, None), llms.share(problems)
+    by_name = score_completions(greedy.texts, mine)[1]
     records = [
         {"question": problem["question"], "answer": problem["answer"], "completion": text}
         | {name: values[i] for name, values in by_name.items()}
-        for i, (problem, text) in enumerate(zip(problems, greedy.texts))
+        for i, (problem, text) in enumerate(zip(mine, greedy.texts))
     ]
+    records = llms.gather(records)
+    lengths = llms.gather(greedy.mask.sum(1).tolist())
     n, right = len(records), sum(record["correctness"] for record in records)
     metrics = {
         "eval/accuracy": right / n,
         "eval/ci95": interval(right, n),
         "eval/format": statistics.mean(record["strict_format"] for record in records),
-        "eval/length": greedy.mask.sum(1).float().mean().item(),
-        "eval/truncated": greedy.truncated.float().mean().item(),
+        "eval/length": statistics.mean(lengths),
+        "eval/truncated": statistics.mean(llms.gather(greedy.truncated.float().tolist())),
         "eval/n": n,
     }
     tasks = dict.fromkeys(problem.get("task") for problem in problems)
@@ -504,19 +519,18 @@ def evaluate(policy, tokenizer, problems):
 
 def evaluate_samples(policy, tokenizer, problems, prompts):
     """pass@k and maj@k for k = 1, 2, 4 … n = EVAL_SAMPLES, from n outputs of every problem (paper, Figure 7)."""
-    n = EVAL_SAMPLES
-    generator = torch.Generator(policy.device).manual_seed(SEED)
-    texts = draw(policy, tokenizer, prompts, n, EVAL_TEMPERATURE, generator).texts
-    groups = [texts[i * n : (i + 1) * n] for i in range(len(problems))]
-    graded = score_completions(texts, problems)[1]["correctness"]
-    right = [int(sum(graded[i * n : (i + 1) * n])) for i in range(len(problems))]
+    n, mine = EVAL_SAMPLES, llms.share(problems)
+    texts = draw(policy, tokenizer, prompts, n, EVAL_TEMPERATURE, torch.Generator().manual_seed(SEED)).texts
+    groups = [texts[i * n : (i + 1) * n] for i in range(len(mine))]
+    graded = score_completions(texts, mine)[1]["correctness"]
+    right = llms.gather([int(sum(graded[i * n : (i + 1) * n])) for i in range(len(mine))])
     voting = all(problem.get("kind") != "program" for problem in problems)  # programs have no answer to vote for
     metrics = {}
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):
-        votes = [evaluator.majority(group[:k]) for group in groups]
         metrics[f"eval/pass@{k}"] = statistics.mean(pass_at_k(n, c, k) for c in right)
         if voting:
-            metrics[f"eval/maj@{k}"] = statistics.mean(map(evaluator.right, votes, problems))
+            votes = [evaluator.right(evaluator.majority(group[:k]), problem) for group, problem in zip(groups, mine)]
+            metrics[f"eval/maj@{k}"] = statistics.mean(llms.gather(votes))
     return metrics
 
 
@@ -557,17 +571,18 @@ class State:
                 for name, weight in getattr(self, network).named_parameters():
                     names.setdefault(weight, f"{network}/{name}")
         # with LoRA the weights beside the adapters stay those of MODEL, and need not be written again and again
-        named = {name: w for w, name in names.items() if w.requires_grad or name.startswith("reference/")}
+        saved = lambda name: name.startswith("reference/") and (".lora_" in name or not LORA_RANK)
+        named = {name: w for w, name in names.items() if w.requires_grad or saved(name)}
         for weight in self.trained():
             named |= {f"adam/{key}/{names[weight]}": value for key, value in self.optimizer.state[weight].items()}
         return {name: tensor.detach() for name, tensor in named.items()} | {"generator": self.generator.get_state()}
 
 
-def checksum(tensors, *texts):
-    """One number over all bytes of some tensors and texts, so that a damaged file is noticed."""
+def checksum(read, names, *texts):
+    """One number over all bytes of the tensors read(name) and of some texts, so that a damaged file is noticed."""
     total = zlib.crc32("".join(texts).encode())
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
+    for name in sorted(names):
+        total = zlib.crc32(read(name).contiguous().view(-1).view(torch.uint8).numpy(), total)
     return str(total)
 
 
@@ -577,13 +592,22 @@ def settings():
 
 
 def save_checkpoint(state, run):
-    """Replace the run's checkpoint by one of the state as it is, whole or not at all; one file, nothing pickled."""
-    folder = run / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    tensors = {name: tensor.cpu() for name, tensor in state.tensors().items()}
+    """Replace the run's checkpoint by one of the state as it is, for any number of ranks to go on from."""
+    tensors = {}
+    for name, tensor in state.tensors().items():
+        tensor = llms.whole(tensor)
+        if llms.RANK == 0:
+            tensors[name] = tensor.cpu()
     counters = {name: getattr(state, name) for name in State.COUNTERS}
-    about = {"counters": json.dumps(counters), "settings": json.dumps(fixed_settings())}
-    about["checksum"] = checksum(tensors, about["counters"], about["settings"])
+    write_checkpoint(run / "checkpoint", tensors, json.dumps(counters), json.dumps(fixed_settings()))
+
+
+@llms.on_rank_0
+def write_checkpoint(folder, tensors, counters, settings):
+    """Write a checkpoint whole or not at all; one file, nothing pickled."""
+    folder.mkdir(exist_ok=True)
+    about = {"counters": counters, "settings": settings}
+    about["checksum"] = checksum(tensors.get, tensors, counters, settings)
     safetensors.torch.save_file(tensors, folder / "unfinished", about)
     with open(folder / "unfinished", "rb") as file:
         os.fsync(file.fileno())
@@ -594,10 +618,9 @@ def load_checkpoint(state, run):
     """Bring a fresh state to where the run's checkpoint was written."""
     path = run / "checkpoint" / "state.safetensors"
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        tensors = safetensors.torch.load_file(path)
-        intact = about["checksum"] == checksum(tensors, about["counters"], about["settings"])
+        file = safetensors.safe_open(path, "pt")
+        about, names = file.metadata() or {}, list(file.keys())
+        intact = about["checksum"] == checksum(file.get_tensor, names, about["counters"], about["settings"])
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise SettingsError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
@@ -609,19 +632,19 @@ def load_checkpoint(state, run):
 
     for name, value in json.loads(about["counters"]).items():
         setattr(state, name, value)
-    of_reference = [name for name in tensors if name.startswith("reference/")]
+    of_reference = [name for name in names if name.startswith("reference/")]
     if of_reference or LORA_RANK:
         state.reference = llms.frozen_copy(state.policy, adapter=any(".lora_" in name for name in of_reference))
-    if any(name.startswith("adam/") for name in tensors):
+    if any(name.startswith("adam/") for name in names):
         for weight in state.trained():  # AdamW's state as it stands after its first step, to be filled
             moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
             state.optimizer.state[weight] = {"step": torch.zeros(())} | moments
     try:
-        state.generator.set_state(tensors["generator"])
+        state.generator.set_state(file.get_tensor("generator"))
         for name, tensor in state.tensors().items():
-            tensor.copy_(tensors[name])
-    except (KeyError, RuntimeError) as error:
-        raise SettingsError(f"{path} was made with another model or on another device: {error!r}") from None
+            llms.fill(tensor, file.get_tensor(name))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise SettingsError(f"{path} was made with another model: {error!r}") from None
 
 
 def with_defaults(known):
@@ -643,6 +666,7 @@ def clean(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@llms.on_rank_0
 def append(path, rows):
     """Add rows to a file of JSON lines."""
     with open(path, "a") as file:
@@ -666,6 +690,7 @@ def read_lines(path):
         raise SettingsError(f"{path} is damaged: {error}") from None
 
 
+@llms.on_rank_0
 def forget_after(path, step):
     """Drop the rows that a killed run wrote after its last checkpoint: the resumed run writes them again."""
     rows = [row for row in read_lines(path) if row["step"] <= step]
@@ -675,6 +700,7 @@ def forget_after(path, step):
     os.replace(unfinished, path)
 
 
+@llms.on_rank_0
 def write_config(run):
     """config.json: every constant in force, and what it ran on."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
@@ -684,6 +710,7 @@ def write_config(run):
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"CPU, {torch.get_num_threads()} threads",
+        "ranks": llms.WORLD,
     }
     (run / "config.unfinished").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(run / "config.unfinished", run / "config.json")
@@ -753,6 +780,7 @@ def side_by_side(left, right, width=56):
     return "\n".join(f"  {a:{width}} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue=""))
 
 
+@llms.on_rank_0
 def summary(run):
     """The end of a run: base → trained in a table, and three test questions with both completions side by side."""
     evaluations = [row for row in read_lines(run / "metrics.jsonl") if "eval/accuracy" in row]
@@ -845,7 +873,7 @@ def draw_questions(state, stream):
 class Outputs:
     """The outputs of one step and what is known of them; the last two are noted by line 9 of PPO and DPO."""
 
-    problems: list  # Q of them
+    problems: list  # Q of them, or this rank's share
     rollout: llms.Rollout  # N = Q·G outputs
     rewards: torch.Tensor = None  # [Q, G]  r_i
     by_name: dict = None  # {name: [N]}  each reward, unweighted
@@ -874,10 +902,11 @@ def take_step(state, stream, run):
     # GRPO's: policy_outputs, group_relative and grpo_loss, above; the other methods' are under Table 10, below
     draw_outputs, coefficients, loss_function = TABLE_10[ALGORITHM]
     seconds, began = {}, time.perf_counter()
-    problems, prompts = draw_questions(state, stream)  # 5: a batch D_b of questions
+    problems, prompts = draw_questions(state, stream)  # 5: a batch D_b of questions, on all ranks the same
     # 6: π_θold ← π_θ needs no second network, only its log-probabilities of the outputs: logp_old, below
     with timed(seconds, "sample"):  # 7: G outputs for each question
         rollout = draw_outputs(state, problems, prompts)
+    problems = llms.share(problems)  # from here on those of this rank
     outputs = Outputs(problems, rollout)
     with timed(seconds, "reward"):  # 8: their rewards
         others = other_rewards(state, rollout, problems)
@@ -893,16 +922,26 @@ def take_step(state, stream, run):
         updates = [update(state, rollout, *how) for _ in range(MU)]
     # 12: the reward is a rule, or a model that stays as it is
     state.step += 1
-    state.tokens += int(rollout.mask.sum())
+    state.tokens += sum(llms.gather(rollout.mask.sum(1).tolist()))
     row = step_metrics(state, outputs, advantages, updates) | seconds | {"seconds": time.perf_counter() - began}
     record_step(state, run, row, outputs, advantages)
     return row
 
 
 def step_metrics(state, outputs, advantages, updates):
-    """A training line of metrics.jsonl; what the μ updates of a step measured is averaged, maxima stay maxima."""
-    rollout, rewards = outputs.rollout, outputs.rewards
-    lengths = rollout.mask.sum(1)
+    """A training line of metrics.jsonl, of all ranks' outputs; what the μ updates of a step measured is averaged,
+    maxima stay maxima."""
+    rollout, lengths = outputs.rollout, outputs.rollout.mask.sum(1)
+    entropy = lengths if rollout.entropy is None else rollout.entropy.sum(1)
+    no_advantage = (advantages.view(len(lengths), -1) == 0).all(1)
+    columns = [x.tolist() for x in (lengths, entropy, no_advantage, rollout.truncated)]
+    columns = llms.gather(list(zip(*columns, map(evaluator.reflection, rollout.texts))))
+    lengths, entropy, no_advantage, truncated, reflection = zip(*columns)
+    rewards = torch.tensor(llms.gather(outputs.rewards.tolist()))  # [Q, G]
+    by_name = defaultdict(list)
+    for mine in llms.gather([outputs.by_name]):
+        for name, values in mine.items():
+            by_name[name] += values
     measured = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)
     measured |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
     for name in updates[0].keys() - {"finite"}:
@@ -913,17 +952,17 @@ def step_metrics(state, outputs, advantages, updates):
         "stage": stage_name(state.stage),
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1, correction=min(1, rewards.shape[1] - 1)).mean().item(),
-        **{f"rewards/{name}": statistics.mean(values) for name, values in outputs.by_name.items()},
-        "accuracy": statistics.mean(outputs.by_name["correctness"]),
+        **{f"rewards/{name}": sum(values) / len(lengths) for name, values in by_name.items()},
+        "accuracy": statistics.mean(by_name["correctness"]),
         "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "zero_advantage": (advantages.view(len(lengths), -1) == 0).all(1).float().mean().item(),
+        "zero_advantage": statistics.mean(no_advantage),
         **measured,
         **outputs.measured,
-        "entropy": None if rollout.entropy is None else (rollout.entropy.sum() / lengths.sum()).item(),
-        "length": lengths.float().mean().item(),
-        "length_max": lengths.max().item(),
-        "truncated": rollout.truncated.float().mean().item(),
-        "reflection": statistics.mean(map(evaluator.reflection, rollout.texts)),
+        "entropy": None if rollout.entropy is None else sum(entropy) / sum(lengths),
+        "length": statistics.mean(lengths),
+        "length_max": max(lengths),
+        "truncated": statistics.mean(truncated),
+        "reflection": statistics.mean(reflection),
         "skipped_updates": sum(not one["finite"] for one in updates),
         "questions": state.questions,
         "prompts_skipped": state.skipped,
@@ -932,6 +971,7 @@ def step_metrics(state, outputs, advantages, updates):
     }
 
 
+@llms.on_rank_0
 def record_step(state, run, row, outputs, advantages):
     """Write a step's metrics and the group of its first question, and show a completion now and then."""
     log(state, run, row)
@@ -951,9 +991,9 @@ def record_step(state, run, row, outputs, advantages):
         tqdm.write(f"  {problem['question']}  (answer: {answer}; reward {rewards[0]:.2f})\n{completion}")
 
 
-def record_evaluation(run, state, problems):
-    """Evaluate, write the metrics and all completions, and draw the plots."""
-    metrics, records = evaluate(state.policy, state.tokenizer, problems)
+@llms.on_rank_0
+def record_evaluation(state, run, metrics, records):
+    """Write the metrics of an evaluation and all completions, and draw the plots."""
     log(state, run, {"step": state.step, **metrics})
     append(run / "samples.jsonl", [{"step": state.step, "split": "test", **record} for record in records])
     tqdm.write(f"step {state.step:4d} | TEST {scores(metrics)}")
@@ -965,7 +1005,7 @@ def train(state, stream, test_problems, run, evaluate_at):
     interrupt, said, failures, last = Interrupt(), set(), 0, ITERATIONS * STEPS
     if state.step == 0:
         if 0 in evaluate_at:
-            record_evaluation(run, state, test_problems)
+            record_evaluation(state, run, *evaluate(state.policy, state.tokenizer, test_problems))
         save_checkpoint(state, run)
     bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step")
     for iteration in range(ITERATIONS):  # 2
@@ -987,11 +1027,12 @@ def train(state, stream, test_problems, run, evaluate_at):
                     "three steps in a row were not finite; the last checkpoint is intact, and older than they are"
                 )
             if state.step in evaluate_at:
-                record_evaluation(run, state, test_problems)
-            if interrupt.signal or state.step == last or (state.step % SAVE_EVERY == 0 and not failures):
+                record_evaluation(state, run, *evaluate(state.policy, state.tokenizer, test_problems))
+            asked_to_end = max(llms.gather([interrupt.signal or 0]))
+            if asked_to_end or state.step == last or (state.step % SAVE_EVERY == 0 and not failures):
                 save_checkpoint(state, run)
-            if interrupt.signal:
-                return interrupt.signal
+            if asked_to_end:
+                return asked_to_end
 
 
 # ==== Table 10 (§5.2.1): the other methods ==========================================================================
@@ -1004,8 +1045,8 @@ def dataset_outputs(state, problems, prompts):
     """q, o ~ P_sft(Q, O): the worked solution of each question, in the form that the prompt asks for."""
     if not all(problem.get("solution") for problem in problems):
         raise RunError(f"a question of {stage_name(state.stage)} has no worked solution to imitate")
-    texts = [rldatasets.written_out(problem) for problem in problems]
-    return llms.as_rollout(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
+    texts = [rldatasets.written_out(problem) for problem in llms.share(problems)]
+    return llms.as_rollout(state.policy, state.tokenizer, llms.share(prompts), texts, MAX_NEW_TOKENS)
 
 
 def reference_outputs(state, problems, prompts):
@@ -1025,13 +1066,13 @@ def is_right(state, outputs):
 
 
 def dpo_objective(logp, logp_ref, mask, pairs):
-    """DPO, eq. (12): log σ(Δ), averaged over pairs [P, 2] of rows (o⁺, o⁻), and Δ [P].
+    """DPO, eq. (12): log σ(Δ) and Δ of pairs [P, 2] of rows (o⁺, o⁻): 2 × [P]. The objective is the mean of the first.
 
     Δ = β (1/|o⁺| Σ_t log π_θ/π_ref(o⁺_t) - 1/|o⁻| Σ_t log π_θ/π_ref(o⁻_t)).
     """
     log_ratio = ((logp - logp_ref) * mask).sum(1) / mask.sum(1).clamp(min=1)  # [N]
     margin = BETA_DPO * (log_ratio[pairs[:, 0]] - log_ratio[pairs[:, 1]])  # [P]
-    return torch.nn.functional.logsigmoid(margin).mean(), margin
+    return torch.nn.functional.logsigmoid(margin), margin
 
 
 def preference(state, outputs):
@@ -1045,13 +1086,15 @@ def preference(state, outputs):
     number = torch.arange(right.numel()).view(right.shape)  # [Q, G]
     sides = [(number[q][right[q] & kept[q]], number[q][~right[q] & kept[q]]) for q in range(len(right))]
     pairs = [pair for o_right, o_wrong in sides for pair in zip(o_right.tolist(), o_wrong.tolist())]
-    coefficients, outputs.measured["dpo/pairs"] = torch.zeros(right.numel()), len(pairs)  # [N]
-    if pairs:
-        pairs = torch.tensor(pairs)  # [P, 2]
+    P, N = (sum(of_ranks) for of_ranks in zip(*llms.gather([(len(pairs), right.numel())])))
+    coefficients, outputs.measured["dpo/pairs"] = torch.zeros(right.numel()), P  # [N]
+    if P:
+        pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 2)  # [P, 2]
         logp, logp_ref = score(state.policy, outputs.rollout), score(state.reference, outputs.rollout)  # [N, T]
-        objective, margin = dpo_objective(logp, logp_ref, outputs.rollout.mask, pairs)
-        outputs.measured |= {"dpo/loss": -objective.item(), "dpo/margin": margin.mean().item()}
-        weight = (BETA_DPO * torch.sigmoid(-margin) * right.numel() / len(pairs)).to(coefficients)  # [P]
+        objective, margin = dpo_objective(logp, logp_ref, outputs.rollout.mask, pairs)  # 2 × [P]
+        for name, x in (("dpo/loss", -objective), ("dpo/margin", margin)):
+            outputs.measured[name] = statistics.mean(llms.gather(x.tolist()))
+        weight = (BETA_DPO * torch.sigmoid(-margin) * N / P).to(coefficients)  # [P]
         coefficients[pairs] = torch.stack([weight, -weight], 1)  # [P, 2]
     return coefficients
 
@@ -1236,6 +1279,7 @@ def check_settings():
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("RUN", RUN == Path(RUN).name, "a name without folders"),
         ("SEED", SEED < 2**63, "below 2 to the 63"),
+        ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"one for each of {llms.WORLD} ranks at least"),
         ("OVERLONG_SHARE", 0 < OVERLONG_SHARE <= 1, "above 0 and at most 1"),
     ]
     for name, kept, demand in rules:
@@ -1277,8 +1321,10 @@ def test_set():
     problems = [
         problem | {"task": task} for task in tasks for problem in itertools.islice(rldatasets.load(task, "test"), each)
     ]
-    if not problems:
-        raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET}")
+    if len(problems) < llms.WORLD:
+        raise SettingsError(
+            f"no test questions in {EVAL_DATASET or DATASET}" + f" for each of {llms.WORLD} ranks" * (llms.WORLD > 1)
+        )
     return problems
 
 
@@ -1362,13 +1408,16 @@ def needs():
         llms.add_lora(model, LORA_RANK, LORA_ALPHA)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     group = 1 if ALGORITHM == "sft" else GROUP_SIZE
-    cache = min(CACHE_TOKENS, QUESTIONS_PER_STEP * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
-    copies = (needs_reference() and not LORA_RANK, ALGORITHM == "ppo")
-    parts = llms.memory(model, copies, cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, torch.cuda.is_available())
+    asked = -(-QUESTIONS_PER_STEP // llms.WORLD)  # questions of a rank
+    cache = min(CACHE_TOKENS, asked * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
+    copies = (needs_reference() and not (LORA_RANK and llms.WORLD == 1), ALGORITHM == "ppo")
+    how = (cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, torch.cuda.is_available(), llms.WORLD)
+    parts = llms.memory(model, copies, *how)
     about = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
+    each = f"on each of {llms.WORLD} ranks " if llms.WORLD > 1 else ""
     return (
         f"{MODEL}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained; "
-        f"up to {sum(parts.values()) / 1e9:.2g} GB of memory ({about})"
+        f"{each}up to {sum(parts.values()) / 1e9:.2g} GB of memory ({about})"
     )
 
 
@@ -1412,10 +1461,22 @@ def new_state(policy, tokenizer):
     if GRADIENT_CHECKPOINTING:
         llms.checkpoint_layers(policy)
     critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
+    for network in (policy, critic) if critic else (policy,):
+        llms.shard(network)
     trained = [w for network in (policy, critic) if network for w in network.parameters() if w.requires_grad]
     adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
-    generator = torch.Generator(policy.device).manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
     return State(policy, tokenizer, torch.optim.AdamW(trained, **adam), generator, reward_model(), critic=critic)
+
+
+@llms.on_rank_0
+def open_run(state, run, resumed):
+    """Make a run's folder, or bring its files to where the state stands."""
+    run.mkdir(parents=True, exist_ok=resumed)
+    write_config(run)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        forget_after(run / name, state.step or -1)  # the base evaluation of step 0 is made again, and is the same
+    state.tensorboard = tensorboard(run, state.step + 1)
 
 
 def run_training(actions, flags):
@@ -1428,7 +1489,9 @@ def run_training(actions, flags):
         check_sandbox([*problems, *some])
         check_solutions(some, name)
     print(needs())
-    policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
+    with llms.one_first():
+        folder = model_folder(MODEL)
+    policy, tokenizer = llms.load(folder)  # 1: π_θ ← π_θinit
     globals()["MAX_PROMPT_TOKENS"] = longest_prompt(policy, tokenizer, problems)
     state = new_state(policy, tokenizer)
     if actions.resume is not None and (run / "checkpoint" / "state.safetensors").exists():
@@ -1437,12 +1500,9 @@ def run_training(actions, flags):
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
     stream = questions_of(state)
 
-    run.mkdir(parents=True, exist_ok=actions.resume is not None)
-    write_config(run)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        forget_after(run / name, state.step or -1)  # the base evaluation of step 0 is made again, and is the same
-    state.tensorboard = tensorboard(run, state.step + 1)
-    print(f"{ALGORITHM} on {DATASET}; {policy.device}; everything goes to {run}")
+    open_run(state, run, actions.resume is not None)
+    ranks = f"{llms.WORLD} ranks, " if llms.WORLD > 1 else ""
+    print(f"{ALGORITHM} on {DATASET}; {ranks}{policy.device}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
     if not llms.by_layout(policy):
         print(f"note: the attention of {MODEL} is not one of those that run here without padding: it will be slower.")
@@ -1471,7 +1531,10 @@ def run_evaluation(actions, flags):
     problems, right = test_set(), []
     check_sandbox(problems)
     for name in names:
-        metrics, records = evaluate(*llms.load(model_folder(name)), problems)
+        with llms.one_first():
+            folder = model_folder(name)
+        policy, tokenizer = llms.load(folder)
+        metrics, records = evaluate(llms.shard(policy), tokenizer, problems)
         right.append([record["correctness"] for record in records])
         print(f"{name}: {scores(metrics)}")
     if actions.against:
@@ -1480,6 +1543,14 @@ def run_evaluation(actions, flags):
         print(f"difference: {statistics.mean(gains):+.3f} ± {half:.3f} (95 %, paired)")
         print(f"right only by {names[0]}: {gains.count(1)}, only by {names[1]}: {gains.count(-1)}, of {len(gains)}")
     return 0
+
+
+def complain(text):
+    """An error in one line; of one that all ranks meet only rank 0's is seen, for it ends the others."""
+    if llms.RANK:
+        time.sleep(3)
+    rank = f" on rank {llms.RANK}" if llms.WORLD > 1 else ""
+    print(f"main.py: error{rank}: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv=None):
@@ -1491,13 +1562,14 @@ def main(argv=None):
             raise SettingsError("--resume, --evaluate and --against need a name")
         if sum(map(bool, (actions.resume, actions.evaluate, actions.test))) > 1:
             raise SettingsError("--resume, --evaluate and --test exclude each other")
+        llms.join()
         return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
     except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        complain(error)
         return 1 if isinstance(error, RunError) else 2
     except torch.OutOfMemoryError as error:
         help = "try --lora_rank 32, --gradient_checkpointing, or less of --token_budget and --cache_tokens"
-        print(f"main.py: error: {str(error).splitlines()[0]} ({help})", file=sys.stderr)
+        complain(f"{str(error).splitlines()[0]} ({help})")
         return 1
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
