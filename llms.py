@@ -85,17 +85,26 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def join():
-    """Meet the other ranks. Only rank 0 is heard, save for errors."""
-    if WORLD == 1 or dist.is_initialized():
+@contextmanager
+def together():
+    """A block in which the ranks can meet; only rank 0 is heard in it, save for errors."""
+    if WORLD == 1:
+        yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    # one rank may sample for long while the others wait; that one has died is noticed by torchrun
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    # one rank may sample for long while the others wait; that one has died is noticed by torchrun
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
+    yield
+    dist.destroy_process_group()  # not after an error, when the others may never come
+
+
+def lost_another_rank(error):
+    """Is this what a rank meets when another one has died?"""
+    return WORLD > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 def gather(rows):
@@ -748,7 +757,7 @@ def sampled_from(model):
         return model
     if model not in COPIES:
         COPIES.clear()
-        dtype = precision(model.device)
+        dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
         COPIES[model] = empty_copy(model, dtype, model.device) if sharded else rounded_copy(model, dtype)
     renew(COPIES[model], model)
     return COPIES[model]
@@ -989,7 +998,8 @@ class Critic(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.trunk = own_copy(model.base_model)
-        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
+        width = model.get_output_embeddings().weight.shape[1]
+        self.value_head = nn.Linear(width, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 

@@ -1562,14 +1562,19 @@ def main(argv=None):
             raise SettingsError("--resume, --evaluate and --against need a name")
         if sum(map(bool, (actions.resume, actions.evaluate, actions.test))) > 1:
             raise SettingsError("--resume, --evaluate and --test exclude each other")
-        llms.join()
-        return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
+        with llms.together():
+            return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
     except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError) as error:
         complain(error)
         return 1 if isinstance(error, RunError) else 2
     except torch.OutOfMemoryError as error:
         help = "try --lora_rank 32, --gradient_checkpointing, or less of --token_budget and --cache_tokens"
         complain(f"{str(error).splitlines()[0]} ({help})")
+        return 1
+    except RuntimeError as error:
+        if not llms.lost_another_rank(error):
+            raise
+        complain("lost another rank: why, it says itself, or torchrun below; --resume goes on from the checkpoint")
         return 1
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)

@@ -1,0 +1,258 @@
+"""Several ranks are one: this file is also the program that torchrun starts, in which two compute what one did."""
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file
+
+import llms
+import main
+import rldatasets
+
+ROOT = Path(__file__).parent.parent
+ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+OFFLINE = ALONE | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
+
+
+# ---- what is computed on one rank, and on two -----------------------------------------------------------------------
+
+QUESTIONS = {  # what each question's outputs have for Â: on two ranks the first half is rank 0's
+    "equal": [[1.0, -0.5, -0.5, 0.0], [-1.5, 0.5, 0.5, 0.5], [0.3, -0.3, 1.0, -1.0], [0.2, 0.4, -0.1, -0.5]],
+    "unequal": [[1.0, -0.5, -0.5, 0.0], [-1.5, 0.5, 0.5, 0.5], [0.3, -0.3, 1.0, -1.0]],
+    "rank 0 has nothing to learn from": [[0.0] * 4, [-1.5, 0.5, 0.5, 0.5], [0.3, -0.3, 1.0, -1.0]],
+    "nobody has": [[0.0] * 4] * 3,
+}
+DEFAULTS = {
+    "GROUP_SIZE": 4, "MAX_NEW_TOKENS": 12, "STEPS": 10, "WARMUP": 0, "LEARNING_RATE": 1e-3, "TOKEN_BUDGET": 8192,
+    "SHOW_EVERY": 0, "DATASET": "arithmetic", "BETA": 0.04, "DENOMINATOR": "sequence", "LORA_RANK": 0,
+    "ALGORITHM": "grpo", "WEIGHT_OVERLONG": 3.0, "OVERLONG_SHARE": 1.0,
+}  # fmt: skip
+
+
+def fresh_state(checkpoint, **settings):
+    """A policy in float64: GPT-2, for the others' norms compute in fp32 whatever their weights are."""
+    main.__dict__.update(DEFAULTS | settings)
+    policy, tokenizer = llms.load(checkpoint)
+    policy.double().generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
+    state = main.new_state(policy, tokenizer)
+    if main.needs_reference():
+        state.reference = llms.frozen_copy(state.policy, adapter=False)
+    if main.LORA_RANK:
+        with torch.no_grad():
+            for layer in llms.adapted(state.policy):
+                llms.fill(layer.lora_B, torch.linspace(-1, 1, layer.lora_B.numel()).view(layer.lora_B.shape).double())
+    return state
+
+
+def gradient(checkpoint, questions, **settings):
+    """The gradient of one update, {weight: whole tensor}: ratios other than 1, a reference and a critic where asked."""
+    state = fresh_state(checkpoint, QUESTIONS_PER_STEP=len(questions), **settings)
+    prompts = [[5 + i] * (3 + i) for i in range(len(questions))]
+    rollout = main.draw(state.policy, state.tokenizer, prompts, 4, 1.0, state.generator)
+    advantages = torch.tensor(llms.share(questions), dtype=torch.float64).flatten()  # [N]
+    old = rollout.logp.double() + 0.3 * (rollout.ids[:, -rollout.mask.shape[1] :] % 5 - 2) * rollout.mask  # [N, T]
+    ref = main.score(state.reference, rollout) + 0.1 if state.reference else None
+    targets = (torch.zeros_like(old), old) if state.critic else None
+    measured = main.accumulate(state, rollout, advantages, old, ref, main.grpo_loss, targets)
+    networks = {"policy": state.policy, "critic": state.critic} if state.critic else {"policy": state.policy}
+    gradients = {
+        f"{network}.{name}": llms.whole(weight.grad).clone()
+        for network, module in networks.items()
+        for name, weight in module.named_parameters()
+        if weight.grad is not None
+    }
+    return gradients | {f"measured.{name}": torch.tensor(value).double() for name, value in measured.items()}
+
+
+def dpo(checkpoint):
+    """DPO's coefficients where only one rank has pairs: Â_i of all outputs."""
+    state = fresh_state(checkpoint, ALGORITHM="dpo", QUESTIONS_PER_STEP=3)
+    rollout = main.draw(state.policy, state.tokenizer, [[5] * 3, [6] * 4, [7] * 5], 4, 1.0, state.generator)
+    right = llms.share([[0.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    correctness = list(itertools.chain(*right))
+    outputs = main.Outputs(right, rollout, torch.tensor(right), {"correctness": correctness})
+    coefficients = main.preference(state, outputs).tolist()
+    return {"coefficients": torch.tensor(llms.gather(coefficients)), "loss": torch.tensor(outputs.measured["dpo/loss"])}
+
+
+def ten_steps(checkpoint, folder):
+    """Ten steps of Algorithm 1: the weights behind them, the metrics of each step, and an evaluation."""
+    state = fresh_state(checkpoint, QUESTIONS_PER_STEP=3, EVAL_SAMPLES=2)
+    stream = rldatasets.shuffled("arithmetic", "train", 0)
+    rows = [main.take_step(state, stream, folder) for _ in range(10)]
+    names = [name for name in rows[0] if "seconds" not in name and name != "stage"]
+    columns = {name: [float(row[name] or 0) for row in rows] for name in names}
+    problems = list(itertools.islice(rldatasets.load("arithmetic", "test"), 5))
+    metrics, records = main.evaluate(state.policy, state.tokenizer, problems)
+    weights = {name: llms.whole(weight).detach().clone() for name, weight in state.policy.named_parameters()}
+    tensors = {f"metrics.{name}": torch.tensor(values).double() for name, values in (columns | metrics).items()}
+    asked = torch.tensor([record["question"] == problem["question"] for record, problem in zip(records, problems)])
+    return weights | tensors | {"in order": asked}
+
+
+def everything(checkpoint, with_linear_layers, folder):
+    """{scenario/name: tensor}"""
+    cases = {
+        f"{which} {denominator} {budget}": gradient(
+            checkpoint, QUESTIONS[which], DENOMINATOR=denominator, TOKEN_BUDGET=budget
+        )
+        for which, denominator, budget in [
+            ("equal", "sequence", 8192),
+            ("equal", "token", 40),
+            ("unequal", "sequence", 8192),
+            ("unequal", "token", 40),
+            ("unequal", "constant", 40),
+        ]
+    }
+    for which in ("rank 0 has nothing to learn from", "nobody has"):
+        cases[which] = gradient(checkpoint, QUESTIONS[which], BETA=0.0, TOKEN_BUDGET=40)
+    cases["ppo"] = gradient(checkpoint, QUESTIONS["unequal"], ALGORITHM="ppo", TOKEN_BUDGET=40)
+    cases["lora"] = gradient(with_linear_layers, QUESTIONS["unequal"], LORA_RANK=2, TOKEN_BUDGET=40)
+    cases["dpo"] = dpo(checkpoint)
+    cases["ten steps"] = ten_steps(checkpoint, folder)
+    return {f"{case}/{name}": tensor for case, found in cases.items() for name, tensor in found.items()}
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(checkpoint, tmp_path_factory):
+    """What one rank computes, and what two do: {scenario: {name: (tensor, tensor)}}."""
+    folder, before = tmp_path_factory.mktemp("ranks"), main.settings()
+    (folder / "one").mkdir()
+    models = checkpoint("gpt2"), checkpoint("qwen2")
+    one = everything(*models, folder / "one")
+    main.__dict__.update(before)
+    process = subprocess.run(
+        [*TORCHRUN, __file__, *models, folder], env=OFFLINE, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    two, found = load_file(folder / "two.safetensors"), {}
+    assert one.keys() == two.keys()
+    for key in one:
+        case, name = key.split("/", 1)
+        found.setdefault(case, {})[name] = one[key], two[key]
+    return found
+
+
+CASES = ["equal sequence 8192", "equal token 40", "unequal sequence 8192", "unequal token 40", "unequal constant 40"]
+CASES += ["rank 0 has nothing to learn from", "nobody has", "ppo", "lora", "dpo"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_have_the_gradient_of_one(both, case):  # T33
+    for name, (one, two) in both.get(case, {}).items():
+        assert (one - two).abs().max() <= 1e-10, name
+    moved = [name for name, (one, _) in both.get(case, {}).items() if one.any() and not name.startswith("measured")]
+    assert bool(moved) == (case != "nobody has")
+
+
+def test_after_ten_steps_two_ranks_have_the_weights_metrics_and_evaluation_of_one(both):
+    for name, (one, two) in both["ten steps"].items():
+        assert (one.double() - two.double()).abs().max() <= 1e-6, name
+    assert both["ten steps"]["in order"][1].all()
+    assert both["ten steps"]["metrics.grad_norm"][0].min() > 0
+
+
+SMALL = "--dataset arithmetic --questions_per_step 3 --group_size 2 --max_new_tokens 8 --eval_every 2 --show_every 3"
+SMALL += " --eval_questions 3 --learning_rate 1e-5 --save_every 2 --weight_overlong 3 --overlong_share 1"
+
+
+def on_two_ranks(folder, *arguments):
+    command = [*TORCHRUN, str(ROOT / "main.py"), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, tmp_path_factory):
+    """A folder with a run of six steps on one rank, and the flags it was made with."""
+    folder = tmp_path_factory.mktemp("alone")
+    flags = ["--model", checkpoint("qwen2"), *SMALL.split()]
+    command = [sys.executable, str(ROOT / "main.py"), *flags, "--steps", "6", "--run", "whole"]
+    subprocess.run(command, cwd=folder, env=OFFLINE, check=True, capture_output=True)
+    return folder, flags
+
+
+def assert_same_run(one, other):
+    """The same weights, completions and metrics, but for what a sum rounds differently in another order."""
+    weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert weights.keys() == others.keys()
+    assert max((weights[name] - others[name]).abs().max() for name in weights) < 1e-6
+    samples, other_samples = (main.read_lines(run / "samples.jsonl") for run in (one, other))
+    assert [row["completion"] for row in samples] == [row["completion"] for row in other_samples]
+    for row, same in zip(main.read_lines(one / "metrics.jsonl"), main.read_lines(other / "metrics.jsonl"), strict=True):
+        for name in (name for name in row.keys() | same.keys() if not name.startswith("seconds")):
+            assert row[name] == (
+                same[name] if isinstance(row[name], str | None) else pytest.approx(same[name], abs=1e-5)
+            )
+
+
+def test_a_rank_that_dies_ends_the_run_and_one_rank_goes_on_from_the_checkpoint_of_two(alone):
+    folder, flags = alone
+    process = on_two_ranks(folder, *flags, "--steps", "6", "--run", "killed")
+    while (line := process.stdout.readline()) and not line.startswith("step    3"):
+        assert process.poll() is None
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    began = time.monotonic()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 60
+    assert "lost another rank" in err and "SIGKILL" in err
+    command = [sys.executable, str(ROOT / "main.py"), "--resume", "runs/killed"]
+    subprocess.run(command, cwd=folder, env=OFFLINE, check=True, capture_output=True)
+    assert_same_run(folder / "runs" / "whole", folder / "runs" / "killed")
+
+
+def test_two_ranks_go_on_from_the_checkpoint_of_one_and_only_one_of_them_speaks(alone):
+    folder, flags = alone
+    command = [sys.executable, str(ROOT / "main.py"), *flags, "--steps", "3", "--run", "grown"]
+    subprocess.run(command, cwd=folder, env=OFFLINE, check=True, capture_output=True)
+    shutil.rmtree(folder / "runs" / "grown" / "model")
+    process = on_two_ranks(folder, "--resume", "runs/grown", "--steps", "6")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert [line[:11] for line in out.splitlines() if line.startswith("step")] == [
+        "step    4 |", "step    4 |", "step    5 |", "step    6 |", "step    6 |"
+    ]  # fmt: skip
+    grown = main.read_lines(folder / "runs" / "grown" / "metrics.jsonl")
+    assert [row["step"] for row in grown] == [0, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6]  # it was tested after its third step too
+    rows = [row for row in grown if not (row["step"] == 3 and "eval/n" in row)]
+    (folder / "runs" / "grown" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tests = [row for row in main.read_lines(folder / "runs" / "grown" / "samples.jsonl")]
+    rows = [row for row in tests if not (row["step"] == 3 and row["split"] == "test")]
+    (folder / "runs" / "grown" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert_same_run(folder / "runs" / "whole", folder / "runs" / "grown")
+
+
+def test_an_error_that_all_ranks_meet_is_told_once(alone):
+    folder, flags = alone
+    process = on_two_ranks(folder, *flags, "--questions_per_step", "1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    errors = [line for line in err.splitlines() if line.startswith("main.py: error")]
+    assert errors == ["main.py: error on rank 0: --questions_per_step must be one for each of 2 ranks at least, not 1"]
+
+
+if __name__ == "__main__":
+    with llms.together():
+        *models, folder = sys.argv[1:]
+        tensors = {name: tensor.contiguous() for name, tensor in everything(*models, Path(folder)).items()}
+        if llms.RANK == 0:
+            safetensors.torch.save_file(tensors, Path(folder) / "two.safetensors")
