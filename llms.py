@@ -415,11 +415,13 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ran
     reference, critic = copies
     own = size * trained if trained == total else 4 * total  # of a reference; with adapters it stays in fp32
     sampled_from = size * total if on_gpu or ranks > 1 else 0
-    outside = total - sum(weight.numel() for weight in layers_of(model).parameters())
-    gathered = 8 * (outside + 2 * (total - outside) / layers) if ranks > 1 else 0  # weights and gradients of a part
+    per_layer = sum(weight.numel() for weight in layers_of(model).parameters()) / layers
+    outside = total - layers * per_layer  # embeddings and head
+    gathered = 8 * (outside + 2 * per_layer) if ranks > 1 else 0  # fp32 weights and gradients that are whole just now
+    cast = 2 * (outside + per_layer if checkpointing else total) if on_gpu else 0  # weights in bf16, for the way back
     critics = 16 * trained + (4 * (total - trained) if ranks > 1 else 0)
     sampling = size * cache_tokens * layers * key_value
-    updating = 4 * trained / ranks + gathered + size * token_budget * kept + (2 * total if on_gpu else 0)
+    updating = 4 * trained / ranks + gathered + size * token_budget * kept + cast
     return {
         "weights": 4 * total / ranks,
         "AdamW": 8 * trained / ranks,

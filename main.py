@@ -1398,6 +1398,15 @@ def run_folder(actions, flags):
     return run
 
 
+def memory_parts(model, on_gpu, ranks):
+    """How much memory a run with these settings needs for what, on each of so many ranks, in bytes."""
+    group = 1 if ALGORITHM == "sft" else GROUP_SIZE
+    asked = -(-QUESTIONS_PER_STEP // ranks)  # questions of a rank
+    cache = min(CACHE_TOKENS, asked * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
+    copies = (needs_reference() and not (LORA_RANK and ranks == 1), ALGORITHM == "ppo")
+    return llms.memory(model, copies, cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, on_gpu, ranks)
+
+
 def needs():
     """What a run will train and how much memory it needs, in a line, before anything is loaded."""
     model = llms.skeleton(MODEL if MODEL == "tiny" else model_folder(MODEL))
@@ -1407,12 +1416,7 @@ def needs():
     if LORA_RANK:
         llms.add_lora(model, LORA_RANK, LORA_ALPHA)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    group = 1 if ALGORITHM == "sft" else GROUP_SIZE
-    asked = -(-QUESTIONS_PER_STEP // llms.WORLD)  # questions of a rank
-    cache = min(CACHE_TOKENS, asked * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
-    copies = (needs_reference() and not (LORA_RANK and llms.WORLD == 1), ALGORITHM == "ppo")
-    how = (cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, torch.cuda.is_available(), llms.WORLD)
-    parts = llms.memory(model, copies, *how)
+    parts = memory_parts(model, torch.cuda.is_available(), llms.WORLD)
     about = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
     each = f"on each of {llms.WORLD} ranks " if llms.WORLD > 1 else ""
     return (

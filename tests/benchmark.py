@@ -1,4 +1,4 @@
-"""Measure what the README claims of speed and memory: python tests/benchmark.py [rollout update step growth memory lora]
+"""What the README claims of speed and memory: python tests/benchmark.py [rollout update step growth memory lora fits]
 
 Everything is measured beside what a user of the library would write, on the same random weights, questions and lengths,
 in turns, and given as medians and ratios. Peaks of memory are those of processes of their own, above the imports.
@@ -23,7 +23,10 @@ SHAPES = {  # hidden size, layers, inner size, heads, key heads, vocabulary
     "smaller": (256, 4, 688, 4, 2, 32_000),
     "large vocabulary": (256, 4, 688, 4, 2, 128_000),
     "200 M": (1024, 15, 2816, 16, 4, 32_000),
+    "Qwen2.5-0.5B": (896, 24, 4864, 14, 2, 151_936),
     "Qwen2.5-1.5B": (1536, 28, 8960, 12, 2, 151_936),
+    "Qwen2.5-3B": (2048, 36, 11008, 16, 2, 151_936),
+    "Qwen2.5-7B": (3584, 28, 18944, 28, 4, 152_064),
 }
 LORA = {
     "full": {},
@@ -405,10 +408,41 @@ def measure_lora():
         print(f"{how:22}{one['peak'] / 1e9:9.2f} GB{share:16.2f}{one['estimate'] / 1e9:9.2f} GB")
 
 
+def fits():
+    """What each GPU needs, by the estimate that a run prints before it loads anything."""
+    import torch
+    import transformers
+
+    import llms
+    import main
+
+    groups = {"defaults": {}, "light": {"GROUP_SIZE": 16, "TOKEN_BUDGET": 4096, "CACHE_TOKENS": 131072}}
+    ways, defaults = {"all weights": {}, "LoRA, rank 32": {"LORA_RANK": 32}}, main.settings()
+    print("\nGB on each of 1, 8 and 16 GPUs, with --gradient_checkpointing; light: " + ", ".join(
+        f"--{name.lower()} {value}" for name, value in groups["light"].items()
+    ))  # fmt: skip
+    print(f"{'':14}" + "".join(f"{f'{way}, {group}':>28}" for group in groups for way in ways))
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B"):
+        hidden, layers, inner, heads, key_heads, vocabulary = SHAPES[name]
+        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
+        config = transformers.Qwen2Config(**shape, tie_word_embeddings=name != "Qwen2.5-7B")
+        cells = []
+        for group, way in ((group, way) for group in groups.values() for way in ways.values()):
+            main.__dict__.update(defaults | {"GRADIENT_CHECKPOINTING": True} | group | way)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            if main.LORA_RANK:
+                llms.add_lora(model, main.LORA_RANK, main.LORA_ALPHA)
+            needed = [sum(main.memory_parts(model, True, ranks).values()) for ranks in (1, 8, 16)]
+            cells.append(" / ".join(f"{size / 1e9:.0f}" for size in needed))
+        print(f"{name:14}" + "".join(f"{cell:>28}" for cell in cells))
+
+
 def main():
     import torch
 
-    sections = ("rollout", "update", "step", "growth", "memory", "lora")
+    sections = ("rollout", "update", "step", "growth", "memory", "lora", "fits")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("section", nargs="*", choices=[[], *sections], help="what to measure; all of it by default")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # the child process
@@ -445,6 +479,8 @@ def main():
         measure_memory()
     if "lora" in chosen and not on_gpu:
         measure_lora()
+    if "fits" in chosen:
+        fits()
 
 
 if __name__ == "__main__":
