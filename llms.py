@@ -735,8 +735,9 @@ def rounded_copy(model, dtype):
 
 
 def empty_copy(model, dtype, device):
-    """A copy that has no values yet."""
-    return copy_with(model, lambda weight: torch.empty_like(weight, dtype=dtype, device=device)).requires_grad_(False)
+    """A copy whose weights have no values yet."""
+    copied = copy_with(model, lambda weight: torch.empty_like(weight, dtype=dtype, device=device))
+    return copied.to(device).requires_grad_(False)
 
 
 @torch.no_grad()

@@ -423,13 +423,29 @@ def within_memory(budget, work, rows=1):
 def score_completions(texts, problems, **others):
     """r_i = Σ weight · reward: [Q, G], and each reward by name and unweighted: {name: [N]}. G texts a problem.
 
-    The rules are asked here, side by side, for programs take their time; others are rewards [N] known already.
+    The rules are asked here, side by side, for programs take their time; others are rewards [N] known already. An
+    output on which a rule fails, or gives no finite number, gets 0 for it, and that is said.
     """
-    group = len(texts) // len(problems)
+    group, failures = len(texts) // len(problems), []
+
+    def ask(text, problem):
+        try:
+            return evaluator.rewards(text, problem)
+        except Exception as error:  # rules are there to be edited, and outputs hold surprises
+            failures.append(f"{error!r} (question: {problem['question']})")
+            return {"correctness": 0.0, "strict_format": 0.0}
+
     with ThreadPoolExecutor(max(1, os.cpu_count() // llms.LOCAL_WORLD)) as pool:
-        rows = list(pool.map(evaluator.rewards, texts, (problem for problem in problems for _ in range(group))))
+        rows = list(pool.map(ask, texts, (problem for problem in problems for _ in range(group))))
     names = dict.fromkeys(name for row in rows for name in row)  # a program has other rewards than a number
     by_name = {name: [row.get(name, 0.0) for row in rows] for name in names} | others
+    for name, values in by_name.items():
+        failures += [f"{name} is {value}" for value in values if not math.isfinite(value)]
+        by_name[name] = [value if math.isfinite(value) else 0.0 for value in values]
+    if failures:
+        tqdm.write(f"note: {len(failures)} rewards failed and count 0: {failures[0]}", file=sys.stderr)
+    if len(failures) >= len(texts):
+        raise RunError(f"the rewards fail on every output: {failures[0]}")
     weighted = [globals()[f"WEIGHT_{name.upper()}"] * torch.tensor(values) for name, values in by_name.items()]  # [N]
     return sum(weighted).view(len(problems), group), by_name
 
@@ -443,6 +459,7 @@ def other_rewards(state, rollout, problems):
         questions = [problem["question"] for problem in problems for _ in range(group)]
         scores = torch.tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts))  # [N]
         of_all = torch.tensor(llms.gather(scores.tolist()))  # of every rank's outputs
+        of_all = of_all[of_all.isfinite()]
         spread = of_all.std(correction=min(1, len(of_all) - 1))
         others["reward_model"] = ((scores - of_all.mean()) / (spread + 1e-4)).tolist()
     return others

@@ -537,6 +537,25 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_alone(setup)
     assert all(p.grad is None or not p.grad.any() for p in state.policy.parameters())
 
 
+def test_an_output_on_which_a_rule_fails_gets_nothing_for_it_and_the_others_theirs(monkeypatch, capsys):
+    real = evaluator.rewards
+
+    def surprised(text, problem):
+        if text == "boom":
+            raise ZeroDivisionError("one of the rules")
+        return real(text, problem) | ({"integer": math.nan} if text == "nan" else {})
+
+    monkeypatch.setattr(evaluator, "rewards", surprised)
+    problem = {"question": "one and one?", "answer": "2", "kind": "math"}
+    rewards, by_name = main.score_completions(["<answer>2</answer>", "boom", "nan", "three"], [problem])
+    assert rewards.tolist() == [[2.75, 0, 0, 0]]  # 2 + 0.5 + 0.5 · 2/4
+    assert by_name["integer"] == [1, 0, 0, 0]
+    said = capsys.readouterr().err
+    assert "2 rewards failed" in said and "one of the rules" in said and "one and one?" in said
+    with pytest.raises(main.RunError, match="one of the rules"):
+        main.score_completions(["boom", "boom"], [problem])
+
+
 def test_the_order_of_events_is_algorithm_1(setup, tmp_path, monkeypatch):  # T34, T39, T40
     state, _ = setup(ITERATIONS=2, STEPS=2, MU=3)
     state.reference, events, references = None, [], []
