@@ -52,6 +52,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import evaluator
@@ -635,10 +636,10 @@ def load_checkpoint(state, run):
     """Bring a fresh state to where the run's checkpoint was written."""
     path = run / "checkpoint" / "state.safetensors"
     try:
-        file = safetensors.safe_open(path, "pt")
+        file = safe_open(path, "pt")
         about, names = file.metadata() or {}, list(file.keys())
         intact = about["checksum"] == checksum(file.get_tensor, names, about["counters"], about["settings"])
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError) as error:
         raise SettingsError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
         raise SettingsError(f"{path} is damaged: its bytes are not those that were written")
@@ -660,7 +661,9 @@ def load_checkpoint(state, run):
         state.generator.set_state(file.get_tensor("generator"))
         for name, tensor in state.tensors().items():
             llms.fill(tensor, file.get_tensor(name))
-    except (safetensors.SafetensorError, RuntimeError) as error:
+        if extra := set(names) - state.tensors().keys():
+            raise RuntimeError(f"there is no {min(extra)} here")
+    except (SafetensorError, RuntimeError) as error:
         raise SettingsError(f"{path} was made with another model: {error!r}") from None
 
 
@@ -1585,7 +1588,7 @@ def main(argv=None):
             raise SettingsError("--resume, --evaluate and --test exclude each other")
         with llms.together():
             return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
-    except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError) as error:
+    except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError, SafetensorError) as error:
         complain(error)
         return 1 if isinstance(error, RunError) else 2
     except torch.OutOfMemoryError as error:
