@@ -43,7 +43,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -199,6 +198,15 @@ def copy_with(module, change):
 
 # ---- loading and saving --------------------------------------------------------------------------------------------
 
+SAFE = {"use_safetensors": True, "trust_remote_code": False}  # no pickle is opened, no code of a download is run
+
+
+def no_pickles():
+    raise ModelError("its weights are pickled, and only safetensors are read")
+
+
+transformers.modeling_utils.check_torch_load_is_safe = no_pickles  # asked where an index names something else
+
 
 def configuration(name):
     """A model's shape, without its weights; that of the tiny model for "tiny"."""
@@ -207,7 +215,7 @@ def configuration(name):
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"no such model folder: {name}")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever a broken folder makes four libraries raise is the same news to the user
         raise ModelError(explain(name, error)) from error
 
@@ -224,9 +232,9 @@ def load(name):
         if "dropout" in key or "pdrop" in key:
             setattr(config, key, 0.0)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        how = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-        model, loaded = AutoModelForCausalLM.from_pretrained(name, **how)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, loaded = AutoModelForCausalLM.from_pretrained(name, **how, **SAFE)
     except Exception as error:  # as above
         raise ModelError(explain(name, error)) from error
     if loaded["missing_keys"]:
@@ -384,7 +392,7 @@ def skeleton(name):
     config = configuration(name)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:  # no causal language model
         raise ModelError(explain(name, error)) from error
 
@@ -434,19 +442,23 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ran
 # ---- prompts and batches -------------------------------------------------------------------------------------------
 
 
+def templated(tokenizer, messages, **how):
+    """A dialogue in the words of the checkpoint's chat template."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    except Exception as error:  # a template is a program, and raises what it likes
+        raise ModelError(f"the chat template of {tokenizer.name_or_path} fails: {error}".splitlines()[0]) from error
+
+
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the checkpoint's chat template, or plain paragraphs where it has none."""
     if tokenizer.chat_template:
         # a template that knows no system role refuses one: then the user says it all
         user = {"role": "user", "content": "\n\n".join(message["content"] for message in messages)}
-        for attempt in (messages, [user]):
-            try:
-                text = tokenizer.apply_chat_template(attempt, add_generation_prompt=True, tokenize=False)
-                break
-            except jinja2.TemplateError as error:
-                reason = error
-        else:
-            raise ModelError(f"the chat template of {tokenizer.name_or_path} fails: {reason}")
+        try:
+            text = templated(tokenizer, messages, add_generation_prompt=True)
+        except ModelError:
+            text = templated(tokenizer, [user], add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokenizer("\n\n".join(message["content"] for message in messages) + "\n\n")["input_ids"]
 
@@ -1033,8 +1045,8 @@ def tokens_at(tokenizer, rollout, row, characters):
 def load_reward_model(name):
     """A sequence classifier that was trained to score answers, and its tokenizer, from the hub or from a folder."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **SAFE)
     except Exception as error:  # as above
         raise ModelError(explain(name, error)) from error
     if loaded["missing_keys"]:
@@ -1058,7 +1070,7 @@ def reward_scores(model, tokenizer, questions, completions, rows=16):
         pairs = questions[start : start + rows], completions[start : start + rows]
         if tokenizer.chat_template:  # a decoder reads the dialogue, an encoder a pair of texts
             dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in zip(*pairs)]
-            pairs = ([tokenizer.apply_chat_template(dialogue, tokenize=False) for dialogue in dialogues],)
+            pairs = ([templated(tokenizer, dialogue) for dialogue in dialogues],)
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
         batch = tokenizer(*pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
         with compute(model, keep_casts=True):

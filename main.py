@@ -1297,7 +1297,7 @@ def check_settings():
         ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
         ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
-        ("RUN", RUN == Path(RUN).name, "a name without folders"),
+        ("RUN", RUN == Path(RUN).name != ".." and len(RUN.encode()) < 256, "a name without folders"),
         ("SEED", SEED < 2**63, "below 2 to the 63"),
         ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"one for each of {llms.WORLD} ranks at least"),
         ("OVERLONG_SHARE", 0 < OVERLONG_SHARE <= 1, "above 0 and at most 1"),

@@ -288,6 +288,7 @@ def text(row, field):
     """What a field holds, which must be a text."""
     if not isinstance(row[field], str) or not row[field].strip():
         raise ValueError(f"its {field} must be a text, and not empty")
+    row[field].encode()  # half a character, which JSON can name, is refused here
     return row[field]
 
 

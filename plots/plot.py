@@ -7,6 +7,7 @@ Without --out they go into the run's folder, or for several runs into the folder
 """
 
 import argparse
+import gc
 import itertools
 import json
 import sys
@@ -29,8 +30,11 @@ TEST = [
 
 def read(folder):
     """A run's settings and the rows of its metrics; a last line that is only half there is left out."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]
-    return json.loads((Path(folder) / "config.json").read_text()), [json.loads(line) for line in lines]
+    drawn = {"step", "stage", "eval/ci95", *(key for key, _ in TRAIN + TEST)}
+    with open(Path(folder) / "metrics.jsonl") as file:
+        whole = (json.loads(line) for line in file if line.endswith("\n"))
+        rows = [{key: row[key] for key in drawn & row.keys()} for row in whole]
+    return json.loads((Path(folder) / "config.json").read_text()), rows
 
 
 def curves(rows, key):
@@ -50,6 +54,7 @@ def groups(folders):
         )
         by_settings.setdefault(same, []).append((str(folder), rows))
     labels = (runs[0][0] + f" ({len(runs)} runs)" * (len(runs) > 1) for runs in by_settings.values())
+    labels = (label.replace("$", r"\$") for label in labels)  # which is no mathematics
     return dict(zip(labels, ([rows for _, rows in runs] for runs in by_settings.values())))
 
 
@@ -66,7 +71,7 @@ def shade(axes, rows):
     for number, (name, first, last) in enumerate(found if len(found) > 1 else []):
         axes.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.07 * (number % 2), linewidth=0)
         where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7, "color": "0.4"}
-        axes.text((first + last) / 2, 0.99, name, **where)
+        axes.text((first + last) / 2, 0.99, name.replace("$", r"\$"), **where)
 
 
 def smooth(values, window=5):
@@ -83,6 +88,7 @@ def panel(axes, key, title, runs_by_label, smoothed):
         color = f"C{number % 10}"
         series = [dict(zip(*curves(rows, key))) for rows in runs]
         steps = sorted(set.intersection(*map(set, series)))
+        steps = steps[:: 1 + len(steps) // 1000]  # a panel has not even 500 columns
         if not steps:
             continue
         values = [[one[step] for one in series] for step in steps]
@@ -123,6 +129,7 @@ def draw(folders, out):
         path = Path(out) / f"{name}.png"
         figure.savefig(path, dpi=110)
         paths.append(path)
+    gc.collect()  # a figure is a web of references, which otherwise waits for a collection that is rare in training
     return paths
 
 
