@@ -1013,8 +1013,8 @@ class Critic(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.trunk = own_copy(model.base_model)
-        width = model.get_output_embeddings().weight.shape[1]
-        self.value_head = nn.Linear(width, 1, device=model.device, dtype=model.dtype)
+        head = model.get_output_embeddings().weight
+        self.value_head = nn.Linear(head.shape[1], 1, device=head.device, dtype=head.dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 

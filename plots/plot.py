@@ -118,7 +118,10 @@ def draw(folders, out):
     runs_by_label, paths = groups(folders), []
     for name, panels, columns in (("train_score", TRAIN, 3), ("eval_score", TEST, 3)):
         lines = -(-len(panels) // columns)
-        figure = Figure(figsize=(4 * columns, 3 * lines + 0.3), layout="constrained")
+        height = 3 * lines + 0.3
+        figure = Figure(figsize=(4 * columns, height))
+        # room for titles and numbers, in inches: to find it out by drawing twice takes as long again
+        figure.subplots_adjust(0.045, 0.5 / height, 0.99, 1 - 0.3 / height, 0.16, 0.36)
         grid = figure.subplots(lines, columns, squeeze=False).flat
         for axes, (key, title) in zip(grid, panels):
             panel(axes, key, title, runs_by_label, smoothed=name == "train_score")

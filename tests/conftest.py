@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test reaches the network
+# before anything reads them: no test reaches the network, and models this small gain nothing by more threads
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
