@@ -427,7 +427,8 @@ def score_completions(texts, problems, **others):
     The rules are asked here, side by side, for programs take their time; others are rewards [N] known already. An
     output on which a rule fails, or gives no finite number, gets 0 for it, and that is said.
     """
-    group, failures = len(texts) // len(problems), []
+    asked = [problem for problem in problems for _ in range(len(texts) // len(problems))]
+    failures = []
 
     def ask(text, problem):
         try:
@@ -437,18 +438,19 @@ def score_completions(texts, problems, **others):
             return {"correctness": 0.0, "strict_format": 0.0}
 
     with ThreadPoolExecutor(max(1, os.cpu_count() // llms.LOCAL_WORLD)) as pool:
-        rows = list(pool.map(ask, texts, (problem for problem in problems for _ in range(group))))
+        rows = list(pool.map(ask, texts, asked))
     names = dict.fromkeys(name for row in rows for name in row)  # a program has other rewards than a number
     by_name = {name: [row.get(name, 0.0) for row in rows] for name in names} | others
     for name, values in by_name.items():
-        failures += [f"{name} is {value}" for value in values if not math.isfinite(value)]
+        bad = [(i, value) for i, value in enumerate(values) if not math.isfinite(value)]
+        failures += [f"{name} is {value} (question: {asked[i]['question']})" for i, value in bad]
         by_name[name] = [value if math.isfinite(value) else 0.0 for value in values]
     if failures:
-        tqdm.write(f"note: {len(failures)} rewards failed and count 0: {failures[0]}", file=sys.stderr)
+        tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
     if len(failures) >= len(texts):
         raise RunError(f"the rewards fail on every output: {failures[0]}")
     weighted = [globals()[f"WEIGHT_{name.upper()}"] * torch.tensor(values) for name, values in by_name.items()]  # [N]
-    return sum(weighted).view(len(problems), group), by_name
+    return sum(weighted).view(len(problems), -1), by_name
 
 
 def other_rewards(state, rollout, problems):
@@ -627,8 +629,9 @@ def write_checkpoint(folder, tensors, counters, settings):
     about = {"counters": counters, "settings": settings}
     about["checksum"] = checksum(tensors.get, tensors, counters, settings)
     safetensors.torch.save_file(tensors, folder / "unfinished", about)
-    with open(folder / "unfinished", "rb") as file:
-        os.fsync(file.fileno())
+    for path in (folder / "unfinished", *folder.parent.glob("*.jsonl")):  # on the disk, should the power go
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     os.replace(folder / "unfinished", folder / "state.safetensors")
 
 
@@ -1389,7 +1392,7 @@ def new_run_folder(stem):
     """runs/NAME, not made yet; without --run the first free number behind a stem."""
     if RUN:
         run = Path("runs") / RUN
-        if run.exists():
+        if (run / "config.json").exists():
             raise SettingsError(f"{run} exists already: choose another --run, or go on with --resume {run}")
         return run
     names = (f"{stem}-{number}" for number in itertools.count(1))
@@ -1494,9 +1497,9 @@ def new_state(policy, tokenizer):
 
 
 @llms.on_rank_0
-def open_run(state, run, resumed):
+def open_run(state, run):
     """Make a run's folder, or bring its files to where the state stands."""
-    run.mkdir(parents=True, exist_ok=resumed)
+    run.mkdir(parents=True, exist_ok=True)
     write_config(run)
     for name in ("metrics.jsonl", "samples.jsonl"):
         forget_after(run / name, state.step or -1)  # the base evaluation of step 0 is made again, and is the same
@@ -1524,7 +1527,7 @@ def run_training(actions, flags):
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
     stream = questions_of(state)
 
-    open_run(state, run, actions.resume is not None)
+    open_run(state, run)
     ranks = f"{llms.WORLD} ranks, " if llms.WORLD > 1 else ""
     print(f"{ALGORITHM} on {DATASET}; {ranks}{policy.device}; everything goes to {run}")
     evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}

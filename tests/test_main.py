@@ -551,7 +551,7 @@ def test_an_output_on_which_a_rule_fails_gets_nothing_for_it_and_the_others_thei
     assert rewards.tolist() == [[2.75, 0, 0, 0]]  # 2 + 0.5 + 0.5 · 2/4
     assert by_name["integer"] == [1, 0, 0, 0]
     said = capsys.readouterr().err
-    assert "2 rewards failed" in said and "one of the rules" in said and "one and one?" in said
+    assert "2 × a reward failed" in said and "one of the rules" in said and "one and one?" in said
     with pytest.raises(main.RunError, match="one of the rules"):
         main.score_completions(["boom", "boom"], [problem])
 
