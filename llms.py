@@ -31,6 +31,7 @@ How a batch lies in memory (prompt left-padded, completion right-padded, so that
 import bisect
 import copy
 import functools
+import gc
 import logging
 import math
 import os
@@ -48,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -95,8 +96,8 @@ def together():
     if RANK:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-    # one rank may sample for long while the others wait; that one has died is noticed by torchrun
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=4))
+    # one rank may sample for long while the others wait; that one has died, torchrun or a broken connection says
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
     yield
     dist.destroy_process_group()  # not after an error, when the others may never come
 
@@ -130,7 +131,7 @@ def in_step(batches):
 
 def on_rank_0(function):
     """A function that only rank 0 runs: it writes or draws something, and returns nothing."""
-    return function if RANK == 0 else lambda *inputs, **named: None
+    return function if RANK == 0 else functools.wraps(function)(lambda *inputs, **named: None)
 
 
 @contextmanager
@@ -163,21 +164,25 @@ def shard(module):
     return module
 
 
+def is_sharded(module):
+    return module in SKELETONS
+
+
 def gathering(function):
     """Let a function of a module and some inputs find a sharded module's weights whole, layer after layer."""
 
     @functools.wraps(function)
     def on_whole_weights(module, *inputs, **named):
-        if isinstance(module, FSDPModule):
+        if is_sharded(module):
             return module.gathered(function, *inputs, **named)
         return function(module, *inputs, **named)
 
     return on_whole_weights
 
 
-def whole(tensor):
-    """All of a tensor that may be sharded; all ranks ask together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor, dtype=None):
+    """All of a tensor that may be sharded, which then travels in a dtype; all ranks ask together."""
+    return tensor.to(dtype or tensor.dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def fill(tensor, values):
@@ -189,7 +194,7 @@ def fill(tensor, values):
 
 
 def copy_with(module, change):
-    """A copy of a module with `change(weight)` in the place of each weight; of a sharded one, with whole weights."""
+    """A copy of a module with `change(weight)` in the place of each weight, which of a sharded one has no values."""
     plain = SKELETONS.get(module, module)
     return copy.deepcopy(
         plain, {id(weight): nn.Parameter(change(weight), weight.requires_grad) for weight in plain.parameters()}
@@ -269,7 +274,7 @@ def explain(name, error):
 
 def save(model, tokenizer, folder):
     """Write a plain Hugging Face folder, adapters merged, whole or not at all: it is renamed when it is complete."""
-    if model in SKELETONS:
+    if is_sharded(model):
         sharded, model = model, empty_copy(model, torch.float32, "cpu" if RANK == 0 else "meta")
         renew(model, sharded)
         if RANK:
@@ -298,13 +303,16 @@ def own_copy(module):
     return copy.deepcopy(module, {id(weight): weight for weight in module.parameters() if not weight.requires_grad})
 
 
+@torch.no_grad()
 def frozen_copy(model, adapter=True):
     """A copy that no gradient and no update reaches: the reference.
 
-    With LoRA it shares the model's weights, and has an adapter like the model's as it is now, or none: that is the
-    model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
+    With LoRA it shares the model's weights (unless they are sharded), and has an adapter like the model's as it is now,
+    or none: that is the model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
     """
-    sharded = model in SKELETONS
+    sharded = is_sharded(model)
+    if sharded:
+        gc.collect()  # the last one: FSDP's own references to it go round in a circle
     reference = copy_with(model, lambda weight: torch.empty_like(weight, device="cpu")) if sharded else own_copy(model)
     for layer in adapted(reference) if not adapter else ():
         layer.lora_A = layer.lora_B = None
@@ -349,9 +357,9 @@ class LoRALinear(nn.Linear):
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        drawn = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features, device="cpu"), a=5**0.5)
+        self.lora_A = nn.Parameter(drawn.to(linear.weight))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -359,8 +367,9 @@ class LoRALinear(nn.Linear):
 
 
 def layers_of(module):
-    """The layers of the trunk: the outermost list of a decoder."""
-    return next(part for part in module.modules() if isinstance(part, nn.ModuleList))
+    """The layers of the trunk: the outermost list in it."""
+    parts = getattr(module, "base_model", module).modules()
+    return next((part for part in parts if isinstance(part, nn.ModuleList)), nn.ModuleList())
 
 
 def linear_layers(model):
@@ -421,11 +430,13 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ran
     layers = config.num_hidden_layers
     kept = layer + layers * config.hidden_size if checkpointing else layers * layer
     reference, critic = copies
-    own = size * trained if trained == total else 4 * total  # of a reference; with adapters it stays in fp32
     sampled_from = size * total if on_gpu or ranks > 1 else 0
     per_layer = sum(weight.numel() for weight in layers_of(model).parameters()) / layers
     outside = total - layers * per_layer  # embeddings and head
-    gathered = 8 * (outside + 2 * per_layer) if ranks > 1 else 0  # fp32 weights and gradients that are whole just now
+    light = trained < total  # adapters alone are trained
+    own = 4 * total if light else size * trained + (2 * outside if on_gpu else 0)  # of a reference
+    # the weights and gradients, in fp32, of the parts that are whole just now
+    gathered = (4 if light else 8) * (outside + 2 * per_layer) if ranks > 1 else 0
     cast = 2 * (outside + per_layer if checkpointing else total) if on_gpu else 0  # weights in bf16, for the way back
     critics = 16 * trained + (4 * (total - trained) if ranks > 1 else 0)
     sampling = size * cache_tokens * layers * key_value
@@ -759,7 +770,7 @@ def renew(copied, model):
     Merged into a weight of bf16, what they have learnt would be rounded away.
     """
     for mine, weight in zip(copied.parameters(), model.parameters()):
-        mine.copy_(whole(weight))
+        mine.copy_(whole(weight, mine.dtype))
 
 
 COPIES = weakref.WeakKeyDictionary()  # {model: the copy of it that was sampled from last}
@@ -767,7 +778,7 @@ COPIES = weakref.WeakKeyDictionary()  # {model: the copy of it that was sampled 
 
 def sampled_from(model):
     """The model itself; on a GPU a copy in bf16 as it is now, and of a sharded model a copy of the whole."""
-    sharded = model in SKELETONS
+    sharded = is_sharded(model)
     if not sharded and (model.device.type == "cpu" or not by_layout(model)):
         return model
     if model not in COPIES:
@@ -811,9 +822,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256
+    source, total, mine, prompts = sampled_from(model), len(prompts), share(range(len(prompts))), share(prompts)
     rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size  # at once
-    source, mine, total = sampled_from(model), share(range(len(prompts))), len(prompts)
-    prompts = share(prompts)
     skip(generator, mine.start, group_size, max_new_tokens, temperature)
     with tqdm(total=len(prompts) * group_size, desc="sampling", unit="output", leave=False, delay=2) as bar:
         how = (group_size, max_new_tokens, temperature, generator, ends, rows, columns, bar)

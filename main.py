@@ -447,7 +447,8 @@ def score_completions(texts, problems, **others):
         by_name[name] = [value if math.isfinite(value) else 0.0 for value in values]
     if failures:
         tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
-    if len(failures) >= len(texts):
+    failed, outputs = (sum(of_ranks) for of_ranks in zip(*llms.gather([(len(failures), len(texts))])))
+    if failed >= outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
     weighted = [globals()[f"WEIGHT_{name.upper()}"] * torch.tensor(values) for name, values in by_name.items()]  # [N]
     return sum(weighted).view(len(problems), -1), by_name
@@ -654,7 +655,7 @@ def load_checkpoint(state, run):
     for name, value in json.loads(about["counters"]).items():
         setattr(state, name, value)
     of_reference = [name for name in names if name.startswith("reference/")]
-    if of_reference or LORA_RANK:
+    if of_reference or (LORA_RANK and needs_reference()):
         state.reference = llms.frozen_copy(state.policy, adapter=any(".lora_" in name for name in of_reference))
     if any(name.startswith("adam/") for name in names):
         for weight in state.trained():  # AdamW's state as it stands after its first step, to be filled
@@ -1034,6 +1035,7 @@ def train(state, stream, test_problems, run, evaluate_at):
     for iteration in range(ITERATIONS):  # 2
         if state.step == iteration * STEPS and needs_reference():  # resumed within an iteration it has one already
             # 3: π_ref ← π_θ, a copy that stays as it is; with LoRA it is at first the model with the adapter off
+            state.reference = None  # whose memory is free before the next takes some
             state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)
         while state.step < (iteration + 1) * STEPS:  # 4
             if stage_at(state.step) != state.stage:
@@ -1302,7 +1304,6 @@ def check_settings():
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("RUN", RUN == Path(RUN).name != ".." and len(RUN.encode()) < 256, "a name without folders"),
         ("SEED", SEED < 2**63, "below 2 to the 63"),
-        ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"one for each of {llms.WORLD} ranks at least"),
         ("OVERLONG_SHARE", 0 < OVERLONG_SHARE <= 1, "above 0 and at most 1"),
     ]
     for name, kept, demand in rules:
@@ -1423,9 +1424,9 @@ def run_folder(actions, flags):
 
 def memory_parts(model, on_gpu, ranks):
     """How much memory a run with these settings needs for what, on each of so many ranks, in bytes."""
-    group = 1 if ALGORITHM == "sft" else GROUP_SIZE
-    asked = -(-QUESTIONS_PER_STEP // ranks)  # questions of a rank
-    cache = min(CACHE_TOKENS, asked * group * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
+    drawn = 0 if ALGORITHM == "sft" else -(-QUESTIONS_PER_STEP // ranks) * GROUP_SIZE  # outputs of a rank at once
+    tested = -(-EVAL_QUESTIONS // ranks) * max(1, EVAL_SAMPLES) if EVAL_QUESTIONS else math.inf
+    cache = min(CACHE_TOKENS, max(drawn, tested) * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
     copies = (needs_reference() and not (LORA_RANK and ranks == 1), ALGORITHM == "ppo")
     return llms.memory(model, copies, cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, on_gpu, ranks)
 
@@ -1471,13 +1472,19 @@ def longest_prompt(policy, tokenizer, test_problems):
 
 
 def reward_model():
-    """REWARD_MODEL and its tokenizer, or None where there is none to be had: then the rules judge alone."""
+    """REWARD_MODEL and its tokenizer, or None where a rank cannot have it: then the rules judge alone."""
     if not REWARD_MODEL:
         return None
-    try:
-        return llms.load_reward_model(REWARD_MODEL)
-    except llms.ModelError as error:
-        print(f"note: {error}; the rules judge alone.")
+    loaded, reasons = None, []
+    with llms.one_first():
+        try:
+            loaded = llms.load_reward_model(REWARD_MODEL)
+        except llms.ModelError as error:
+            reasons = [error]
+    reasons = llms.gather(list(map(str, reasons)))
+    if reasons:
+        print(f"note: {reasons[0]}; the rules judge alone.")
+    return None if reasons else loaded
 
 
 def new_state(policy, tokenizer):
@@ -1509,6 +1516,10 @@ def open_run(state, run):
 def run_training(actions, flags):
     """A new run or a resumed one, to its end: what can be refused is refused before anything is written."""
     run, last = run_folder(actions, flags), ITERATIONS * STEPS
+    if QUESTIONS_PER_STEP < llms.WORLD:
+        raise SettingsError(
+            f"--questions_per_step {QUESTIONS_PER_STEP} is less than one for each of {llms.WORLD} ranks"
+        )
     check_data()
     problems = test_set()
     for name, _ in rldatasets.stages(DATASET):  # a data set that cannot be read is refused here, whatever its stage
@@ -1573,7 +1584,7 @@ def run_evaluation(actions, flags):
 
 
 def complain(text):
-    """An error in one line; of one that all ranks meet only rank 0's is seen, for it ends the others."""
+    """An error in one line; of one that all ranks meet only rank 0's is seen, after which torchrun ends the others."""
     if llms.RANK:
         time.sleep(3)
     rank = f" on rank {llms.RANK}" if llms.WORLD > 1 else ""
@@ -1601,7 +1612,8 @@ def main(argv=None):
     except RuntimeError as error:
         if not llms.lost_another_rank(error):
             raise
-        complain("lost another rank: why, it says itself, or torchrun below; --resume goes on from the checkpoint")
+        reason = str(error).strip().splitlines()[0]
+        complain(f"lost the other ranks, one of which or torchrun may say why; --resume goes on ({reason})")
         return 1
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)

@@ -1,5 +1,5 @@
-"""What comes from elsewhere stays data: no pickle is opened, no code of a download is run, no name in the data becomes a
-path, and the user's token is neither shown nor written. What programs of a model may do: tests/test_sandbox.py"""
+"""What comes from elsewhere stays data: no pickle is opened, no code of a download is run, no name in the data becomes
+a path, and the user's token is neither shown nor written. What programs of a model may do: tests/test_sandbox.py"""
 
 import builtins
 import contextlib
