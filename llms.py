@@ -136,7 +136,7 @@ def on_rank_0(function):
 
 @contextmanager
 def one_first():
-    """A block that one rank of each machine goes through before its others: what it makes, they find."""
+    """A block that one rank of each machine goes through before its others, which wait: what it makes, they find."""
     if LOCAL_RANK:
         gather([])
     yield

@@ -92,16 +92,16 @@ def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(f
     killed, whole = folder / "runs" / "killed", folder / "runs" / "whole"
     process, kills = start(folder, *flags, "--run", "killed"), 0
     while process.poll() is None:
-        if (killed / "config.json").exists() and kills < 4:
+        if (killed / "config.json").exists() and kills < 2:  # tests/faults.py does it twenty times
             time.sleep(random.uniform(0.0, 0.8))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
             process = start(folder, "--resume", "runs/killed")
-            time.sleep(4 if kills < 4 else 0)  # past the imports
+            time.sleep(4 if kills < 2 else 0)  # past the imports
         time.sleep(0.05)
     _, err = process.communicate()
-    assert process.returncode == 0 and kills >= 2, err
+    assert process.returncode == 0 and kills == 2, err
     assert lines(killed / "metrics.jsonl") == lines(whole / "metrics.jsonl")
     assert lines(killed / "samples.jsonl") == lines(whole / "samples.jsonl")
     weights = "model/model.safetensors"
@@ -220,19 +220,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.parametrize("model, says", [("some/gated", "HF_TOKEN"), ("some/other", "unknown model: some/other")])
-def test_a_gated_model_and_an_unknown_one_are_told_apart(tmp_path, model, says):
+def test_a_gated_model_and_an_unknown_one_are_told_apart(tmp_path, monkeypatch):
     hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
-    online = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    command = [sys.executable, str(ROOT / "main.py"), "--model", model, "--dataset", "arithmetic"]
-    done = subprocess.run(command, cwd=tmp_path, env=OFFLINE | online, capture_output=True, text=True, check=False)
+    monkeypatch.setitem(OFFLINE, "HF_HUB_OFFLINE", "0")
+    monkeypatch.setitem(OFFLINE, "HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    monkeypatch.setitem(OFFLINE, "HF_HOME", str(tmp_path / "hf"))
+    cases = {"some/gated": "HF_TOKEN", "some/other": "unknown model: some/other"}
+    processes = [start(tmp_path, "--model", model, "--dataset", "arithmetic") for model in cases]
+    for process, says in zip(processes, cases.values()):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.count("\n") == 1 and says in err
     hub.shutdown()
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -397,8 +396,8 @@ def test_a_curriculum_of_puzzles_and_programs_runs_on_a_small_checkpoint(finishe
     assert {"rewards/tests", "rewards/compiles"} <= rows[-2].keys()
 
 
-def test_help_lists_every_constant_with_its_comment():
-    code, out, _ = run(ROOT, "--help")
+def test_help_lists_every_constant_with_its_comment(inside):
+    code, out, _ = inside("--help")
     assert code == 0 and "--group_size INT" in out and "π_θ/π_θold per token" in out and "(default: 0.04)" in out
 
 

@@ -154,12 +154,12 @@ def both(checkpoint, tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("ranks"), main.settings()
     (folder / "one").mkdir()
     models = checkpoint("gpt2"), checkpoint("qwen2")
-    one = everything(*models, folder / "one")
+    command = [*TORCHRUN, __file__, *models, folder]
+    process = subprocess.Popen(command, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    one = everything(*models, folder / "one")  # meanwhile
     main.__dict__.update(before)
-    process = subprocess.run(
-        [*TORCHRUN, __file__, *models, folder], env=OFFLINE, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
     two, found = load_file(folder / "two.safetensors"), {}
     assert one.keys() == two.keys()
     for key in one:
