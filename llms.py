@@ -83,6 +83,7 @@ class ModelError(ValueError):
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+PARENT = os.getppid()  # torchrun's process, where there is one
 
 
 @contextmanager
@@ -100,6 +101,11 @@ def together():
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
     yield
     dist.destroy_process_group()  # not after an error, when the others may never come
+
+
+def orphaned():
+    """Has torchrun been killed, without time to end its ranks?"""
+    return WORLD > 1 and os.getppid() != PARENT
 
 
 def lost_another_rank(error):

@@ -60,6 +60,11 @@ import llms
 import rldatasets
 from plots import plot
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 # ==== Constants =====================================================================================================
 # Each is also a flag of the same name (--group_size 8) with its comment as help. The values are for
 # Qwen2.5-1.5B-Instruct on GSM8K on one 80 GB GPU, the paper's (§4.2) wherever it gives one.
@@ -836,6 +841,8 @@ class Interrupt:
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
+        if self.signal == signal.SIGINT:  # torchrun passes a second Ctrl-C on as SIGTERM
+            raise KeyboardInterrupt
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         tqdm.write("finishing the step; Ctrl-C again ends at once and loses it")
@@ -1053,7 +1060,7 @@ def train(state, stream, test_problems, run, evaluate_at):
                 )
             if state.step in evaluate_at:
                 record_evaluation(state, run, *evaluate(state.policy, state.tokenizer, test_problems))
-            asked_to_end = max(llms.gather([interrupt.signal or 0]))
+            asked_to_end = max(llms.gather([interrupt.signal or signal.SIGTERM * llms.orphaned()]))
             if asked_to_end or state.step == last or (state.step % SAVE_EVERY == 0 and not failures):
                 save_checkpoint(state, run)
             if asked_to_end:
@@ -1214,7 +1221,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message = f"unknown flag {unknown[1]}" + (f"; did you mean {close[0]}?" if close else "; see --help")
-        self.exit(2, f"main.py: error: {message}\n")
+        complain(message)
+        self.exit(2)
 
 
 def true_or_false(text):
@@ -1503,9 +1511,26 @@ def new_state(policy, tokenizer):
     return State(policy, tokenizer, torch.optim.AdamW(trained, **adam), generator, reward_model(), critic=critic)
 
 
+@contextmanager
+def only_writer(run):
+    """A block in which no other process may write to a run; the system forgets its lock with the process."""
+    if llms.RANK or not fcntl:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"{run} is being written by another process") from None
+        except OSError as error:
+            print(f"note: {run} cannot be locked ({error}): let no second process write to it.")
+        yield
+
+
 @llms.on_rank_0
 def open_run(state, run):
-    """Make a run's folder, or bring its files to where the state stands."""
+    """Bring the files of a run's folder to where the state stands."""
     run.mkdir(parents=True, exist_ok=True)
     write_config(run)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -1538,26 +1563,32 @@ def run_training(actions, flags):
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
     stream = questions_of(state)
 
-    open_run(state, run)
-    ranks = f"{llms.WORLD} ranks, " if llms.WORLD > 1 else ""
-    print(f"{ALGORITHM} on {DATASET}; {ranks}{policy.device}; everything goes to {run}")
-    evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
-    if not llms.by_layout(policy):
-        print(f"note: the attention of {MODEL} is not one of those that run here without padding: it will be slower.")
-    if torch.cuda.is_available() and llms.precision(policy.device) is torch.float32:
-        print("note: this GPU does not compute in bf16: fp32 takes twice the memory and more time.")
-    if LORA_RANK and LEARNING_RATE < 1e-5:
-        print(f"note: an adapter learns little at --learning_rate {LEARNING_RATE}: 1e-5 to 1e-4 is usual.")
-    stopped = train(state, stream, problems, run, evaluate_at)
-    if state.tensorboard:
-        state.tensorboard.close()
-    if stopped:
-        print(f"stopped after step {state.step} and saved; go on with: python main.py --resume {run}")
-        return 128 + stopped
-    llms.save(policy, tokenizer, run / "model")
-    summary(run)
-    print(f"\nthe model is in {run / 'model'}, the curves in {run / 'train_score.png'} and {run / 'eval_score.png'}")
-    return 0
+    with only_writer(run):
+        open_run(state, run)
+        ranks = f"{llms.WORLD} ranks, " if llms.WORLD > 1 else ""
+        print(f"{ALGORITHM} on {DATASET}; {ranks}{policy.device}; everything goes to {run}")
+        evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
+        if not llms.by_layout(policy):
+            print(
+                f"note: the attention of {MODEL} is not one of those that run here without padding: it will be slower."
+            )
+        if torch.cuda.is_available() and llms.precision(policy.device) is torch.float32:
+            print("note: this GPU does not compute in bf16: fp32 takes twice the memory and more time.")
+        if LORA_RANK and LEARNING_RATE < 1e-5:
+            print(f"note: an adapter learns little at --learning_rate {LEARNING_RATE}: 1e-5 to 1e-4 is usual.")
+        stopped = train(state, stream, problems, run, evaluate_at)
+        if state.tensorboard:
+            state.tensorboard.close()
+        if stopped:
+            start = "python" if llms.WORLD == 1 else f"torchrun --nproc_per_node {llms.LOCAL_WORLD}"
+            print(f"stopped after step {state.step} and saved; go on with: {start} main.py --resume {run}")
+            return 128 + stopped
+        llms.save(policy, tokenizer, run / "model")
+        summary(run)
+        print(
+            f"\nthe model is in {run / 'model'}, the curves in {run / 'train_score.png'} and {run / 'eval_score.png'}"
+        )
+        return 0
 
 
 def run_evaluation(actions, flags):

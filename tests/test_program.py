@@ -108,25 +108,24 @@ def test_a_run_that_is_killed_and_resumed_is_bit_for_bit_the_uninterrupted_one(f
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished, inside, monkeypatch, number):
+def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished, inside, monkeypatch):
     folder, flags, _ = finished
-    name = f"stopped-{number}"
-    process = start(
-        folder, *flags, "--run", name, "--steps", "100000", "--eval_every", "100000", "--save_every", "100000"
-    )
-    metrics = folder / "runs" / name / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and f"--resume runs/{name}" in out
-    done = lines(metrics)[-1]["step"]
-    monkeypatch.chdir(folder)
-    code, _, err = inside("--resume", f"runs/{name}", "--steps", str(done + 1))
-    assert code == 0, err
-    assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
+    endless = ["--steps", "100000", "--eval_every", "100000", "--save_every", "100000"]
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    processes = [start(folder, *flags, *endless, "--run", f"stopped-{number}") for number in numbers]
+    for number, process in zip(numbers, processes):
+        metrics = folder / "runs" / f"stopped-{number}" / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and f"--resume runs/stopped-{number}" in out
+        done = lines(metrics)[-1]["step"]
+        monkeypatch.chdir(folder)
+        code, _, err = inside("--resume", f"runs/stopped-{number}", "--steps", str(done + 1))
+        assert code == 0, err
+        assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
 
 
 def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished, inside):

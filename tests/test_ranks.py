@@ -247,6 +247,27 @@ def test_a_rank_that_dies_ends_the_run_and_one_rank_goes_on_from_the_checkpoint_
     assert_same_run(folder / "runs" / "whole", folder / "runs" / "killed")
 
 
+def test_ranks_whose_torchrun_is_killed_end_and_nobody_else_may_write_meanwhile(alone):
+    folder, flags = alone
+    process = on_two_ranks(folder, *flags, "--steps", "100000", "--run", "orphans", "--eval_every", "100000")
+    while (line := process.stdout.readline()) and not line.startswith("step    1"):
+        assert process.poll() is None
+    ranks = [
+        int(rank) for rank in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()
+    ]
+    with contextlib.chdir(folder):
+        assert main.main(["--resume", "runs/orphans"]) == 2
+    process.kill()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.communicate()
+    steps = [row["step"] for row in main.read_lines(folder / "runs" / "orphans" / "metrics.jsonl") if "reward" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    on_one(folder, "--resume", "runs/orphans", "--steps", str(len(steps) + 1))
+
+
 def test_two_ranks_go_on_from_the_checkpoint_of_one_and_only_one_of_them_speaks(alone):
     folder, flags = alone
     on_one(folder, *flags, "--steps", "3", "--run", "grown")
