@@ -28,12 +28,11 @@ TEST = [
 ]
 
 
-def read(folder):
-    """A run's settings and the rows of its metrics; a last line that is only half there is left out."""
-    drawn = {"step", "stage", "eval/ci95", *(key for key, _ in TRAIN + TEST)}
+def read(folder, only=None):
+    """A run's settings and the rows of its metrics, or only some keys of them; half a last line is left out."""
     with open(Path(folder) / "metrics.jsonl") as file:
         whole = (json.loads(line) for line in file if line.endswith("\n"))
-        rows = [{key: row[key] for key in drawn & row.keys()} for row in whole]
+        rows = [{key: row[key] for key in row if not only or key in only} for row in whole]
     return json.loads((Path(folder) / "config.json").read_text()), rows
 
 
@@ -45,11 +44,11 @@ def curves(rows, key):
 
 def groups(folders):
     """Runs by what they have in common: {label: [rows of each run]}; all settings but the seed and the name count."""
-    by_settings = {}
+    by_settings, drawn = {}, {"step", "stage", "eval/ci95", *(key for key, _ in TRAIN + TEST)}
     for folder in folders:
-        config, rows = read(folder)
+        config, rows = read(folder, drawn)
         same = json.dumps(
-            {k: v for k, v in config.items() if k not in ("SEED", "RUN", "commit", "device", "versions")},
+            {k: v for k, v in config.items() if k not in ("SEED", "RUN", "commit", "device", "ranks", "versions")},
             sort_keys=True,
         )
         by_settings.setdefault(same, []).append((str(folder), rows))

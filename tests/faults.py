@@ -320,12 +320,9 @@ def disk_full_while_logging(work):
 
 def fill(path):
     """Write a file until the disk is full."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
+    with open(path, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def read_only_folder(work):

@@ -21,6 +21,7 @@ import transformers
 import evaluator
 import llms
 import main
+from plots import reproduce
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8 --steps 6 --eval_every 3 --eval_questions 4"
@@ -161,6 +162,12 @@ def test_plots_overlay_runs_from_their_files_alone(finished):
     ]
     wrong = subprocess.run([*plot, "nowhere"], cwd=folder, check=False, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+def test_what_the_papers_figures_need_of_a_run_is_in_its_metrics(finished):
+    found = reproduce.summary(finished[0] / "runs" / "whole")
+    assert [test["step"] for test in found["tests"]] == [0, 3, 6]
+    assert found["last"].keys() == {"kl", "clip_low", "clip_high", "zero_std_groups"} and found["minutes"] > 0
 
 
 def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
