@@ -287,10 +287,8 @@ def disk(folder, size):
 
 
 def remount(folder, options):
-    """Change a disk: not read-only while a file is being written, so try again."""
-    mount = ["mount", "-o", f"remount,{options}", str(folder)]
-    while subprocess.run(mount, capture_output=True, check=False).returncode:
-        time.sleep(0.001)
+    """Change a disk."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def disk_full_while_saving(work):
@@ -325,18 +323,27 @@ def fill(path):
             file.write(bytes(4096))
 
 
+@contextmanager
+def read_only(folder):
+    """A folder laid over itself, in which nothing can be opened to be written."""
+    for options in (["--bind", str(folder)], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def read_only_folder(work):
     """A run folder that can only be read, from the beginning or from some step on, is one line; nothing is lost."""
     run = work / "read-only-disk" / "runs" / "read"
     with disk(run.parent, "20m"):
-        remount(run.parent, "ro")
-        refuses(new(work, run.name, folder=run.parent.parent), "Read-only")
-        remount(run.parent, "rw")
+        with read_only(run.parent):
+            refuses(new(work, run.name, folder=run.parent.parent), "Read-only")
         program = new(work, run.name, folder=run.parent.parent).after(3, run)
-        remount(run.parent, "ro")
-        refuses(program, "Read-only")
-        says = refuses(Program(run.parent.parent, "--resume", "runs/read"), "Read-only")
-        remount(run.parent, "rw")
+        with read_only(run.parent):
+            refuses(program, "Read-only")
+            says = refuses(Program(run.parent.parent, "--resume", "runs/read"), "Read-only")
         return f"{says}; {nothing_is_lost(run, work / 'runs' / 'whole')}"
 
 
