@@ -857,3 +857,13 @@ def test_the_weights_of_the_rewards_are_the_constants(constants):
     constants(WEIGHT_CORRECTNESS=0.0, WEIGHT_TAG_COUNT=4.0)
     assert main.score_completions([text], [problem])[0].item() == 2.5
     assert evaluator.rewards(text, problem)["tag_count"] == 0.5  # unweighted by itself
+
+
+def test_a_folder_that_a_kill_left_empty_can_be_taken_for_the_run(constants, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    constants(RUN="first")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    assert str(main.new_run_folder("any")) == "runs/first"
+    (tmp_path / "runs" / "first" / "config.json").write_text("{}")
+    with pytest.raises(main.SettingsError, match="exists already"):
+        main.new_run_folder("any")

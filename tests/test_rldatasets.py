@@ -558,3 +558,9 @@ def test_a_broken_curriculum_is_refused_in_one_line(spec):
     with pytest.raises(rldatasets.DataError) as error:
         rldatasets.stages(spec)
     assert "\n" not in str(error.value)
+
+
+def test_half_a_character_in_a_row_is_named_like_any_mistake(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(r'{"question": "a \ud800 b", "answer": "x #### 2"}' + "\n")
+    with pytest.raises(rldatasets.DataError, match="row 0"):
+        list(rldatasets.load(str(tmp_path / "rows.jsonl"), "train"))
