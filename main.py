@@ -433,28 +433,30 @@ def score_completions(texts, problems, **others):
     output on which a rule fails, or gives no finite number, gets 0 for it, and that is said.
     """
     asked = [problem for problem in problems for _ in range(len(texts) // len(problems))]
-    failures = []
+    failures = {}  # of an output: why
 
-    def ask(text, problem):
+    def ask(i):
         try:
-            return evaluator.rewards(text, problem)
+            return evaluator.rewards(texts[i], asked[i])
         except Exception as error:  # rules are there to be edited, and outputs hold surprises
-            failures.append(f"{error!r} (question: {problem['question']})")
+            failures[i] = f"{error!r} (question: {asked[i]['question']})"
             return {"correctness": 0.0, "strict_format": 0.0}
 
     with ThreadPoolExecutor(max(1, os.cpu_count() // llms.LOCAL_WORLD)) as pool:
-        rows = list(pool.map(ask, texts, asked))
+        rows = list(pool.map(ask, range(len(texts))))
     names = dict.fromkeys(name for row in rows for name in row)  # a program has other rewards than a number
     by_name = {name: [row.get(name, 0.0) for row in rows] for name in names} | others
     for name, values in by_name.items():
-        bad = [(i, value) for i, value in enumerate(values) if not math.isfinite(value)]
-        failures += [f"{name} is {value} (question: {asked[i]['question']})" for i, value in bad]
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                failures[i] = f"{name} is {value} (question: {asked[i]['question']})"
         by_name[name] = [value if math.isfinite(value) else 0.0 for value in values]
     if failures:
-        tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
+        first = failures[min(failures)]
+        tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {first}", file=sys.stderr)
     failed, outputs = (sum(of_ranks) for of_ranks in zip(*llms.gather([(len(failures), len(texts))])))
-    if failed >= outputs:
-        raise RunError(f"the rewards fail on every output: {failures[0]}")
+    if failed == outputs:
+        raise RunError(f"the rewards fail on every output: {first}")
     weighted = [globals()[f"WEIGHT_{name.upper()}"] * torch.tensor(values) for name, values in by_name.items()]  # [N]
     return sum(weighted).view(len(problems), -1), by_name
 
@@ -1488,8 +1490,8 @@ def reward_model():
         try:
             loaded = llms.load_reward_model(REWARD_MODEL)
         except llms.ModelError as error:
-            reasons = [error]
-    reasons = llms.gather(list(map(str, reasons)))
+            reasons = [str(error)]
+    reasons = llms.gather(reasons)
     if reasons:
         print(f"note: {reasons[0]}; the rules judge alone.")
     return None if reasons else loaded

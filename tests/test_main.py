@@ -543,7 +543,7 @@ def test_an_output_on_which_a_rule_fails_gets_nothing_for_it_and_the_others_thei
     def surprised(text, problem):
         if text == "boom":
             raise ZeroDivisionError("one of the rules")
-        return real(text, problem) | ({"integer": math.nan} if text == "nan" else {})
+        return real(text, problem) | ({"integer": math.nan, "safety": math.inf} if text == "nan" else {})
 
     monkeypatch.setattr(evaluator, "rewards", surprised)
     problem = {"question": "one and one?", "answer": "2", "kind": "math"}
@@ -552,6 +552,7 @@ def test_an_output_on_which_a_rule_fails_gets_nothing_for_it_and_the_others_thei
     assert by_name["integer"] == [1, 0, 0, 0]
     said = capsys.readouterr().err
     assert "2 × a reward failed" in said and "one of the rules" in said and "one and one?" in said
+    assert main.score_completions(["nan", "three"], [problem])[0].tolist() == [[0, 0]]  # two failures, of one output
     with pytest.raises(main.RunError, match="one of the rules"):
         main.score_completions(["boom", "boom"], [problem])
 
