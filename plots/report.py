@@ -1,0 +1,245 @@
+"""What a run counts, writes and says: metrics of outputs, its folder, lines on the console, the table at its end.
+
+Everything here is made of plain numbers and texts: a record is a dict about one output (its question, completion,
+length and rewards by name), a row is a line of metrics.jsonl. How a run trains is not known here.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+class FolderError(ValueError):
+    """What is wrong with a run's folder, in one line."""
+
+
+# ---- metrics of outputs --------------------------------------------------------------------------------------------
+
+
+def mean(records, name):
+    """The mean of a number over some records; a record without it counts 0."""
+    return statistics.mean(record.get(name, 0.0) for record in records)
+
+
+def step_metrics(records, rewards):
+    """The part of a training row that is about the sampled outputs; rewards are the names of theirs."""
+    tokens = sum(record["length"] for record in records)
+    return {f"rewards/{name}": mean(records, name) for name in rewards} | {
+        "accuracy": mean(records, "correctness"),
+        "entropy": sum(record["entropy"] for record in records) / tokens,
+        "length_max": max(record["length"] for record in records),
+        **{name: mean(records, name) for name in ("length", "truncated", "reflection", "zero_advantage")},
+    }
+
+
+def eval_metrics(records):
+    """The row of an evaluation, from one greedy output per question."""
+    accuracy, tasks = mean(records, "correctness"), dict.fromkeys(record["task"] for record in records)
+    metrics = {
+        "eval/accuracy": accuracy,
+        "eval/ci95": wilson(accuracy, len(records)),
+        "eval/format": mean(records, "strict_format"),
+        "eval/length": mean(records, "length"),
+        "eval/truncated": mean(records, "truncated"),
+        "eval/n": len(records),
+    }
+    for task in tasks if len(tasks) > 1 else ():
+        metrics[f"eval/accuracy/{task}"] = mean([record for record in records if record["task"] == task], "correctness")
+    return metrics
+
+
+def pass_at_k(n, c, k):
+    """The unbiased estimate, from n samples of which c are right, that one of k is right (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(p, n):
+    """Half the width of Wilson's 95 % interval for a share p of n; it is not 0 when all n are right, or none."""
+    z = 1.96
+    return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+
+
+def paired_difference(names, right):
+    """Two models on the same questions in two lines; right: for each model, 1 or 0 for each question."""
+    gains = [a - b for a, b in zip(*right)]
+    half = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    return (
+        f"difference: {statistics.mean(gains):+.3f} ± {half:.3f} (95 %, paired)\n"
+        f"right only by {names[0]}: {gains.count(1)}, only by {names[1]}: {gains.count(-1)}, of {len(gains)}"
+    )
+
+
+# ---- the folder of a run -------------------------------------------------------------------------------------------
+
+LOCKS = {}  # {run: its open lock file}; the system releases a lock when the process ends
+WRITERS = {}  # {run: a writer of TensorBoard's files}
+
+
+def open_folder(run, config, step):
+    """Lock a run's folder, write config.json, and cut the run's files back to the step of its checkpoint."""
+    run.mkdir(parents=True, exist_ok=True)
+    LOCKS[run] = open(run / ".lock", "w")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(LOCKS[run], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderError(f"{run} is being written by another process") from None
+    except OSError as error:
+        print(f"note: {run} cannot be locked ({error}): let no second process write to it.")
+    git = subprocess.run(
+        "git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    versions = {package: version(package) for package in ("torch", "transformers", "datasets")}
+    config = config | {"versions": versions, "commit": git.stdout.strip() or None}
+    replace(run / "config.json", json.dumps(config, indent=2) + "\n")
+    for name in ("metrics.jsonl", "samples.jsonl"):  # the run will write the rows after that step again
+        rows = read_lines(run / name) if step and (run / name).exists() else []
+        replace(run / name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def replace(path, text):
+    """Write a file whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def read_lines(path):
+    """The rows of a file of JSON lines, except a last one that a crash cut in half."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
+    except json.JSONDecodeError as error:
+        raise FolderError(f"{path} is damaged: {error}") from None
+
+
+def append(path, rows):
+    """Add rows to a file of JSON lines; a number that is not finite becomes null."""
+    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
+    with open(path, "a") as file:
+        file.writelines(json.dumps({key: finite(value) for key, value in row.items()}) + "\n" for row in rows)
+
+
+def sync(run):
+    """Have the rows of a run on the disk, before the checkpoint that belongs to them."""
+    for path in run.glob("*.jsonl"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def log(run, row, samples, tensorboard):
+    """Add a row to metrics.jsonl, and records to samples.jsonl; and the row to where TensorBoard reads, if asked."""
+    append(run / "metrics.jsonl", [row])
+    append(run / "samples.jsonl", [{"step": row["step"]} | sample for sample in samples])
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+
+        if run not in WRITERS:  # what a killed run wrote from this step on is forgotten
+            WRITERS[run] = SummaryWriter(run / "tensorboard", purge_step=row["step"])
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key != "step":
+                WRITERS[run].add_scalar(key, value, row["step"])
+        WRITERS[run].flush()
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
+
+
+def step_line(row):
+    """A training step in fixed columns."""
+    kl = "   off" if row["kl"] is None else f"{row['kl']:6.4f}"
+    return (
+        f"step {row['step']:4d} | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f} | right {row['accuracy']:4.2f}"
+        f" | kl {kl} | clip {row['clip_low'] + row['clip_high']:4.2f} | dead {row['zero_std_groups']:4.2f}"
+        f" | len {row['length']:5.1f} | cut {row['truncated']:4.2f} | grad {row['grad_norm']:5.2f}"
+        f" | {row['seconds']:5.1f} s"
+    )
+
+
+def completion(record):
+    """A completion with its question, answer and reward."""
+    answer = textwrap.shorten(record["answer"], 60)
+    text = textwrap.indent(record["completion"], "  | ", lambda line: True)
+    return f"  {record['question']}  (answer: {answer}; reward {record['reward']:.2f})\n{text}"
+
+
+def eval_line(metrics):
+    """An evaluation in one line."""
+    more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in metrics if "@" in key or key.count("/") > 1}
+    more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
+    return (
+        f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
+        f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
+    )
+
+
+def health_notes(row, settings, on_gpu):
+    """Sentences on what is out of its healthy range in the row of a step that was made with these settings."""
+    kl, entropy, past_warmup = row["kl"] or 0.0, row["entropy"], row["step"] > settings["WARMUP"] + 2
+    at_reference = (row["step"] - 1) % settings["STEPS"] == 0  # the first step of an iteration: π_θ = π_ref
+    grpo, mu, sequence = settings["ALGORITHM"] == "grpo", settings["MU"], settings["DENOMINATOR"] == "sequence"
+    if grpo and mu == 1 and sequence and abs(row["loss"]) < 1e-3:
+        yield "loss is about 0 at μ = 1: expected. Ratios are 1, a group's advantages sum to 0; its gradient is not 0"
+    if row["zero_advantage"] > 0.9:
+        yield "9 of 10 outputs have Â = 0 and teach nothing: the questions are too easy or too hard"
+    if row["step"] == 1 and kl > 1e-2:
+        yield "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
+    if settings["BETA"] and past_warmup and row["kl"] == 0 and row["grad_norm"] > 0 and not at_reference:
+        yield "the KL is exactly 0 after updates: is the reference the policy itself?"
+    if kl > 1:
+        yield "the KL is above 1 nat per token: far from the reference (lower --learning_rate or raise --beta)"
+    if (row["kl_log_ratio_max"] or 0.0) > 10:
+        yield "some |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)"
+    if entropy < 0.05 and row["accuracy"] < 0.9:
+        yield "the entropy is below 0.05 nats while answers are still wrong: little is explored any more"
+    if entropy > 4:
+        yield "the entropy is above 4 nats per token: that is close to random text"
+    if row["clip_low"] + row["clip_high"] > 0.2:
+        yield "over 20 % of the tokens are clipped: the updates of one rollout go too far (--learning_rate, --mu)"
+    if mu > 1 and past_warmup and row["ratio_max"] == 1:
+        yield "the ratio stays exactly 1 although μ > 1: is π_θold computed anew between the updates?"
+    if row["truncated"] > 0.5:
+        yield "over half of the outputs are cut at --max_new_tokens: raise it, or the end token is not being learnt"
+    if (row["sampler_gap"] or 0.0) > (2e-2 if on_gpu else 1e-4):
+        yield "the log-probabilities of sampling and scoring differ: the policy that samples is not the one that learns"
+    if row["skipped_updates"]:
+        yield "the loss or the gradient was not finite: that update was skipped, the weights stayed as they were"
+
+
+def summary(run):
+    """The end of a run: base and trained model in a table, and three test questions with both completions."""
+    metrics, samples = (read_lines(Path(run) / f"{name}.jsonl") for name in ("metrics", "samples"))
+    evaluations = [row for row in metrics if "eval/accuracy" in row]
+    if not evaluations:
+        return ""
+    base, trained = evaluations[0], evaluations[-1]
+    first, last = f"base (step {base['step']})", f"trained (step {trained['step']})"
+    lines = [f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}"]
+    for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
+        cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]
+        lines.append(f"{key.removeprefix('eval/'):24}{cells[0]:>18}{cells[1]:>22}")
+    tests = [row for row in samples if row["split"] == "test"]
+    pairs = zip(*([row for row in tests if row["step"] == one["step"]] for one in (base, trained)))
+    for before, after in itertools.islice(pairs, 3):
+        left, right = ("right" if row["correctness"] else "wrong" for row in (before, after))
+        columns = f"base, {left}:\n{before['completion']}", f"trained, {right}:\n{after['completion']}"
+        lines += [f"\n{before['question']}  (answer: {before['answer']})", side_by_side(*columns)]
+    return "\n".join(lines)
+
+
+def side_by_side(left, right, width=56):
+    """Two texts in two columns."""
+    wrapped = ([textwrap.wrap(line, width) or [""] for line in text.split("\n")] for text in (left, right))
+    columns = (itertools.chain.from_iterable(lines) for lines in wrapped)
+    return "\n".join(f"  {a:{width}} | {b}" for a, b in itertools.zip_longest(*columns, fillvalue=""))
