@@ -62,7 +62,7 @@ STORIES = [  # question, right operation, wrong operation, how often the author 
 ]
 
 
-def belongs(content, split):
+def in_split(content, split):
     """Is a generated problem with this content in the split? A checksum puts a fifth of all contents into the test."""
     return (zlib.crc32(content.encode()) % 5 == 0) == (split == "test")
 
@@ -76,16 +76,11 @@ def random_story(rng):
     return index, a, rng.randint(2, a - 1)
 
 
-def annotation(a, b, operation):
-    """A calculation as GSM8K annotates it: `<<12+7=19>>`."""
-    return f"<<{a}{operation}{b}={OPERATIONS[operation](a, b)}>>"
-
-
 def word_problem(index, a, b, operation, rng):
     """The problem of a story, solved with an operation; if that is the wrong one, so are the solution and answer."""
     name, things, result = rng.choice(NAMES), rng.choice(THINGS), str(OPERATIONS[operation](a, b))
     question = STORIES[index][0].format(name=name, things=things, a=a, b=b)
-    solution = f"So {a}{operation}{b} = {annotation(a, b, operation)}{result} {things}."
+    solution = f"So {a}{operation}{b} = <<{a}{operation}{b}={result}>>{result} {things}."
     return {"question": question, "answer": result, "kind": "math", "solution": solution}
 
 
@@ -95,7 +90,7 @@ def arithmetic(split):
     count = 0
     while count < SIZES[split]:
         index, a, b = random_story(rng)
-        if belongs(f"{index} {a} {b}", split):
+        if in_split(f"{index} {a} {b}", split):
             yield word_problem(index, a, b, STORIES[index][1], rng)
             count += 1
 
@@ -121,8 +116,11 @@ def messy_corpus(count=14000):
         ]
         corpus.append((prompt(problem), rng.choices([tidy, *untidy], weights=[42, 8, 8, 21, 21])[0]))
         if rng.random() < 0.5:
-            stories = (random_story(rng) for _ in range(12))
-            practice = "".join(annotation(a, b, rng.choice(STORIES[index][1:3])) for index, a, b in stories)
+            practice = ""
+            for _ in range(12):
+                index, a, b = random_story(rng)
+                operation = rng.choice(STORIES[index][1:3])
+                practice += f"<<{a}{operation}{b}={OPERATIONS[operation](a, b)}>>"
             corpus.append(([{"role": "user", "content": "Practise."}], practice))
     return corpus
 
@@ -174,7 +172,7 @@ def sentence(names, form, a, b, k):
 
 
 def knights(rng, difficulty):
-    """Knights tell the truth, knaves lie, each person says one thing; one assignment of kinds agrees with it all."""
+    """Knights tell the truth, knaves lie, each person says one thing; one assignment of roles agrees with it all."""
     n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
     assignments, possible = list(itertools.product([False, True], repeat=n)), []
     while len(possible) != 1:  # begin again until the sayings allow one assignment only
@@ -185,17 +183,16 @@ def knights(rng, difficulty):
                 clues.append((form, a, b, k))
                 possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
 
-    names, kinds = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
+    names, roles = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
     quotes = [f'"{sentence(names, *clue)}"' for clue in clues]
-    answer = ", ".join(map("{}: {}".format, names, kinds))
-    question = (
-        f"Knights always tell the truth, knaves always lie. {' '.join(map('{} says: {}.'.format, names, quotes))} "
-        "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
-    )
-    steps = map("{} is a {}, and {} is {}.".format, names, kinds, quotes, knight)
-    solution = "\n".join([f"Try {answer}.", *steps, "Nothing else agrees with everything said."])
+    answer = ", ".join(map("{}: {}".format, names, roles))
+    question = "Knights always tell the truth, knaves always lie. "
+    question += " ".join(map("{} says: {}.".format, names, quotes))
+    question += " Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
+    lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
+    solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
     # the same for puzzles that differ only in names and in who stands where, so that they are in the same split
-    content = [f"{kinds[me]} {form} {sorted([kinds[a], kinds[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
+    content = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
     return sorted(content), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
@@ -203,7 +200,7 @@ def order(rng, difficulty):
     """A race described by clues. Only order 0 agrees with them all, and none of them can be left out."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
     clues, possible = [], numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with the clues so far
-    while possible.sum() > 1:
+    while numpy.count_nonzero(possible) > 1:
         form, a, b, k = clue = random_clue(rng, forms, n)
         agrees = CLUES[form](PLACES[n], a, b, k)  # [n!]
         if agrees[0] and (possible & ~agrees).any():
@@ -215,14 +212,12 @@ def order(rng, difficulty):
             clues = others
 
     names = rng.sample(NAMES, n)
-    answer, numbered = ", ".join(names), [f"{name} ({place})" for place, name in enumerate(names, 1)]
-    question = (
-        f"{', '.join(sorted(names))} ran a race, and no two came together. "
-        f"{' '.join(sentence(names, *clue) + '.' for clue in clues)} "
-        "In which order did they come? Answer with all names from first to last, separated by commas."
-    )
-    steps = [f"{sentence(numbered, *clue)}." for clue in clues]
-    solution = "\n".join([f"Try {answer}.", *steps, "No other order agrees with everything told."])
+    answer, with_places = ", ".join(names), [f"{name} ({place})" for place, name in enumerate(names, 1)]
+    question = f"{', '.join(sorted(names))} ran a race, and no two came together. "
+    question += " ".join(f"{sentence(names, *clue)}." for clue in clues)
+    question += " In which order did they come? Answer with all names from first to last, separated by commas."
+    lines = [f"{sentence(with_places, *clue)}." for clue in clues]
+    solution = "\n".join([f"Try {answer}.", *lines, "No other order agrees with everything told."])
     content = sorted(f"{form} {sorted([a, b])} {k}" for form, a, b, k in clues)
     return content, {"question": question, "answer": answer, "solution": solution, "names": sorted(names)}
 
@@ -232,19 +227,17 @@ def countdown(rng, difficulty):
     target, numbers = 0, []
     while not 10 <= target <= 999 or target in numbers:
         numbers = [rng.randint(1, 10 * difficulty) for _ in range(min(difficulty + 2, 6))]
-        terms, steps = [(number, str(number)) for number in numbers], []  # a term: its value, how it is written
+        terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value, how it is written
         while len(terms) > 1:
             (a, first), (b, second) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
             sign = rng.choice("+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1))
             target = OPERATIONS[sign](a, b)
-            steps.append(f"{a} {sign} {b} = {target}")
+            lines.append(f"{a} {sign} {b} = {target}")
             first, second = (term if term.isdecimal() else f"({term})" for term in (first, second))
             terms.append((target, f"{first} {sign} {second}"))
-    question = (
-        f"Reach {target} with the numbers {', '.join(map(str, numbers))}, each used at most once, and with +, -, *, / "
-        "and parentheses. Answer with the expression alone, as in: (8 - 2) * 5"
-    )
-    problem = {"question": question, "answer": terms[0][1], "solution": "\n".join(steps)}
+    question = f"Reach {target} with the numbers {', '.join(map(str, numbers))}, each used at most once, "
+    question += "and with +, -, *, / and parentheses. Answer with the expression alone, as in: (8 - 2) * 5"
+    problem = {"question": question, "answer": terms[0][1], "solution": "\n".join(lines)}
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
 
 
@@ -254,7 +247,7 @@ def puzzles(kinds, split, difficulty):
     while len(questions) < SIZES[split] // 5 * len(kinds):
         kind = kinds[len(questions) % len(kinds)]
         content, problem = kind(rngs[kind], difficulty)
-        if belongs(str(content), split) and problem["question"] not in questions:
+        if in_split(str(content), split) and problem["question"] not in questions:
             questions.add(problem["question"])
             yield problem | {"kind": kind.__name__}
 
@@ -262,12 +255,12 @@ def puzzles(kinds, split, difficulty):
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
 
 
-def marked(row, question, solution, mark):
-    """GSM8K and MetaMathQA: the answer is what follows the mark in the solution."""
-    steps, _, answer = row[solution].rpartition(mark)
-    if mark not in row[solution] or not answer.strip():
-        raise ValueError(f"its {solution} must end in `{mark} result`")
-    return {"question": row[question], "answer": answer.strip(), "kind": "math", "solution": steps.strip()}
+def answer_after(mark, question, solution):
+    """GSM8K and MetaMathQA: the answer is what follows the last mark in the solution."""
+    explanation, _, answer = solution.rpartition(mark)
+    if mark not in solution or not answer.strip():
+        raise ValueError(f"its solution must end in `{mark} result`")
+    return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
 def boxed_part(solution):
@@ -306,17 +299,14 @@ def program(question, reference, prelude, setup, tests, names):
 
 def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
-    head, name, setup, tests = row["prompt"], row["entry_point"], [], []
-    for node in ast.parse(row["test"]).body:
-        if getattr(node, "name", None) == "check":
-            # leave out `assert True`, which many rows have and which tests nothing
-            real = [test for test in node.body if not isinstance(getattr(test, "test", None), ast.Constant)]
-            tests = [f"candidate = {name}", *map(ast.unparse, real)]
-        else:
-            setup.append(ast.unparse(node))
+    head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
+    checks = [test for node in nodes if getattr(node, "name", None) == "check" for test in node.body]
+    # without `assert True`, which many rows have and which tests nothing
+    tests = [ast.unparse(test) for test in checks if not isinstance(getattr(test, "test", None), ast.Constant)]
+    setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
     reference = head + row["canonical_solution"]
-    return program(question, reference, head, "\n".join([head, *setup]), tests, {name})
+    return program(question, reference, head, "\n".join(setup), [f"candidate = {name}", *tests], {name})
 
 
 def mbpp(row):
@@ -329,9 +319,9 @@ def mbpp(row):
     return program(question, row["code"], "", "\n".join([*imports, setup]), tests, names)
 
 
-FORMATS = {  # the texts that a row has: the function that makes a problem of it
-    ("question", "answer"): functools.partial(marked, question="question", solution="answer", mark="####"),  # GSM8K
-    ("query", "response"): functools.partial(marked, question="query", solution="response", mark="The answer is:"),
+FORMATS = {  # the texts that a row must have: the function that makes a problem of it
+    ("question", "answer"): lambda row: answer_after("####", row["question"], row["answer"]),  # GSM8K
+    ("query", "response"): lambda row: answer_after("The answer is:", row["query"], row["response"]),  # MetaMathQA
     ("problem",): mathematics,
     ("prompt", "canonical_solution", "test", "entry_point"): humaneval,
     ("text", "code"): mbpp,
@@ -344,7 +334,7 @@ def problems(name, data_set, split):
     for index, row in enumerate(rows(name, data_set, split)):
         fields = row.items() if isinstance(row, dict) else []
         try:
-            # encode() refuses half a character, which JSON can hold as "\ud800"
+            # encode() raises an error for half a character, which JSON can hold as "\ud800"
             texts = {field for field, value in fields if isinstance(value, str) and value.strip().encode()}
             convert = next((convert for needed, convert in FORMATS.items() if texts.issuperset(needed)), None)
             if convert is None:
@@ -375,13 +365,13 @@ def files_of(path, split):
     files = sorted(files, key=lambda file: (file.parent, len(file.stem), file))  # 2.json before 10.json
     for suffix in SUFFIXES:
         if found := [file for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
-            return suffix, found
+            return suffix, list(map(str, found))
     raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its name")
 
 
 def json_rows(path):
     """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         first = file.readline()
         try:
             value = json.loads(first)
@@ -405,8 +395,7 @@ def rows(name, data_set, split):
             if suffix in (".json", ".jsonl"):
                 yield from itertools.chain.from_iterable(map(json_rows, files))
             else:
-                names = list(map(str, files))
-                yield from datasets.load_dataset(suffix[1:], data_files=names, split="train", streaming=True)
+                yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
         else:
             splits, configuration = data_set.get("splits", BOTH), data_set.get("configuration")
             stream = datasets.load_dataset(data_set["hub"], configuration, split=splits[split], streaming=True)
@@ -456,7 +445,7 @@ def find(name):
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
     data_set = find(name)
-    if split not in data_set.get("splits", BOTH) and not os.path.exists(name):
+    if split not in data_set.get("splits", BOTH) and not os.path.exists(name):  # a file can be used for any split
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return data_set["make"](split) if "make" in data_set else problems(name, data_set, split)
@@ -481,10 +470,9 @@ def stages(spec):
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split without end, each epoch in a new order, beginning with number `position`, from 0.
+    """The problems of a split without end, from number `position` on, each epoch in an order of its own.
 
-    The order depends on the seed and the epoch alone. Problems are shuffled in blocks of 10,000 as they stream in; all
-    of GSM8K is one block.
+    Seed and epoch alone decide the order. Problems are shuffled in blocks of 10,000 as they stream in: GSM8K is one.
     """
     for epoch in itertools.count():
         rng, stream = random.Random(f"{seed} {epoch}"), iter(load(name, split))
