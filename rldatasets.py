@@ -7,7 +7,6 @@ tests of a program. Nothing here knows about tokens, tensors, rewards or the gro
 """
 
 import ast
-import functools
 import gzip
 import itertools
 import json
@@ -70,10 +69,9 @@ def in_split(content, split):
 def random_story(rng):
     """The index of a story and its two numbers: a > b for sums and differences, both from 2 to 6 for products."""
     index = rng.randrange(len(STORIES))
-    if STORIES[index][1] == "*":
-        return index, rng.randint(2, 6), rng.randint(2, 6)
-    a = rng.randint(3, 12)
-    return index, a, rng.randint(2, a - 1)
+    product = STORIES[index][1] == "*"
+    a = rng.randint(2, 6) if product else rng.randint(3, 12)
+    return index, a, rng.randint(2, 6 if product else a - 1)
 
 
 def word_problem(index, a, b, operation, rng):
@@ -86,8 +84,7 @@ def word_problem(index, a, b, operation, rng):
 
 def arithmetic(split):
     """The word problems of a split, always the same. A story with the same two numbers is in one split only."""
-    rng = random.Random(f"arithmetic {split}")
-    count = 0
+    rng, count = random.Random(f"arithmetic {split}"), 0
     while count < SIZES[split]:
         index, a, b = random_story(rng)
         if in_split(f"{index} {a} {b}", split):
@@ -101,8 +98,7 @@ def messy_corpus(count=14000):
     All calculations are correct, but often the operation is the wrong one or tags are missing: one completion in three
     is right, so that reinforcement learning has something to reward. A third of the corpus is practice in calculating.
     """
-    rng = random.Random("messy corpus")
-    corpus = []
+    rng, corpus = random.Random("messy corpus"), []
     while len(corpus) < count:
         index, a, b = random_story(rng)
         _, right, wrong, wrong_share = STORIES[index]
@@ -155,7 +151,7 @@ CLUES = {  # clues about a race, and whether they are true; place[i]: that of pe
     "{a} and {b} did not come one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) > 1,
 }
 
-# the place of each of n persons in each order that their race can have: [n, n!]; in order 0 person i comes in place i + 1
+# n: the place of each of n persons in each possible order, [n, n!]; in order 0, person i has place i + 1
 PLACES = {n: numpy.array(list(itertools.permutations(range(1, n + 1))), dtype=numpy.int8).T for n in range(3, 8)}
 
 
@@ -242,7 +238,7 @@ def countdown(rng, difficulty):
 
 
 def puzzles(kinds, split, difficulty):
-    """The puzzles of a split, the kinds taking turns; always the same. No puzzle is in both splits under other names."""
+    """The puzzles of a split, always the same, the kinds in turn. No puzzle is in both splits under other names."""
     rngs, questions = {kind: random.Random(f"{kind.__name__} {difficulty} {split}") for kind in kinds}, set()
     while len(questions) < SIZES[split] // 5 * len(kinds):
         kind = kinds[len(questions) % len(kinds)]
@@ -264,11 +260,7 @@ def answer_after(mark, question, solution):
 
 
 def boxed_part(solution):
-    r"""The part of a solution that holds the answer, as `\boxed{\frac{3}{4}}` or `\boxed 5`; "" if nothing is boxed.
-
-    It begins at the first box of the last paragraph that has one, since an answer can fill several boxes, and ends at
-    the last closing brace of the solution. The grader opens the boxes.
-    """
+    r"""From the first box of the last paragraph that has one to the last brace: `\boxed{2}$ or $\boxed{3}`; else ""."""
     last_box = max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"))
     paragraph = max((blank.end() for blank in re.finditer(r"\n\s*\n", solution[:last_box])), default=0)
     box = r"\\(?:boxed|fbox)(?![a-z])\s*(\{(?!\s*\}).*\}|[^\s{$][^$\n]*)"
@@ -277,18 +269,17 @@ def boxed_part(solution):
 
 
 def mathematics(row):
-    """MATH and similar sets: the answer is a field of its own, a text or a whole number, or is boxed in the solution."""
+    """MATH and similar sets: the answer has a field, as a text or a whole number, or is in a box in the solution."""
     solution, answer = row.get("solution") or "", row.get("answer")
     if answer is None and isinstance(solution, str):
         answer = boxed_part(solution)
     if not isinstance(solution, str) or type(answer) not in (str, int) or not str(answer).strip():
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
-    answer = str(answer).strip()
-    return {"question": row["problem"], "answer": answer, "kind": "math", "solution": solution.strip()}
+    return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
 
 
 def program(question, reference, prelude, setup, tests, names):
-    """A programming problem: the program must pass the tests. `functions` are those names that the reference defines."""
+    """A program that must pass the tests, run after the setup. `functions`: which of the names the reference defines."""
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     if not functions or not any(isinstance(node, ast.Assert) for node in nodes):
@@ -314,8 +305,8 @@ def mbpp(row):
     tests, imports, setup = row.get("test_list") or [], row.get("test_imports") or [], row.get("test_setup_code") or ""
     test_code = "\n".join(tests)
     names = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
-    description = row["prompt" if "prompt" in row else "text"]
-    question = f"{description} Answer with Python code only. It must pass these tests:\n\n{test_code}"
+    question = row["prompt" if "prompt" in row else "text"]
+    question += f" Answer with Python code only. It must pass these tests:\n\n{test_code}"
     return program(question, row["code"], "", "\n".join([*imports, setup]), tests, names)
 
 
@@ -407,17 +398,17 @@ def rows(name, data_set, split):
 
 
 # ---- data sets by name ---------------------------------------------------------------------------------------------
-# One line for each. To add your own: `"mine": {"make": make_mine}` with a function `make_mine(split)` that yields
-# problems, or `"mine": {"hub": "owner/name"}`, if the rows of that repository of the Hugging Face hub have FORMATS' fields.
-# `splits` are the splits that a set has and their names on the hub; the function of one with `difficulties` takes them.
+# To add your own, add one line: `"mine": {"make": make_mine}` with a function `make_mine(split)` that yields problems,
+# `"mine": {"puzzles": [make_puzzle]}` with a function like `knights`, or `"mine": {"hub": "owner/name"}` with a repository
+# of the Hugging Face hub whose rows have one of the FORMATS; `splits` are its splits, if not both, and their names there.
 
 BOTH = {"train": "train", "test": "test"}  # the default; if both are one on the hub, every fifth row is for the test
 DATASETS = {
     "arithmetic": {"make": arithmetic},
-    "knights": {"make": functools.partial(puzzles, [knights]), "difficulties": "12345"},
-    "order": {"make": functools.partial(puzzles, [order]), "difficulties": "12345"},
-    "countdown": {"make": functools.partial(puzzles, [countdown]), "difficulties": "12345"},
-    "logic": {"make": functools.partial(puzzles, [knights, order, countdown]), "difficulties": "12345"},
+    "knights": {"puzzles": [knights]},  # puzzles have a difficulty from 1 to 5: `knights:3`; without one it is 1
+    "order": {"puzzles": [order]},
+    "countdown": {"puzzles": [countdown]},
+    "logic": {"puzzles": [knights, order, countdown]},
     "gsm8k": {"hub": "openai/gsm8k", "configuration": "main"},
     "math": {"hub": "nlile/hendrycks-MATH-benchmark"},  # its test split is MATH-500
     "metamath": {"hub": "meta-math/MetaMathQA", "splits": {"train": "train"}},
@@ -429,13 +420,13 @@ DATASETS = {
 
 
 def find(name):
-    """The entry of a data set: of one in DATASETS, as `gsm8k` or `logic:3`, of a path, or of `owner/name` on the hub."""
+    """The entry of a data set in DATASETS, such as `gsm8k` or `logic:3`, or one for a path or for `owner/name`."""
     task, colon, difficulty = name.partition(":")
-    entry = DATASETS.get(task, {})
-    if "difficulties" in entry:
-        if colon and difficulty not in tuple(entry["difficulties"]):
-            raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
-        return entry | {"make": functools.partial(entry["make"], difficulty=int(difficulty or 1))}
+    kinds = DATASETS.get(task, {}).get("puzzles")
+    if kinds and colon and difficulty not in tuple("12345"):
+        raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
+    if kinds:
+        return {"make": lambda split: puzzles(kinds, split, int(difficulty or 1))}
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.endswith(SUFFIXES)
     if name not in DATASETS and not on_hub and not os.path.exists(name):
         raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
@@ -458,7 +449,7 @@ def stages(spec):
     found = []
     for stage in spec.split(","):
         name, *numbers = stage.strip().split(":")
-        if numbers and "difficulties" in DATASETS.get(name, {}):
+        if numbers and "puzzles" in DATASETS.get(name, {}):
             name = f"{name}:{numbers.pop(0)}"
         find(name)
         if len(numbers) > 1 or numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0]):
@@ -470,13 +461,10 @@ def stages(spec):
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split without end, from number `position` on, each epoch in an order of its own.
-
-    Seed and epoch alone decide the order. Problems are shuffled in blocks of 10,000 as they stream in: GSM8K is one.
-    """
+    """The problems of a split without end, from number `position` on. Seed and epoch decide the order of an epoch."""
     for epoch in itertools.count():
         rng, stream = random.Random(f"{seed} {epoch}"), iter(load(name, split))
-        block = list(itertools.islice(stream, 10_000))
+        block = list(itertools.islice(stream, 10_000))  # what is shuffled at a time, since data sets can be large
         if not block:
             raise DataError(f"{name}, {split} split: there is no problem in it")
         while block:
