@@ -1,4 +1,4 @@
-"""The problems: where they come from, how they are put to the model, and in which order.
+"""The problems: where they come from, the prompt for each, and in which order they come.
 
 A problem is a plain dict: `question`, `answer` (what a completion is graded against), `solution` (a worked one, or ""),
 `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as the
@@ -25,16 +25,16 @@ SYSTEM_PROMPT = "Respond in the following format:\n<reasoning>\n...\n</reasoning
 
 
 class DataError(ValueError):
-    """A data set cannot be found or read; the message is one line for the user."""
+    """A data set cannot be found or read. The message is one line for the user."""
 
 
 def prompt(problem):
-    """The chat messages that put a problem to the model."""
+    """The chat messages that ask the model a question."""
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": problem["question"]}]
 
 
 def written_out(problem):
-    """The worked solution of a problem as a completion in exactly the form that the system prompt asks for."""
+    """The worked solution of a problem as a completion, exactly as the system prompt wants it."""
     return f"<reasoning>\n{problem['solution']}\n</reasoning>\n<answer>\n{problem['answer']}\n</answer>"
 
 
@@ -122,9 +122,9 @@ def messy_corpus(count=14000):
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
-# A clue is (form, a, b, k): a sentence with gaps, the numbers of two persons, counted from 0, and a number.
+# A clue is (form, a, b, k): a sentence with gaps, two persons, who are numbered from 0, and a number for {k}.
 
-SAYINGS = {  # what person `me` can say, and whether it is true; knight[i]: is person i a knight? Easy forms first
+SAYINGS = {  # what person `me` can say, and when it is true; knight[i]: is person i a knight? Later ones are harder
     "{a} is a knight": lambda knight, me, a, b, k: knight[a],
     "{a} is a knave": lambda knight, me, a, b, k: not knight[a],
     "{a} and I are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[me],
@@ -140,7 +140,7 @@ SAYINGS = {  # what person `me` can say, and whether it is true; knight[i]: is p
     "if {a} is a knight, then so is {b}": lambda knight, me, a, b, k: not knight[a] or knight[b],
 }
 
-CLUES = {  # clues about a race, and whether they are true; place[i]: that of person i, from 1. Easy forms first
+CLUES = {  # clues about a race, and when they are true; place[i]: the place of person i, from 1. Later ones say less
     "{a} came in place {k}": lambda place, a, b, k: place[a] == k,
     "{a} came directly before {b}": lambda place, a, b, k: place[a] + 1 == place[b],
     "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
@@ -168,11 +168,11 @@ def sentence(names, form, a, b, k):
 
 
 def knights(rng, difficulty):
-    """Knights tell the truth, knaves lie, each person says one thing; one assignment of roles agrees with it all."""
+    """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles fits all of it."""
     n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
-    assignments, possible = list(itertools.product([False, True], repeat=n)), []
-    while len(possible) != 1:  # begin again until the sayings allow one assignment only
-        knight, clues, possible = rng.choice(assignments), [], assignments
+    choices, possible = list(itertools.product([False, True], repeat=n)), []
+    while len(possible) != 1:  # start again until only one choice is possible
+        knight, clues, possible = rng.choice(choices), [], choices
         while len(clues) < n:
             me, (form, a, b, k) = len(clues), random_clue(rng, forms, n)
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
@@ -187,13 +187,13 @@ def knights(rng, difficulty):
     question += " Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
     lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
-    # the same for puzzles that differ only in names and in who stands where, so that they are in the same split
+    # puzzles that differ only in names and in the order of persons have the same content, and so the same split
     content = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
     return sorted(content), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
 def order(rng, difficulty):
-    """A race described by clues. Only order 0 agrees with them all, and none of them can be left out."""
+    """A race described by clues. Only order 0 agrees with all of them, and no clue can be left out."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
     clues, possible = [], numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with the clues so far
     while numpy.count_nonzero(possible) > 1:
@@ -219,7 +219,7 @@ def order(rng, difficulty):
 
 
 def countdown(rng, difficulty):
-    """Numbers, and a target that a calculation with all of them reaches, without fractions or numbers below 1."""
+    """Numbers, and a target that they reach in a calculation without fractions or numbers below 1."""
     target, numbers = 0, []
     while not 10 <= target <= 999 or target in numbers:
         numbers = [rng.randint(1, 10 * difficulty) for _ in range(min(difficulty + 2, 6))]
@@ -260,12 +260,12 @@ def answer_after(mark, question, solution):
 
 
 def boxed_part(solution):
-    r"""From the first box of the last paragraph that has one to the last brace: `\boxed{2}$ or $\boxed{3}`; else ""."""
+    r"""The text from the first box of the last paragraph that has one to the last brace: `\boxed{2}$ or $\boxed{3}`."""
     last_box = max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"))
     paragraph = max((blank.end() for blank in re.finditer(r"\n\s*\n", solution[:last_box])), default=0)
     box = r"\\(?:boxed|fbox)(?![a-z])\s*(\{(?!\s*\}).*\}|[^\s{$][^$\n]*)"
     found = re.search(box, solution[paragraph:], re.DOTALL)
-    return found[0].rstrip(" .") if found else ""
+    return found[0].rstrip(" .") if found else ""  # the grader opens the boxes
 
 
 def mathematics(row):
@@ -279,7 +279,7 @@ def mathematics(row):
 
 
 def program(question, reference, prelude, setup, tests, names):
-    """A program that must pass the tests, run after the setup. `functions`: which of the names the reference defines."""
+    """A program to write that must pass tests, run after the setup. `functions`: those names that it must define."""
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     if not functions or not any(isinstance(node, ast.Assert) for node in nodes):
@@ -292,7 +292,7 @@ def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
     head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
     checks = [test for node in nodes if getattr(node, "name", None) == "check" for test in node.body]
-    # without `assert True`, which many rows have and which tests nothing
+    # leave out `assert True`, which many rows have and which tests nothing
     tests = [ast.unparse(test) for test in checks if not isinstance(getattr(test, "test", None), ast.Constant)]
     setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
@@ -373,7 +373,7 @@ def json_rows(path):
 
 
 def rows(name, data_set, split):
-    """Stream the rows of a split: from the file (whatever the split) or folder of that name, else from the hub."""
+    """Stream the rows of a split, from the file or folder of that name if there is one, else from the hub."""
     import datasets  # here, because it is slow to import and the generated problems do not need it
 
     datasets.disable_progress_bars()
@@ -390,7 +390,7 @@ def rows(name, data_set, split):
         else:
             splits, configuration = data_set.get("splits", BOTH), data_set.get("configuration")
             stream = datasets.load_dataset(data_set["hub"], configuration, split=splits[split], streaming=True)
-            divided = splits.get("train") == splits.get("test")
+            divided = splits.get("train") == splits.get("test")  # one split for both: every fifth row is for the test
             yield from (row for i, row in enumerate(stream) if not divided or (i % 5 == 0) == (split == "test"))
     except Exception as error:  # a broken file or connection can raise almost anything, in five libraries
         reason = (str(error).strip() or "it is empty").splitlines()[0]
@@ -398,11 +398,13 @@ def rows(name, data_set, split):
 
 
 # ---- data sets by name ---------------------------------------------------------------------------------------------
-# To add your own, add one line: `"mine": {"make": make_mine}` with a function `make_mine(split)` that yields problems,
-# `"mine": {"puzzles": [make_puzzle]}` with a function like `knights`, or `"mine": {"hub": "owner/name"}` with a repository
-# of the Hugging Face hub whose rows have one of the FORMATS; `splits` are its splits, if not both, and their names there.
+# To add a data set of your own, add one line to DATASETS:
+#   "mine": {"hub": "owner/name"}          the rows of this repository of the Hugging Face hub have one of the FORMATS
+#   "mine": {"make": make_problems}        make_problems(split) yields problems
+#   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns content and problem, as `knights` does
+# `splits` are the splits of a set, if it does not have both, and their names on the hub.
 
-BOTH = {"train": "train", "test": "test"}  # the default; if both are one on the hub, every fifth row is for the test
+BOTH = {"train": "train", "test": "test"}
 DATASETS = {
     "arithmetic": {"make": arithmetic},
     "knights": {"puzzles": [knights]},  # puzzles have a difficulty from 1 to 5: `knights:3`; without one it is 1
@@ -461,10 +463,10 @@ def stages(spec):
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split without end, from number `position` on. Seed and epoch decide the order of an epoch."""
+    """The problems of a split without end, from number `position` on. The seed gives each epoch its own order."""
     for epoch in itertools.count():
         rng, stream = random.Random(f"{seed} {epoch}"), iter(load(name, split))
-        block = list(itertools.islice(stream, 10_000))  # what is shuffled at a time, since data sets can be large
+        block = list(itertools.islice(stream, 10_000))  # shuffled one at a time, as a data set can exceed the memory
         if not block:
             raise DataError(f"{name}, {split} split: there is no problem in it")
         while block:
