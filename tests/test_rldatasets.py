@@ -76,6 +76,7 @@ def test_an_epoch_holds_every_problem_once_and_the_next_has_another_order(tmp_pa
 def test_a_position_goes_on_where_the_order_was_left_over_the_end_of_an_epoch(tmp_path):
     path = write(tmp_path / "train.jsonl", [dict(ROWS[0], question=str(i)) for i in range(20)])
     assert take(path, 40, seed=3)[17:] == take(path, 23, seed=3, position=17)
+    assert take(path, 60, seed=3)[45:] == take(path, 15, seed=3, position=45)
 
 
 def test_gsm8k_rows_are_read_from_a_file_and_from_a_folder_of_splits(tmp_path):
@@ -202,6 +203,11 @@ def test_a_humaneval_row_becomes_a_program_that_passes_its_tests(tmp_path):
     assert len(problem["tests"]) == 3 and passes(problem)
     answer = evaluator.extract_answer(rldatasets.written_out(problem))
     assert answer == (HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]).strip()
+
+
+def test_a_program_with_an_invalid_escape_is_read_without_a_warning(tmp_path, recwarn):
+    one(tmp_path, MBPP | {"code": "def double(p):\n    '\\d'\n    return 2 * p.x"})
+    assert not recwarn.list
 
 
 def test_an_mbpp_row_becomes_a_program_whose_question_shows_the_tests(tmp_path):
