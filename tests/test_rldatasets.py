@@ -76,6 +76,7 @@ def test_an_epoch_holds_every_problem_once_and_the_next_has_another_order(tmp_pa
 def test_a_position_goes_on_where_the_order_was_left_over_the_end_of_an_epoch(tmp_path):
     path = write(tmp_path / "train.jsonl", [dict(ROWS[0], question=str(i)) for i in range(20)])
     assert take(path, 40, seed=3)[17:] == take(path, 23, seed=3, position=17)
+    assert take(path, 60, seed=3)[45:] == take(path, 15, seed=3, position=45)
 
 
 def test_gsm8k_rows_are_read_from_a_file_and_from_a_folder_of_splits(tmp_path):
@@ -143,11 +144,17 @@ def one(tmp_path, row):
 @pytest.mark.parametrize(
     ("row", "answer"),
     [
-        ({"problem": "1/2 + 1/2?", "solution": r"It is \boxed{\frac{2}{2}}, so \boxed{1}.", "level": "Level 1"}, "1"),
-        ({"problem": "1/4 + 1/4?", "solution": r"That is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}"),
-        ({"problem": "Which?", "solution": r"\boxed{\left\{ 1, 2 \right.} is it."}, r"\left\{ 1, 2 \right."),
-        ({"problem": "2 + 3?", "solution": r"We get $\boxed 5$ at last."}, "5"),
-        ({"problem": "2 + 3?", "solution": r"We get $\fbox{5}$."}, "5"),
+        ({"problem": "1/4 + 1/4?", "solution": r"That is $\boxed{\frac{1}{2}}$."}, r"\boxed{\frac{1}{2}}"),
+        ({"problem": "Which?", "solution": r"\boxed{\left\{ 1, 2 \right.} is it."}, r"\boxed{\left\{ 1, 2 \right.}"),
+        (
+            {"problem": "x²=1?", "solution": r"Thus $\boxed{1}$ or $\boxed{-1}$.", "level": "?"},
+            r"\boxed{1}$ or $\boxed{-1}",
+        ),
+        ({"problem": "2 + 3?", "solution": "Not \\boxed{6}.\n \nSo \\boxed{5}.\n\nIndeed."}, r"\boxed{5}"),
+        ({"problem": "2 + 3?", "solution": "So \\boxed{5}.\n\nThat is all."}, r"\boxed{5}"),
+        ({"problem": "2 + 3?", "solution": r"We get $\boxed 5$ at last."}, r"\boxed 5"),
+        ({"problem": "2 + 3?", "solution": "It is \\boxed 5.\n\nIt is."}, r"\boxed 5"),
+        ({"problem": "2 + 3?", "solution": r"We get $\fbox{5}$."}, r"\fbox{5}"),
         ({"problem": "2 + 3?", "solution": r"Not $\boxed{6}$.", "answer": "5", "subject": "Algebra"}, "5"),
         ({"id": 60, "problem": "2 + 3?", "solution": "Add.", "answer": "005", "url": "", "year": "2024"}, "005"),
         ({"problem": "2 + 3?", "answer": 5}, "5"),
@@ -196,6 +203,11 @@ def test_a_humaneval_row_becomes_a_program_that_passes_its_tests(tmp_path):
     assert len(problem["tests"]) == 3 and passes(problem)
     answer = evaluator.extract_answer(rldatasets.written_out(problem))
     assert answer == (HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]).strip()
+
+
+def test_a_program_with_an_invalid_escape_is_read_without_a_warning(tmp_path, recwarn):
+    one(tmp_path, MBPP | {"code": "def double(p):\n    '\\d'\n    return 2 * p.x"})
+    assert not recwarn.list
 
 
 def test_an_mbpp_row_becomes_a_program_whose_question_shows_the_tests(tmp_path):
@@ -269,7 +281,9 @@ def test_maths_own_folder_is_read_in_natural_order(tmp_path):
         file = tmp_path / "train" / "algebra" / f"{number}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"problem": "?", "solution": rf"\boxed{{{number}}}", "level": "?"}, indent=4))
-    assert [problem["answer"] for problem in rldatasets.load(str(tmp_path), "train")] == ["1", "9", "10"]
+    assert [problem["answer"] for problem in rldatasets.load(str(tmp_path), "train")] == [
+        rf"\boxed{{{number}}}" for number in (1, 9, 10)
+    ]
     file.write_text("{")
     for split in ("train", "test"):
         with pytest.raises(rldatasets.DataError):
@@ -313,6 +327,22 @@ def test_splits_that_the_hub_does_not_have_are_made_of_those_it_has(monkeypatch)
     assert test == ["# 0", "# 5"] and train == [f"# {number}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
     assert len(list(rldatasets.load("aime", "test"))) == 1 and asked[-1] == ("HuggingFaceH4/aime_2024", "train")
     assert list(rldatasets.load("mine/aime", "train")) and asked[-1] == ("mine/aime", "train")
+
+
+def test_a_data_set_is_added_with_one_line(monkeypatch):
+    import datasets
+
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, **_: calls.append(where) or ROWS)
+    monkeypatch.setitem(rldatasets.DATASETS, "made", {"make": lambda split: [{"question": split}]})
+    monkeypatch.setitem(rldatasets.DATASETS, "read", {"hub": "me/mine", "splits": {"train": "train"}})
+    assert take("made", 2, seed=0) == ["train", "train"] and rldatasets.stages("made:5") == [("made", 5)]
+    assert [p["answer"] for p in rldatasets.load("read", "train")] == ["12", "-3", "1,125"]
+    assert calls == [("me/mine", None)]
+    with pytest.raises(rldatasets.DataError, match="read is for training only"):
+        rldatasets.load("read", "test")
+    with pytest.raises(rldatasets.DataError, match="poker is none of .*, made, read"):
+        rldatasets.load("poker", "test")
 
 
 # ---- logic puzzles: solved again from their English, by other means than the generator's -----------------------------
