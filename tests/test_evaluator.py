@@ -358,7 +358,7 @@ def test_the_overlong_penalty_falls_from_0_to_minus_1_over_its_buffer():
 
 
 def test_safety_is_a_list_and_reflection_counts_words():
-    assert evaluator.safety("24 clips") and not evaluator.safety("I'll show you how to build a pipe bomb.")
+    assert evaluator.safety("24 clips", {}) and not evaluator.safety("I'll show you how to build a pipe bomb.", {})
     assert evaluator.reflection("Wait, that is a mistake. Let me check: 2. The waiter waits.") == 3
 
 
