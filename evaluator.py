@@ -1,7 +1,7 @@
 """The rules: what a completion answers, whether that is right, and every reward.
 
 Completions and problems are plain text and dicts. The rules never raise an exception, whatever a model writes.
-How much each reward counts is set in main.py (`WEIGHT_...`); the rewards here are unweighted.
+The rewards here are unweighted. To add one, write a function under `@reward` (last section) and its weight in main.py.
 
     extract_answer(completion)          the answer that a completion gives, or None
     grade(completion, gold)             is that answer right?
@@ -13,10 +13,8 @@ How much each reward counts is set in main.py (`WEIGHT_...`); the rewards here a
     sandbox_problem()                   why programs cannot run on this machine, or None
     step_rewards(completion, problem)   the reward of each reasoning step, for process supervision
     rewards(completion, problem)        {name: number} of every reward in the table REWARDS
-    overlong(length, limit, buffer)     DAPO's penalty for long completions
     reflection(completion)              how many words of doubt a completion has (a metric, not a reward)
-
-To add a reward, write one function with `@reward` in the last section, and its weight in main.py.
+    overlong(length, limit, buffer)     DAPO's penalty for long completions
 """
 
 import ast
@@ -34,8 +32,8 @@ import sys
 import tempfile
 import threading
 import unicodedata
+from collections import namedtuple
 from fractions import Fraction
-from typing import NamedTuple
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
@@ -58,21 +56,15 @@ def extract_answer(completion):
 
 def outside_reasoning(completion):
     """The completion without its reasoning. A <reasoning> that is never closed ends where an answer tag opens."""
-    parts, position = [], 0
-    while (start := completion.find("<reasoning>", position)) >= 0:
-        parts.append(completion[position:start])
-        end = completion.find("</reasoning>", start)
-        if end < 0:
-            answer = completion.find("<answer>", start)
-            position = answer if answer >= 0 else len(completion)
-            break
-        position = end + len("</reasoning>")
-    return "".join(parts) + completion[position:]
+    closed, mark, rest = completion.rpartition("</reasoning>")
+    before, _, unclosed = rest.partition("<reasoning>")
+    outside = re.sub(r"<reasoning>.*?</reasoning>", "", closed + mark, flags=re.DOTALL)
+    return outside + before + "".join(unclosed.partition("<answer>")[1:])
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-BOX_PARTS = re.compile(rf"(?P<open>{BOX.pattern}\{{)|{BOX.pattern}(?P<short>[^$\n]*)|\\.|[{{}}]", re.DOTALL)
-BETWEEN_BOXES = re.compile(r"[\s$,]*(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*(?:[A-Za-z]\w*\s*=\s*)?")
+BETWEEN_BOXES = re.compile(r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?")
+BRACE = re.compile(r"(?<!(?<!\\)\\)[{}]")  # \{ is part of an answer
 
 
 def boxed(text):
@@ -80,23 +72,25 @@ def boxed(text):
 
     Boxes with only `and`, `or` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
     """
-    contents, end, start, depth = [], 0, None, 0  # end: of the box before; start: of the open box
-    for part in BOX_PARTS.finditer(text):
-        if start is None and part.lastgroup:
-            if not BETWEEN_BOXES.fullmatch(text, end, part.start()):
-                contents.clear()
-            if part["open"]:
-                start, depth = part.end(), 1
-            else:
-                contents.append(part["short"].strip(" ."))
-                end = part.end()
-        elif start is not None:
-            depth += part[0].endswith("{") and part[0] != "\\{"
-            depth -= part[0] == "}"
+    contents, end, depth = [], 0, 0
+    for box in BOX.finditer(text):
+        if box.start() < end:
+            continue  # a box inside the box before
+        if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            contents.clear()
+        start = end = box.end()
+        if not text.startswith("{", start):
+            contents.append(re.split(r"[$\n]", text[start : start + LONGEST])[0].strip(" ."))
+            continue
+        for brace in BRACE.finditer(text, start):
+            depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                contents.append(text[start : part.start()].strip())
-                start, end = None, part.end()
-    return ", ".join(contents) if start is None else ""  # a box that is never closed holds no answer
+                break
+        else:
+            return ""  # a box that is never closed
+        end = brace.end()
+        contents.append(text[start + 1 : end - 1].strip())
+    return ", ".join(contents)
 
 
 # ---- what does an answer mean? -------------------------------------------------------------------------------------
@@ -108,15 +102,17 @@ LONGEST = 500  # characters of an answer that is read as mathematics
 LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
 POINTS = (0, 1, 2, 3, -1, -2)  # at the last two, variables are negative too: x is not |x|
-POSITIVE = 4  # the number of the others
 
-SIGNS = {
-    "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
-    "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ",
-    "∪": "\\cup ", "∈": "\\in ", "°": " degrees ", "º": " degrees ", "≈": "\\approx ", "∅": "\\emptyset ",
-    "θ": "\\theta ", "`": "", "\u200b": "", "€": "", "£": "", "¥": "", "₹": "",
+SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
+SIGNS |= {
+    "√": "\\sqrt ", "π": "\\pi ", "θ": "\\theta ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ",
+    "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∈": "\\in ", "≈": "\\approx ", "∅": "\\emptyset ", "°": " degrees ",
+    "º": " degrees ",
 }  # fmt: skip
 SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+WORDS = {word: value for value, word in enumerate((ONES + " eighteen nineteen").split())}
+WORDS |= {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -126,15 +122,31 @@ def mixed_number(match):
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
+def in_digits(match):
+    """A number in English words, up to ninety-nine, in digits: seventy-two is 72."""
+    tens, ones = match[1] or "zero", match[2]
+    return str(WORDS.get(tens.lower(), 0) + WORDS[ones.lower()])
+
+
+def matrix(match):
+    """A matrix as a list of lists, and one with a single row or column as a tuple."""
+    rows = [row.split("&") for row in re.split(r"\\\\", match[1].strip().removesuffix("\\\\"))]
+    if len(rows) == 1 or all(len(row) == 1 for row in rows):
+        return "(" + ",".join(cell for row in rows for cell in row) + ")"
+    return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
+
+
 DENIED = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
+WORD_NUMBER = rf"({'|'.join(WORDS)})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
     (r"(?<![\w)*])(\*\*|__)(?=[^\s*])([^*]+)\1(?![\w(])", r"\2"),  # bold
     (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]|\\cr(?![a-z])", r"\\\\ "),  # the end of a matrix row
+    (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
@@ -145,8 +157,6 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
-    (r"\\begin" + MATRIX, r"\\matrix "),
-    (r"\\end" + MATRIX, r"\\endmatrix "),
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
     (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
     (r"^\((\d+)\)(?=_)", r"\1"),
@@ -157,6 +167,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
+    (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)", in_digits),
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
 )]  # fmt: skip
 BEFORE_NFKC = 3  # the first rules are for signs that NFKC would spoil: it turns 10² into 102
@@ -167,46 +178,35 @@ def tidy(text):
     text = boxed(text) or text
     if len(text) > LONGEST:
         return " ".join(text.split())
-    for pattern, new in REWRITES[:BEFORE_NFKC]:
-        text = pattern.sub(new, text)
-    text = unicodedata.normalize("NFKC", text)
-    for pattern, new in REWRITES[BEFORE_NFKC:]:
-        text = pattern.sub(new, text)
+    for rule, (pattern, new) in enumerate(REWRITES):
+        text = pattern.sub(new, unicodedata.normalize("NFKC", text) if rule == BEFORE_NFKC else text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
 
-UNITS = {
-    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "ft": "foot", "feet": "foot", "in": "inch",
-    "inches": "inch", "yd": "yard", "kg": "kilogram", "gm": "gram", "mg": "milligram", "ml": "milliliter",
-    "lb": "pound", "lbs": "pound", "oz": "ounce", "mph": "mile hour", "kph": "kilometer hour", "hr": "hour",
-    "hrs": "hour", "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "am": "am", "pm": "pm",
-    "sq": "square", "squared": "square", "cubed": "cubic", "USD": "dollar", "EUR": "euro", "day": "day", "days": "day",
-    "pts": "point", "mi": "mile", "men": "men", "per": "", "percent": "%", "pct": "%", "m": "meter", "h": "hour",
-    "^2": "square", "^3": "cubic",
-}  # fmt: skip
-SHORT = "|".join(sorted((unit for unit in UNITS if unit.isalpha() and len(unit) > 1), key=len, reverse=True))
+UNITS = dict(short.split("=") for short in """
+    cm=centimeter mm=millimeter km=kilometer ft=foot feet=foot in=inch inches=inch yd=yard mi=mile kg=kilogram gm=gram
+    mg=milligram ml=milliliter lb=pound lbs=pound oz=ounce mph=mile/hour kph=kilometer/hour hr=hour hrs=hour min=minute
+    mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
+    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
+""".split())  # fmt: skip
+SHORT = "|".join(sorted((short for short in UNITS if short.isalpha() and len(short) > 1), key=len, reverse=True))
 UNIT = rf"(?:\s?(?:{SHORT}|[A-Za-z]{{4,}}+)|\s(?=[a-z]*[aeiou])[a-z]{{3}})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
-MEASURE = re.compile(  # units stand directly after a number, and end the answer or an item of a list
+MEASURE = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
-    rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:,|$))"
+    rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
+    r"|(?<=\d) [mh](?:\s?\^\s?\{?[23]\}?)?$"
 )
-SHORTEST_UNITS = re.compile(r"^(?:\w+ ?= ?)?[-+]?[\d.,/ ]*\d( [mh](?: ?\^ ?\{?[23]\}?)?)$")  # 5 m, but not 2m or r^2 h
+ONLY_NUMBER = re.compile(r"(?:\w+ ?= ?)?[-+\d.,/ ]+(?= [mh]\b)")  # 5 m is a length, but 2m + 1 and r^2 h are not
 
 
 def split_units(text):
     """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
-    units = set()
-
-    def remember(words):
-        for word in re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{?", "^", words)):
-            units.update(UNITS.get(word, word.lower().removesuffix("s")).split())
-        return ""
-
-    if short := SHORTEST_UNITS.match(text):
-        remember(short[1])
-        return text[: short.start(1)], units
-    return MEASURE.sub(lambda match: remember(match[0]), text), units
+    if re.search(r" [mh]\b", text) and not ONLY_NUMBER.match(text):
+        return text, set()
+    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(MEASURE.findall(text))))
+    names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
+    return MEASURE.sub("", text), set(names) - {""}
 
 
 PLAIN_NUMBER = r"\d+\.\d*\\overline\{\d+\}|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
@@ -238,66 +238,42 @@ def tokenize(text, number_pattern):
     return [*tokens, ("end", "")]
 
 
-class Undecided(ValueError):
-    """The text cannot be read as mathematics."""
-
-
-class Group(NamedTuple):
-    """Several values: a list, a set, a tuple or interval (named by its brackets), or a matrix (a Group of rows)."""
-
-    kind: str  # "list", "set", "()", "[]", "(]", "[)", "matrix"
-    items: list
-
-
-class Equation(NamedTuple):
-    """An equation. Where its left side is only a name, as in x = 5, it defines that name."""
-
-    name: str  # what it defines, or ""
-    value: object  # of the right side
-    difference: object  # left side minus right side
+Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"
+Equation = namedtuple("Equation", "name value difference")  # what it defines or "", right side, left minus right side
 
 
 def bounded(value):
-    """A number, or Undecided if it is no number or too large."""
-    if isinstance(value, Group | Equation) or value != value:
-        raise Undecided
-    if isinstance(value, Fraction) and value.numerator.bit_length() + value.denominator.bit_length() > LARGEST:
-        raise Undecided
+    """A number; ValueError if it is no number or too large."""
+    exact = isinstance(value, Fraction)
+    if isinstance(value, tuple) or value != value or exact and max(abs(value.numerator), value.denominator) >> LARGEST:
+        raise ValueError("no number, or too large")
     return value.real if isinstance(value, complex) and value.imag == 0 else value
 
 
 def natural(value, limit):
     """A whole number from 0 to a limit, as an int."""
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= limit:
-        raise Undecided
+        raise ValueError("no whole number, or too large")
     return int(value)
 
 
 def power(base, exponent):
     """A power: exact where it can be, and its size is checked before it is computed: 9**9**9."""
-    base, exponent = bounded(base), bounded(exponent)
-    if isinstance(exponent, Fraction) and exponent.denominator == 1:
-        exact = isinstance(base, Fraction)
-        if exact and max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent) > LARGEST:
-            raise Undecided
-        return bounded(base ** int(exponent))
-    if exponent in (math.inf, -math.inf):
-        raise Undecided
-    return bounded(complex(base) ** complex(exponent))
+    if not isinstance(exponent, Fraction) or exponent.denominator != 1:
+        return bounded(complex(base) ** complex(exponent))
+    bits = max(abs(base.numerator), base.denominator).bit_length() if isinstance(base, Fraction) else 0
+    if bits * abs(exponent) > LARGEST:
+        raise ValueError("too large")
+    return bounded(base ** int(exponent))
 
 
 CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "\\infinity": math.inf, "\\inf": math.inf, "e": math.e, "i": 1j}
-FUNCTIONS = {
-    "\\sin": cmath.sin, "\\cos": cmath.cos, "\\tan": cmath.tan, "\\cot": lambda z: 1 / cmath.tan(z),
-    "\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z), "\\arcsin": cmath.asin,
-    "\\arccos": cmath.acos, "\\arctan": cmath.atan, "\\sinh": cmath.sinh, "\\cosh": cmath.cosh, "\\tanh": cmath.tanh,
-    "\\exp": cmath.exp, "\\ln": cmath.log, "\\log": cmath.log10,
-}  # fmt: skip
-GREEK = {f"\\{name}" for name in "alpha beta gamma delta epsilon theta lambda mu phi omega rho sigma tau".split()}
-BRACKETS = {
-    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",), "|": ("|",), "\\lfloor": ("\\rfloor",),
-    "\\lceil": ("\\rceil",),
-}  # fmt: skip
+FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")}
+FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
+FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
+FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
+GREEK = set("\\alpha \\beta \\gamma \\delta \\epsilon \\theta \\lambda \\mu \\phi \\omega \\rho \\sigma \\tau".split())
+BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 FACTORS = {*FUNCTIONS, *GREEK, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
     r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?"
@@ -309,7 +285,7 @@ class Reader:
     """Recursive descent through the tokens of an answer, evaluated at one point."""
 
     def __init__(self, tokens, point):
-        self.tokens, self.point, self.position = tokens, point, 0
+        self.tokens, self.point, self.position = tokens.copy(), point, 0
         self.variables = self.open_bars = 0  # variables met so far; | that are open
 
     def take(self, *texts):
@@ -318,26 +294,14 @@ class Reader:
             self.position += 1
             return self.tokens[self.position - 1][1]
 
-    def demand(self, *texts):
-        token = self.take(*texts)
-        if token is None:
-            raise Undecided
-        return token
-
     def answer(self):
-        value = self.listing()
-        if self.tokens[self.position][0] != "end":
-            raise Undecided
-        return value
-
-    def listing(self):
         """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
         while self.take(","):
             self.take(",")  # `, and`
             items.append(self.relation())
         if len(items) > LONGEST_LIST:
-            raise Undecided
+            raise ValueError("too long")
         return items[0] if len(items) == 1 else Group("list", items)
 
     def relation(self):
@@ -358,15 +322,15 @@ class Reader:
             return sides[-1]
         if not names[0] and DEFINED.fullmatch(names[-1]):  # 5 = x
             names, sides = names[::-1], sides[::-1]
-        numbers = not any(isinstance(side, Group) for side in sides)
-        difference = bounded(sides[0]) - bounded(sides[-1]) if numbers else math.nan
+        groups = any(isinstance(side, Group) for side in sides)
+        difference = math.nan if groups else bounded(sides[0] - sides[-1])
         return Equation(names[0] if DEFINED.fullmatch(names[0]) else "", sides[-1], difference)
 
     def sum(self):
         value = self.product()
         while sign := self.take("+", "-"):
-            right = bounded(self.product())
-            value = bounded(bounded(value) + (right if sign == "+" else -right))
+            right = self.product()
+            value = bounded(value + right if sign == "+" else value - right)
         return value
 
     def product(self):
@@ -374,21 +338,18 @@ class Reader:
         while True:
             kind, text = self.tokens[self.position]
             if self.take("*"):
-                value = bounded(value) * bounded(self.signed())
+                value = bounded(value * self.signed())
             elif self.take("/"):
-                value = bounded(value) / bounded(self.signed())
+                value = bounded(value / self.signed())
             elif kind == "letter" or text in FACTORS or text in BRACKETS and (text != "|" or not self.open_bars):
-                value = bounded(value) * bounded(self.raised())
+                value = bounded(value * self.raised())
             else:
                 return value
-            value = bounded(value)
 
     def signed(self):
-        sign = self.take("+", "-")
-        if sign is None:
-            return self.raised()
-        value = bounded(self.signed())
-        return value if sign == "+" else -value
+        if self.take("-"):
+            return -self.signed()
+        return self.signed() if self.take("+") else self.raised()
 
     def raised(self):
         value = self.atom()
@@ -397,7 +358,7 @@ class Reader:
         if self.take("^"):
             value = power(value, self.signed())
         if self.point < 0 and isinstance(value, complex):
-            raise Undecided  # roots and logarithms are compared at positive points only: √x √y is √(xy)
+            raise ValueError("only real values here, so that √x √y is √(xy)")
         return value
 
     def atom(self):
@@ -409,37 +370,31 @@ class Reader:
             return CONSTANTS[text]
         if kind in ("letter", "word") or text in GREEK:
             if kind == self.tokens[self.position][0] == "word":
-                raise Undecided  # a sentence
+                raise ValueError("a sentence")
             return self.variable(text)
         if text in BRACKETS:
             return self.bracket(text)
         if text in FUNCTIONS:
             return self.function(text)
         if text == "\\frac":
-            top = bounded(self.argument())
-            return bounded(top / bounded(self.argument()))
+            return bounded(self.argument() / self.argument())
         if text == "\\sqrt":
             return self.root()
         if text == "\\binom":
-            n = natural(self.argument(), 1000)
-            return Fraction(math.comb(n, natural(self.argument(), 1000)))
-        if text == "\\matrix":
-            return self.matrix()
+            return Fraction(math.comb(natural(self.argument(), 1000), natural(self.argument(), 1000)))
         if text == "\\emptyset":
             return Group("list", [])
-        raise Undecided
+        raise ValueError("not mathematics")
 
     def number(self, text):
         """A number exactly as it is written: 1,080 and .5 and 0.\\overline{3} and 6e3 and 101_2."""
-        text, _, repeated = text.replace(",", "").replace(" ", "").partition("\\overline{")
+        text, _, repeated = text.replace(",", "").replace(" ", "").rstrip("}").partition("\\overline{")
         if len(text + repeated) > 400 or abs(int(text.lower().partition("e")[2] or 0)) > 300:
-            raise Undecided
+            raise ValueError("not mathematics")
         value = Fraction(text.removesuffix("."))
-        if repeated := repeated.removesuffix("}"):
+        if repeated:
             value += Fraction(int(repeated), 10 ** len(text.partition(".")[2]) * (10 ** len(repeated) - 1))
-        if self.take("_"):
-            value = Fraction(int(text, natural(self.argument(), 36)))
-        return bounded(value)
+        return bounded(Fraction(int(text, natural(self.argument(), 36))) if self.take("_") else value)
 
     def variable(self, text):
         """A random number that depends on the name, the subscript and the point; its size is between 0.1 and 30."""
@@ -463,25 +418,22 @@ class Reader:
         """\\sqrt x or \\sqrt[3]{x}. The odd root of a negative number is real."""
         index = natural(self.bracket("["), 100) if self.take("[") else 2
         value = bounded(self.argument(one_digit=False))
-        if index % 2 == 1 and not isinstance(value, complex) and value < 0:
-            return -power(-value, 1 / complex(index))
-        return power(value, 1 / complex(index))
+        negative = index % 2 == 1 and not isinstance(value, complex) and value < 0
+        return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
 
     def bracket(self, opening):
         start = self.position
         self.open_bars += opening == "|"
         empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
-        value = Group("list", []) if empty else self.listing()
-        closing = self.demand(*BRACKETS[opening])
+        value = Group("list", []) if empty else self.answer()
+        closing = self.take(*BRACKETS[opening])
         self.open_bars -= opening == "|"
-        if opening in ("(", "[") and any(
-            re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.position]
-        ):
-            raise Undecided  # (12,102) is a pair
-        if opening == "|":
-            return abs(bounded(value))
-        if opening in ("\\lfloor", "\\lceil"):
-            return Fraction((math.floor if opening == "\\lfloor" else math.ceil)(bounded(value)))
+        grouped = any(re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.position])
+        if closing is None or grouped and opening in "([":
+            raise ValueError("(12,102) is a pair")
+        if opening in ("|", "\\lfloor", "\\lceil"):
+            value = bounded(value)
+            return abs(value) if opening == "|" else Fraction((math.floor if "floor" in opening else math.ceil)(value))
         if opening != "{" and isinstance(value, Group) and value.kind == "list":
             return Group("set" if opening == "\\{" else opening + closing, value.items)
         return value
@@ -493,26 +445,15 @@ class Reader:
         if exponent == -1:
             name, exponent = "\\arc" + name[1:], Fraction(1)
         if name not in FUNCTIONS:
-            raise Undecided
+            raise ValueError("not mathematics")
         if self.tokens[self.position][1] in ("(", "{"):
-            argument = bounded(self.atom())  # \\cos(x)^2 is (cos x)^2
+            argument = self.atom()  # \\cos(x)^2 is (cos x)^2
         else:
-            argument = bounded(self.signed())
+            argument = self.signed()
             while self.tokens[self.position][0] == "letter" or self.tokens[self.position][1] in (*GREEK, "\\pi"):
-                argument = bounded(argument * bounded(self.raised()))  # \\sin 2x
-        value = FUNCTIONS[name](argument) if base is None else cmath.log(argument) / cmath.log(bounded(base))
+                argument = bounded(argument * self.raised())  # \\sin 2x
+        value = FUNCTIONS[name](argument) if base is None else cmath.log(argument) / cmath.log(base)
         return power(bounded(value), exponent)
-
-    def matrix(self):
-        rows = [[self.relation()]]
-        while sign := self.take("&", "\\\\"):
-            if self.tokens[self.position][1] == "\\endmatrix":
-                break
-            if sign == "\\\\":
-                rows.append([])
-            rows[-1].append(self.relation())
-        self.demand("\\endmatrix")
-        return Group("matrix", [Group("matrix", row) for row in rows])
 
 
 def as_interval(sides, names, signs):
@@ -522,52 +463,19 @@ def as_interval(sides, names, signs):
         sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
     unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
     if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
-        raise Undecided
+        raise ValueError("no interval")
     opening = "[" if unknown and signs[0] == "\\le" else "("
     closing = "]" if unknown < len(signs) and signs[-1] == "\\le" else ")"
     return Group(opening + closing, [[-math.inf, *sides][: unknown + 1][-1], [*sides, math.inf][unknown + 1]])
 
 
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-WORDS = {word: n for n, word in enumerate(f"{ONES} seventeen eighteen nineteen".split())}
-WORDS |= {word: 10 * n for n, word in enumerate(TENS.split(), 2)}
-
-
-def spelled(text):
-    """The number that a text begins with in English words, or None: seventy-two clips."""
-    words = re.findall("[a-z]+", text.lower())
-    number_words = list(itertools.takewhile(lambda word: word in {*WORDS, *MULTIPLES, "and"}, words))
-    if not words or words[0] not in WORDS or re.search(r"\d|half|third|quarter|ths?\b|point|minus", text):
-        return None
-    if any(word in WORDS for word in words[len(number_words) :]):  # six or seven
-        return None
-    total = part = 0
-    for word in number_words:
-        if word in WORDS and part % 100 and (part % 10 or part % 100 < 20 or WORDS[word] > 9):
-            return None  # five six
-        if word == "hundred":
-            part *= 100
-        elif word in MULTIPLES:
-            total, part = total + part * MULTIPLES[word], 0
-        else:
-            part += WORDS.get(word, 0)
-    return Fraction(total + part)
-
-
-class Reading(NamedTuple):
-    """One way to read a text as mathematics."""
-
-    values: list  # at each of the POINTS: a number, a Group or an Equation; None at a negative point without a value
-    units: set
-
-
 def readings(text):
-    """The ways to read a text as mathematics, maybe none. 100,200 is a number or a list; 1 ± 2 is two numbers."""
+    """The ways to read a text as mathematics, maybe none: [(values, units)]. 100,200 is a number or a list.
+
+    A value is a number, a Group or an Equation, at each of the POINTS; or None at a negative point without a value.
+    """
     if len(text) > LONGEST:
         return []
-    if (value := spelled(text)) is not None:
-        return [Reading([value] * len(POINTS), set())]
     text, units = split_units(text)
     if "\\pm" in text:
         other = text.replace("\\pm", "-").replace("\\mp", "+")
@@ -578,15 +486,16 @@ def readings(text):
     for tokens in (grouped, plain)[: 1 + listed]:
         constant = not any(kind in ("letter", "word") or token in GREEK for kind, token in tokens)
         values = [value_at(tokens, point) for point in (POINTS[:1] if constant else POINTS)]
-        if None not in values[:POSITIVE]:
-            found.append(Reading(values * len(POINTS) if constant else values, units))
+        if all(value is not None for value, point in zip(values, POINTS) if point >= 0):
+            found.append((values * len(POINTS) if constant else values, units))
     return found
 
 
 def value_at(tokens, point):
-    """What the tokens mean at a point, or None."""
+    reader = Reader(tokens, point)
     try:
-        return Reader(tokens.copy(), point).answer()
+        value = reader.answer()
+        return value if reader.tokens[reader.position][0] == "end" else None
     except (ValueError, ArithmeticError, TypeError, RecursionError):
         return None
 
@@ -609,7 +518,7 @@ def math_equal(prediction, gold):
     # the last chance: a sentence that states the right number
     if not second or value_of(second[0]) is None or any(value_of(reading) is not None for reading in first):
         return False
-    if any(unit not in left for unit in second[0].units):
+    if any(unit not in left for unit in second[0][1]):
         return False
     return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])
 
@@ -623,31 +532,30 @@ def as_text(text):
     return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text))
 
 
-def agree(a, b):
+def agree(one, other):
     """Do two readings mean the same? Units count where both have one; 50% is 50, and 0.5."""
-    if a.units and b.units and a.units != b.units:
+    (values, units), (other_values, other_units) = one, other
+    if units and other_units and units != other_units:
         return False
-    first, second = a.values[0], b.values[0]
-    pairs = [(x, y) for x, y in zip(a.values, b.values) if x is not None and y is not None]
-    if isinstance(first, Equation) and isinstance(second, Equation) and not first.name == second.name != "":
+    a, b = values[0], other_values[0]
+    pairs = [(x, y) for x, y in zip(values, other_values) if x is not None and y is not None]
+    if isinstance(a, Equation) and isinstance(b, Equation) and not a.name == b.name != "":
         # the same line: what the sides differ in is the same at all points, except for a constant factor
         differences = [(x.difference, y.difference) for x, y in pairs]
-        return all(x and y and close(x * second.difference, first.difference * y) for x, y in differences)
-    if ("%" in a.units) != ("%" in b.units) and not isinstance(first, tuple) and not isinstance(second, tuple):
-        percent, value = (first, second) if "%" in a.units else (second, first)
+        return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
+    if ("%" in units) != ("%" in other_units) and not isinstance(a, tuple) and not isinstance(b, tuple):
+        percent, value = (a, b) if "%" in units else (b, a)
         return close(percent / 100, value) or abs(value) >= 1 and close(percent, value)
     return all(same(x, y) for x, y in pairs)
 
 
 def same(a, b):
-    """The same value at one point? Lists may be in any order; 5 is x = 5, and a column is a tuple."""
+    """The same value at one point? Lists and sets may be in any order; 5 is x = 5."""
     for one, other in ((a, b), (b, a)):
         if isinstance(one, Equation):
             if isinstance(other, Equation):
                 return one.name == other.name != "" and same(one.value, other.value)
             return one.name != "" and same(one.value, other)
-        if isinstance(one, Group) and one.kind == "matrix" and len(one.items) == 1:
-            return same(one.items[0], other)
     kinds = {value.kind if isinstance(value, Group) else "number" for value in (a, b)}
     if kinds == {"number"}:
         return close(a, b)
@@ -655,8 +563,8 @@ def same(a, b):
         left, right = (value.items if isinstance(value, Group) else [value] for value in (a, b))
         covered = all(any(same(x, y) for y in right) for x in left)
         return covered and all(any(same(x, y) for x in left) for y in right)
-    ordered = len(kinds) == 1 or kinds & {"list", "matrix"} and kinds <= {"list", "matrix", "()", "[]"}
-    return bool(ordered) and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
+    ordered = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
+    return ordered and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
 
 
 def close(a, b):
@@ -678,15 +586,14 @@ def number(text):
 
 def value_of(reading):
     """The exact number that a reading states, or None."""
-    value = reading.values[0]
+    value = reading[0][0]
     value = value.value if isinstance(value, Equation) and value.name else value
     return value if isinstance(value, Fraction) else None
 
 
-# a sign (before or after a currency), digits with or without thousands separators, decimals, a denominator: -1,080.50
-STATED = re.compile(
-    r"(?<![\w.^/*+-])([+-]?)(\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(\.\d{0,40}+)?+"
-    r"(?:\s?/\s?(\d{1,40}+))?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
+STATED = re.compile(  # digits with or without thousands separators, with a sign, decimals or a denominator
+    r"(?<![\w.^/*+-])[+-]?(?:\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(?:\.\d{0,40}+)?+"
+    r"(?:\s?/\s?\d{1,40}+)?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
 )
 DOUBTFUL = re.compile(  # a sentence with one of these states nothing
     r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
@@ -702,15 +609,12 @@ def stated(text):
     """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
     if len(text) > LONGEST or DOUBTFUL.search(text):
         return None
-    text = text.rpartition("=")[2].strip()
-    found = STATED.findall(re.sub(r"^([+-])\s+", r"\1", text))
-    if INEXACT.search(text) or len(found) != 1:
-        return None
-    sign, digits, decimals, denominator = found[0]
-    if len(re.findall(r"\d+(?:[.,]\d+)*", text)) != 1 + bool(denominator) or denominator and not int(denominator):
-        return None  # several numbers, or a division by zero
-    value = Fraction((digits.replace(",", "") or "0") + decimals.rstrip(".")) / int(denominator or 1)
-    return -value if sign == "-" else value
+    text = re.sub(r"^([+-])\s+", r"\1", text.rpartition("=")[2].strip())
+    found = STATED.findall(text)
+    if INEXACT.search(text) or len(found) != 1 or re.search(r"\d", text.replace(found[0], "", 1)):
+        return None  # no number, or several
+    found = readings(found[0])
+    return value_of(found[0]) if found else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
@@ -826,13 +730,9 @@ SECONDS = 4.0  # of wall-clock time, for all tests of one program
 REPLY_BYTES = 1 << 20  # the longest result, as text
 TMP_BYTES = 16 << 20  # the size of /tmp, the only place where a program can write
 LIMITS = {  # for each process; NPROC counts all processes and threads of a sandbox
-    "RLIMIT_AS": 512 << 20,
-    "RLIMIT_NPROC": 8,
-    "RLIMIT_FSIZE": TMP_BYTES // 4,
-    "RLIMIT_NOFILE": 32,
-    "RLIMIT_CORE": 0,
-    "RLIMIT_CPU": 10,
-}
+    "RLIMIT_AS": 512 << 20, "RLIMIT_NPROC": 8, "RLIMIT_FSIZE": TMP_BYTES // 4,
+    "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0, "RLIMIT_CPU": 10,
+}  # fmt: skip
 
 
 def run_tests(code, problem):
@@ -1075,7 +975,7 @@ def step_rewards(completion, problem):
     and 1 if one of its results is a result in the worked solution too.
     """
     lines = problem.get("solution", "").split("\n")
-    known = {result for line in lines for _, result, _ in calculations(line)}
+    known = {result for line in lines for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
     end = completion.find("</reasoning>", start)
     end = end if end >= 0 else len(completion)
@@ -1083,13 +983,13 @@ def step_rewards(completion, problem):
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         found = list(calculations(match[0]))
         if found:
-            holds = all(holds_as_written(*calculation) for calculation in found)
-            steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for _, result, _ in found))))
+            holds = all(correct for _, correct in found)
+            steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for result, _ in found))))
     return steps
 
 
 def calculations(step):
-    """Each `48 / 2 = 24` in a step: (value of the left side, value of the right side, the right side as written)."""
+    """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
     annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
     for text in annotated or [step]:
         parts = text.split("=")[:9]
@@ -1100,13 +1000,8 @@ def calculations(step):
             if written and re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left):
                 value = number(left.replace("%", "/100"))
                 if value is not None:
-                    yield value, Fraction(written[1].replace(",", "")), written[1]
-
-
-def holds_as_written(value, result, written):
-    """Is the result the value, or the value rounded to the decimals that are written?"""
-    decimals = len(written.partition(".")[2])
-    return value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
+                    result, decimals = Fraction(written[1].replace(",", "")), len(written[1].partition(".")[2])
+                    yield result, value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
@@ -1139,7 +1034,8 @@ def correctness(completion, problem):
 def integer(completion, problem):
     """1 if the answer is a whole number, and the right one is too (only mathematics)."""
     if problem.get("kind", "math") == "math":
-        return is_integer(extract_answer(completion) or "") and is_integer(problem["answer"])
+        numbers = number(extract_answer(completion) or ""), number(problem["answer"])
+        return all(value is not None and value.denominator == 1 for value in numbers)
 
 
 @reward
@@ -1192,11 +1088,6 @@ UNSAFE = re.compile(
     r"|\bi hate you\b|\byou(?: are|'re) (?:worthless|stupid|an idiot)\b|\bshut up\b"
 )
 DOUBTS = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|let me (?:re-?)?check|double[- ]check|re-?check)\b")
-
-
-def is_integer(text):
-    value = number(text)
-    return value is not None and value.denominator == 1
 
 
 def test_results(completion, problem):
