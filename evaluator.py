@@ -101,7 +101,7 @@ def boxed(text):
 LONGEST = 500  # characters of an answer that is read as mathematics
 LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2)  # at the last two, variables are negative too: x is not |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3)  # at a negative point some variables are negative, at -1 all are: x is not |x|
 
 SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
 SIGNS |= {
@@ -120,6 +120,12 @@ def mixed_number(match):
     """A mixed number as a sum: 1\\frac12 and 1 1/2 as (1+1/2). But 3\\frac52 stays a product."""
     integer, top, bottom = (part for part in match.groups() if part)
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
+
+
+def repeating(match):
+    """A repeating decimal as a fraction: 0.1\\overline{6} as (16-1)/90."""
+    start, repeated = f"0{match[1]}{match[2]}", match[3]
+    return f"(({start}{repeated}-{start})/{'9' * len(repeated)}{'0' * len(match[2])})"
 
 
 def in_digits(match):
@@ -144,7 +150,6 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
-    (r"(?<![\w)*])(\*\*|__)(?=[^\s*])([^*]+)\1(?![\w(])", r"\2"),  # bold
     (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]|\\cr(?![a-z])", r"\\\\ "),  # the end of a matrix row
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
@@ -164,6 +169,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"^(?!.*{DENIED})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
     (rf" \((?!{DENIED})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
     (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", repeating),
+    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),
+    (r"(?<=\S)\s*\\approx.*", ""),  # 8\\sqrt{2} \\approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
@@ -209,32 +217,32 @@ def split_units(text):
     return MEASURE.sub("", text), set(names) - {""}
 
 
-PLAIN_NUMBER = r"\d+\.\d*\\overline\{\d+\}|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
+PLAIN_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
-TOKEN = r"\s*(?:(?P<number>{})|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
+GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
+TOKEN = (
+    rf"\s*(?:(?P<number>{{}})|(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|{{{{\w+}}}})|\\(?:{GREEK})(?![a-z]))"
+    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
+)
 SPELLINGS = {
     "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
     "\\cdot": "*", "\\times": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\langle": "(",
     "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",", "\\and": ",", "\\or": ",",
     "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
 }  # fmt: skip
-COMMAND_WORDS = {"sin", "cos", "tan", "cot", "ln", "log", "exp", "sqrt", "pi", "inf", "infinity", "and", "or"}
+COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
 WORD = re.compile(r"\s*[A-Za-z]{4,}|\s+(?=[a-z]*[aeiou])[a-z]{3}")  # other letters are variables: 2xy
 
 
 def tokenize(text, number_pattern):
     """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
-    tokens = []
+    tokens, text = [], COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
     for match in re.finditer(TOKEN.format(number_pattern), text):
         kind, token = match.lastgroup, match[match.lastgroup]
-        if kind == "word" and token.lower() in COMMAND_WORDS:
-            kind, token = "command", "\\" + token.lower()
-        elif kind == "word" and token.isupper():
-            kind = "letter"  # ABC is one name
-        elif kind == "word" and not WORD.fullmatch(match[0]):
+        if kind == "word" and not token.isupper() and not WORD.fullmatch(match[0]):
             tokens += [("letter", letter) for letter in token]
-            continue
-        tokens.append((kind, SPELLINGS.get(token, token)))
+        else:  # ABC is one name
+            tokens.append(("letter" if kind == "word" and token.isupper() else kind, SPELLINGS.get(token, token)))
     return [*tokens, ("end", "")]
 
 
@@ -272,9 +280,8 @@ FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan",
 FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
 FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
-GREEK = set("\\alpha \\beta \\gamma \\delta \\epsilon \\theta \\lambda \\mu \\phi \\omega \\rho \\sigma \\tau".split())
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
-FACTORS = {*FUNCTIONS, *GREEK, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
+FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
     r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?"
     r"|\([A-Za-z](?:,[A-Za-z])+\)|[A-Z/|]+"
@@ -312,10 +319,7 @@ class Reader:
             sides.append(self.sum())
             written = "".join(text for _, text in self.tokens[start : self.position])
             names.append(written if self.variables > variables else "")  # only for a side with variables
-            signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in", "\\approx"))
-        if "\\approx" in signs[1:] or "\\approx" in signs and not DEFINED.fullmatch(names[0]):
-            cut = signs.index("\\approx") + 1  # the exact value stands before the sign
-            sides, names, signs = sides[:cut], names[:cut], [*signs[: cut - 1], None]
+            signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in"))
         if set(signs) & {"<", ">", "\\le", "\\ge"}:
             return as_interval(sides, names, signs[:-1])
         if len(sides) == 1 or not any(names):  # 3 + 4 = 7
@@ -364,14 +368,15 @@ class Reader:
     def atom(self):
         kind, text = self.tokens[self.position]
         self.position += 1
-        if kind == "number":
-            return self.number(text)
+        if kind == "number":  # exact, as it is written: 1,080 and .5 and 6e3 and 101_2
+            text = text.replace(",", "").replace(" ", "")
+            return Fraction(int(text, natural(self.argument(), 36)) if self.take("_") else text)
         if text in CONSTANTS:
             return CONSTANTS[text]
-        if kind in ("letter", "word") or text in GREEK:
+        if kind in ("letter", "word"):
             if kind == self.tokens[self.position][0] == "word":
                 raise ValueError("a sentence")
-            return self.variable(text)
+            return self.variable(re.sub("[{}]", "", text))
         if text in BRACKETS:
             return self.bracket(text)
         if text in FUNCTIONS:
@@ -386,24 +391,10 @@ class Reader:
             return Group("list", [])
         raise ValueError("not mathematics")
 
-    def number(self, text):
-        """A number exactly as it is written: 1,080 and .5 and 0.\\overline{3} and 6e3 and 101_2."""
-        text, _, repeated = text.replace(",", "").replace(" ", "").rstrip("}").partition("\\overline{")
-        if len(text + repeated) > 400 or abs(int(text.lower().partition("e")[2] or 0)) > 300:
-            raise ValueError("not mathematics")
-        value = Fraction(text.removesuffix("."))
-        if repeated:
-            value += Fraction(int(repeated), 10 ** len(text.partition(".")[2]) * (10 ** len(repeated) - 1))
-        return bounded(Fraction(int(text, natural(self.argument(), 36))) if self.take("_") else value)
-
-    def variable(self, text):
-        """A random number that depends on the name, the subscript and the point; its size is between 0.1 and 30."""
-        if self.take("_"):
-            start = self.position
-            self.argument()
-            text += "".join(text for _, text in self.tokens[start : self.position]).strip("{}")
+    def variable(self, name):
+        """A random number that depends on the name and the point; its size is between 0.1 and 30."""
         self.variables += 1
-        digest = hashlib.blake2b(f"{text} {self.point}".encode(errors="replace"), digest_size=6).digest()
+        digest = hashlib.blake2b(f"{name} {self.point}".encode(errors="replace"), digest_size=6).digest()
         size = 10 ** (2.5 * (abs(self.point) + int.from_bytes(digest) / 2**48) / 4 - 1)
         return -size if self.point == -1 or self.point < 0 and digest[0] % 2 else size
 
@@ -450,7 +441,7 @@ class Reader:
             argument = self.atom()  # \\cos(x)^2 is (cos x)^2
         else:
             argument = self.signed()
-            while self.tokens[self.position][0] == "letter" or self.tokens[self.position][1] in (*GREEK, "\\pi"):
+            while self.tokens[self.position][0] == "letter" or self.tokens[self.position][1] == "\\pi":
                 argument = bounded(argument * self.raised())  # \\sin 2x
         value = FUNCTIONS[name](argument) if base is None else cmath.log(argument) / cmath.log(base)
         return power(bounded(value), exponent)
@@ -484,7 +475,7 @@ def readings(text):
     listed = grouped != plain and not any(re.match(r"0\d", token) for _, token in plain)  # 10,080 is no list
     found = []
     for tokens in (grouped, plain)[: 1 + listed]:
-        constant = not any(kind in ("letter", "word") or token in GREEK for kind, token in tokens)
+        constant = not any(kind in ("letter", "word") for kind, _ in tokens)
         values = [value_at(tokens, point) for point in (POINTS[:1] if constant else POINTS)]
         if all(value is not None for value, point in zip(values, POINTS) if point >= 0):
             found.append((values * len(POINTS) if constant else values, units))
@@ -775,7 +766,7 @@ def sandbox_problem():
 
 
 def sandboxed(entry):
-    """The command that runs one Python statement in a sandbox: no network, no environment, no files but Python and /usr.
+    """The command that runs one Python statement in a sandbox: no network, no environment, only Python and /usr.
 
     As an ordinary user the sandbox is a user namespace. As root there is no user namespace, because the limit on
     processes does not count for root: each sandbox switches to a new user id without rights.
@@ -889,7 +880,7 @@ def built_in(value):
             return kind(value)
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return kind([built_in(item) for item in value])
+            return kind(map(built_in, value))
     raise TypeError(f"a {type(value).__name__} cannot be sent")
 
 
@@ -902,8 +893,10 @@ def value_of_syntax(node):
             return float(name)
         case ast.UnaryOp(ast.USub(), operand):
             return -value_of_syntax(operand)
-        case ast.BinOp(real, ast.Add() | ast.Sub() as sign, imaginary):
-            return value_of_syntax(real) + value_of_syntax(imaginary) * (1 if isinstance(sign, ast.Add) else -1)
+        case ast.BinOp(left, ast.Add(), right):
+            return value_of_syntax(left) + value_of_syntax(right)
+        case ast.BinOp(left, ast.Sub(), right):
+            return value_of_syntax(left) - value_of_syntax(right)
         case ast.List(items) | ast.Tuple(items) | ast.Set(items):
             kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
             return kind([value_of_syntax(item) for item in items])
@@ -993,10 +986,10 @@ def calculations(step):
     annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
     for text in annotated or [step]:
         parts = text.split("=")[:9]
-        for left, result in zip(parts, parts[1:]):
-            left, result = left[-80:], result[:80]
+        for left, right_side in zip(parts, parts[1:]):
+            left, right_side = left[-80:], right_side[:80]
             left = left[len(left.rstrip(CALCULATION)) :]
-            written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", result)
+            written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
             if written and re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left):
                 value = number(left.replace("%", "/100"))
                 if value is not None:
@@ -1055,20 +1048,16 @@ def compiles(completion, problem):
 @reward
 def strict_format(completion, problem):
     """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
-    lines = completion.strip().split("\n")
-    if any(completion.count(tag) != 1 for tag in TAGS) or any(tag not in lines for tag in TAGS):
-        return False
-    start, end, answer, last = (lines.index(tag) for tag in TAGS)
-    parts = "".join(lines[1:end]).strip(), "".join(lines[answer + 1 : last]).strip()
-    return start == 0 < end == answer - 1 < last == len(lines) - 1 and all(parts)
+    form = r"<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>"
+    match = tag_count(completion, problem) == 1 and re.fullmatch(form, completion.strip(), re.DOTALL)
+    return bool(match) and all(part.strip() for part in match.groups())
 
 
 @reward
 def soft_format(completion, problem):
     """1 if the completion begins with closed reasoning and then a closed answer. Anything may follow."""
-    reasoning, closed, rest = completion.strip().partition("</reasoning>")
-    begins = reasoning.startswith("<reasoning>") and closed and rest.strip().startswith("<answer>")
-    return bool(begins) and "</answer>" in rest
+    form = r"\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>"
+    return bool(re.match(form, completion, re.DOTALL))
 
 
 @reward
@@ -1117,5 +1106,5 @@ def reflection(completion):
 
 
 def overlong(length, limit, buffer):
-    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, then down to -1 at the limit."""
+    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, down to -1 at the limit."""
     return min(0.0, (limit - buffer - length) / buffer)
