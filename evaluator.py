@@ -101,7 +101,8 @@ def boxed(text):
 LONGEST = 500  # characters of an answer that is read as mathematics
 LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3)  # at a negative point some variables are negative, at -1 all are: x is not |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and after it some: x is not |x|
+
 
 SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
 SIGNS |= {
@@ -395,8 +396,9 @@ class Reader:
         """A random number that depends on the name and the point; its size is between 0.1 and 30."""
         self.variables += 1
         digest = hashlib.blake2b(f"{name} {self.point}".encode(errors="replace"), digest_size=6).digest()
-        size = 10 ** (2.5 * (abs(self.point) + int.from_bytes(digest) / 2**48) / 4 - 1)
-        return -size if self.point == -1 or self.point < 0 and digest[0] % 2 else size
+        size = 10 ** (2.5 * (self.point % 4 + int.from_bytes(digest) / 2**48) / 4 - 1)
+        negative = self.point == -1 or self.point < -1 and ord(name[-1]) >> (-2 - self.point) & 1
+        return -size if negative else size
 
     def argument(self, one_digit=True):
         """What a command takes: {…}, or only the next digit or letter, as in \\frac12."""
