@@ -80,7 +80,7 @@ def boxed(text):
             contents.clear()
         start = end = box.end()
         if not text.startswith("{", start):
-            contents.append(re.split(r"[$\n]", text[start : start + LONGEST])[0].strip(" ."))
+            contents.append(re.split(r"[$\n]|\\f?box", text[start : start + LONGEST], maxsplit=1)[0].strip(" ."))
             continue
         for brace in BRACE.finditer(text, start):
             depth += 1 if brace[0] == "{" else -1
@@ -103,13 +103,9 @@ LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
 POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and after it some: x is not |x|
 
-
 SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
-SIGNS |= {
-    "√": "\\sqrt ", "π": "\\pi ", "θ": "\\theta ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ",
-    "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∈": "\\in ", "≈": "\\approx ", "∅": "\\emptyset ", "°": " degrees ",
-    "º": " degrees ",
-}  # fmt: skip
+COMMANDS = "sqrt pi theta infty le ge ne pm mp cup in approx emptyset degrees degrees".split()
+SIGNS |= {sign: f"\\{command} " for sign, command in zip("√πθ∞≤≥≠±∓∪∈≈∅°º", COMMANDS)}
 SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 WORDS = {word: value for value, word in enumerate((ONES + " eighteen nineteen").split())}
@@ -123,21 +119,10 @@ def mixed_number(match):
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
-def repeating(match):
-    """A repeating decimal as a fraction: 0.1\\overline{6} as (16-1)/90."""
-    start, repeated = f"0{match[1]}{match[2]}", match[3]
-    return f"(({start}{repeated}-{start})/{'9' * len(repeated)}{'0' * len(match[2])})"
-
-
-def in_digits(match):
-    """A number in English words, up to ninety-nine, in digits: seventy-two is 72."""
-    tens, ones = match[1] or "zero", match[2]
-    return str(WORDS.get(tens.lower(), 0) + WORDS[ones.lower()])
-
-
 def matrix(match):
     """A matrix as a list of lists, and one with a single row or column as a tuple."""
-    rows = [row.split("&") for row in re.split(r"\\\\", match[1].strip().removesuffix("\\\\"))]
+    rows = re.split(r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", match[1].strip().removesuffix("\\\\"))
+    rows = [row.split("&") for row in rows]
     if len(rows) == 1 or all(len(row) == 1 for row in rows):
         return "(" + ",".join(cell for row in rows for cell in row) + ")"
     return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
@@ -151,7 +136,6 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
-    (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]|\\cr(?![a-z])", r"\\\\ "),  # the end of a matrix row
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
@@ -170,13 +154,15 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"^(?!.*{DENIED})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
     (rf" \((?!{DENIED})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
     (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
-    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", repeating),
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda part:  # 0.1\overline{6} is (16-1)/90
+        f"((0{part[1]}{part[2]}{part[3]}-0{part[1]}{part[2]})/{'9' * len(part[3])}{'0' * len(part[2])})"),
     (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),
-    (r"(?<=\S)\s*\\approx.*", ""),  # 8\\sqrt{2} \\approx 11.3: the exact value stands first
+    (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
-    (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)", in_digits),
+    (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)",
+        lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
 )]  # fmt: skip
 BEFORE_NFKC = 3  # the first rules are for signs that NFKC would spoil: it turns 10² into 102
@@ -201,7 +187,7 @@ UNITS = dict(short.split("=") for short in """
 SHORT = "|".join(sorted((short for short in UNITS if short.isalpha() and len(short) > 1), key=len, reverse=True))
 UNIT = rf"(?:\s?(?:{SHORT}|[A-Za-z]{{4,}}+)|\s(?=[a-z]*[aeiou])[a-z]{{3}})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
-MEASURE = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
+TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
     r"|(?<=\d) [mh](?:\s?\^\s?\{?[23]\}?)?$"
@@ -213,12 +199,12 @@ def split_units(text):
     """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
     if re.search(r" [mh]\b", text) and not ONLY_NUMBER.match(text):
         return text, set()
-    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(MEASURE.findall(text))))
+    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(TRAILING_UNITS.findall(text))))
     names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
-    return MEASURE.sub("", text), set(names) - {""}
+    return TRAILING_UNITS.sub("", text), set(names) - {""}
 
 
-PLAIN_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
+UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
 TOKEN = (
@@ -457,9 +443,9 @@ def as_interval(sides, names, signs):
     unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
     if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
         raise ValueError("no interval")
-    opening = "[" if unknown and signs[0] == "\\le" else "("
-    closing = "]" if unknown < len(signs) and signs[-1] == "\\le" else ")"
-    return Group(opening + closing, [[-math.inf, *sides][: unknown + 1][-1], [*sides, math.inf][unknown + 1]])
+    sides, signs = [-math.inf, *sides, math.inf], ["<", *signs, "<"]
+    brackets = ("[" if signs[unknown] == "\\le" else "(") + ("]" if signs[unknown + 1] == "\\le" else ")")
+    return Group(brackets, [sides[unknown], sides[unknown + 2]])
 
 
 def readings(text):
@@ -473,10 +459,10 @@ def readings(text):
     if "\\pm" in text:
         other = text.replace("\\pm", "-").replace("\\mp", "+")
         text = text.replace("\\pm", "+").replace("\\mp", "-") + ", " + other
-    grouped, plain = tokenize(text, f"{GROUPED}|{PLAIN_NUMBER}"), tokenize(text, PLAIN_NUMBER)
-    listed = grouped != plain and not any(re.match(r"0\d", token) for _, token in plain)  # 10,080 is no list
+    grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
+    listed = grouped != ungrouped and not any(re.match(r"0\d", token) for _, token in ungrouped)  # 10,080 is no list
     found = []
-    for tokens in (grouped, plain)[: 1 + listed]:
+    for tokens in (grouped, ungrouped)[: 1 + listed]:
         constant = not any(kind in ("letter", "word") for kind, _ in tokens)
         values = [value_at(tokens, point) for point in (POINTS[:1] if constant else POINTS)]
         if all(value is not None for value, point in zip(values, POINTS) if point >= 0):
@@ -485,6 +471,7 @@ def readings(text):
 
 
 def value_at(tokens, point):
+    """The value of an answer at a point, or None where it cannot be read."""
     reader = Reader(tokens, point)
     try:
         value = reader.answer()
@@ -1006,7 +993,7 @@ REWARDS = {}  # name: function
 
 
 def reward(function):
-    """Put a reward into the table under its own name. Its weight is the constant WEIGHT_<NAME> in main.py."""
+    """Put a reward into the table under its own name. Its weight is the constant WEIGHT_ + NAME in main.py."""
     REWARDS[function.__name__] = function
     return function
 
