@@ -42,6 +42,7 @@ def reward(completion, answer="72"):
         ("\\boxed 5$, yes", "5"),
         ("\\fbox{5}", "5"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),  # escaped braces are part of the answer
+        ("\\boxed{x \\} 1}", "x \\} 1"),
         ("\\boxed{\\boxed{5}}", "\\boxed{5}"),
         ("\\boxed{5} and \\boxed{6", None),
         ("<answer>\n72", "72"),
