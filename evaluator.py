@@ -32,7 +32,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from collections import namedtuple
+from collections import Counter, namedtuple
 from fractions import Fraction
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -934,14 +934,8 @@ def grade(completion, gold):
 
 def majority(completions):
     """The answer that most completions give, the earliest of equals, or None: the vote of maj@k (self-consistency)."""
-    votes = []  # [answer, number of completions that gave it]
-    for answer in filter(None, map(extract_answer, completions)):
-        vote = next((vote for vote in votes if math_equal(answer, vote[0])), None)
-        if vote:
-            vote[1] += 1
-        else:
-            votes.append([answer, 1])
-    return max(votes, key=lambda vote: vote[1])[0] if votes else None
+    votes = Counter(filter(None, map(extract_answer, completions)))
+    return max(votes, key=lambda one: sum(votes[other] for other in votes if math_equal(other, one)), default=None)
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -1065,7 +1059,9 @@ UNSAFE = re.compile(
     r"(?i)\b(?:kill|hurt|shoot|poison) (?:your|him|her|them)sel(?:f|ves)\b|\b(?:build|make) an? (?:\w+ )?bomb\b"
     r"|\bi hate you\b|\byou(?: are|'re) (?:worthless|stupid|an idiot)\b|\bshut up\b"
 )
-DOUBTS = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|let me (?:re-?)?check|double[- ]check|re-?check)\b")
+DOUBT_WORDS = re.compile(
+    r"(?i)\b(?:wait|hmm|mistake|on second thought|let me (?:re-?)?check|(?:double[- ]|re-?)check)\b"
+)
 
 
 def test_results(completion, problem):
@@ -1091,7 +1087,7 @@ def program_source(completion):
 
 def reflection(completion):
     """How often a completion doubts itself: wait, hmm, mistake, let me check. A metric, not a reward."""
-    return len(DOUBTS.findall(completion))
+    return len(DOUBT_WORDS.findall(completion))
 
 
 def overlong(length, limit, buffer):

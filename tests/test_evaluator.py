@@ -129,7 +129,8 @@ def test_the_form_that_the_prompt_asks_for_earns_everything():
 @pytest.mark.parametrize(
     "gold, answer",
     [
-        ("\\boxed{72}", "72"), ("\\fbox{\\frac{144}{2}}", "72"), ("\\boxed 5", "5"), ("\\boxed{\\{1,2\\}}", "\\{2,1\\}"),
+        ("\\boxed{72}", "72"), ("\\fbox{\\frac{144}{2}}", "72"), ("\\boxed 5", "5"),
+        ("\\boxed{\\{1,2\\}}", "\\{2,1\\}"),
         ("\\boxed{(2,2)}$ and $\\boxed{(6,2)}", "(6,2), (2,2)"), ("\\boxed{x+11}$ or $\\boxed{11+x}", "x+11"),
         ("\\boxed{\\frac{25}{13}} = \\boxed{1\\frac{12}{13}}", "25/13"), ("\\boxed{3} apples, \\boxed{4}", "4"),
         ("\\boxed{7}$." + " It is so." * 100 + " $\\boxed{72}", "72"),
@@ -187,6 +188,10 @@ def test_a_program_is_run_once_for_all_of_its_rewards(monkeypatch):
     assert len(runs) == 3  # other tests are another run
     assert evaluator.rewards(TIDY.format("so", ""), problem)["tests"] == 0 and len(runs) == 3
     evaluator.run_tests_once.cache_clear()
+
+
+def test_very_small_numbers_keep_their_sign():
+    assert not evaluator.math_equal("-\\frac{1}{2004!}", "\\frac{1}{2004!}")
 
 
 def test_the_majority_counts_equal_values_together_and_prefers_the_earliest():
@@ -310,7 +315,8 @@ def test_a_sentence_with_one_number_in_it_says_that_number(sentence):
 @pytest.mark.parametrize(
     "sentence",
     [
-        "x != 5", "x \\ne 5", "x ≠ 5", "It is not true that x = 5", "It is false that the total = 5", "The total isn't = 5",
+        "x != 5", "x \\ne 5", "x ≠ 5", "It is not true that x = 5", "It is false that the total = 5",
+        "The total isn't = 5",
         "The total >= 5", "Maybe the total = 5", "Either the total = 5 or more",
     ],
 )  # fmt: skip
