@@ -1059,9 +1059,7 @@ UNSAFE = re.compile(
     r"(?i)\b(?:kill|hurt|shoot|poison) (?:your|him|her|them)sel(?:f|ves)\b|\b(?:build|make) an? (?:\w+ )?bomb\b"
     r"|\bi hate you\b|\byou(?: are|'re) (?:worthless|stupid|an idiot)\b|\bshut up\b"
 )
-DOUBT_WORDS = re.compile(
-    r"(?i)\b(?:wait|hmm|mistake|on second thought|let me (?:re-?)?check|(?:double[- ]|re-?)check)\b"
-)
+DOUBT_WORDS = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
 
 
 def test_results(completion, problem):
