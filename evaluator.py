@@ -64,7 +64,7 @@ def outside_reasoning(completion):
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 BETWEEN_BOXES = re.compile(r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?")
-BRACE = re.compile(r"(?<!(?<!\\)\\)[{}]")  # \{ is part of an answer
+BRACE = re.compile(r"[{}](?<!(?<!\\)\\.)")  # \{ and \} are part of an answer
 
 
 def boxed(text):
