@@ -1,16 +1,20 @@
 """The rules: what a completion answers, whether that is right, and every reward.
 
-A reward is a function of a completion and its problem, plain strings both, and says nothing of its weight: the weights
-are constants in main.py. Whatever a model writes, the rules give a number; they never raise.
+Completions and problems are plain text and dicts. The rules never raise an exception, whatever a model writes.
+The rewards here are unweighted. To add one, write a function under `@reward` (last section) and its weight in main.py.
 
-    extract_answer(completion)       the answer that a completion gives, or None
-    grade(completion, gold)          is it right?
-    math_equal(prediction, gold)     do two answers mean the same?
-    right(answer, problem)           the same by the kind of the problem: mathematics or a puzzle
-    run_tests(code, problem)         what a program passes of its tests, in a sandbox
-    step_rewards(completion, ...)    the steps of the reasoning, each judged by rule
-    rewards(completion, problem)     {name: number from 0 to 1}
-    majority(completions)            the answer that most of them give
+    extract_answer(completion)          the answer that a completion gives, or None
+    grade(completion, gold)             is that answer right?
+    math_equal(prediction, gold)        do two answers mean the same?
+    number(text)                        the one number that an answer states, or None
+    right(answer, problem)              is an answer right, by the rules of the kind of its problem?
+    majority(completions)               the answer that most completions give
+    run_tests(code, problem)            which share of its tests a program passes, in a sandbox
+    sandbox_problem()                   why programs cannot run on this machine, or None
+    step_rewards(completion, problem)   the reward of each reasoning step, for process supervision
+    rewards(completion, problem)        {name: number} of every reward in the table REWARDS
+    reflection(completion)              how many words of doubt a completion has (a metric, not a reward)
+    overlong(length, limit, buffer)     DAPO's penalty for long completions
 """
 
 import ast
@@ -28,628 +32,461 @@ import sys
 import tempfile
 import threading
 import unicodedata
+from collections import Counter, namedtuple
 from fractions import Fraction
-from typing import NamedTuple
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
-# ---- what is the answer? -------------------------------------------------------------------------------------------
-
-
-def outside_reasoning(completion):
-    """The completion without its reasoning: an unclosed <reasoning> lasts until an answer tag opens, or to the end."""
-    kept, position = [], 0
-    while (start := completion.find("<reasoning>", position)) >= 0:
-        kept.append(completion[position:start])
-        end = completion.find("</reasoning>", start)
-        if end < 0:
-            answer = completion.find("<answer>", start)
-            position = answer if answer >= 0 else len(completion)
-            break
-        position = end + len("</reasoning>")
-    return "".join(kept) + completion[position:]
-
-
-def last_boxed(text):
-    r"""What the last `\boxed{…}` holds, braces balanced, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for brace in re.finditer("[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[start + len("\\boxed{") : start + brace.start()]
-    return None  # cut off before the box was closed
+# ---- which answer does a completion give? --------------------------------------------------------------------------
 
 
 def extract_answer(completion):
     r"""The answer that a completion gives, or None: its last answer tag, else its last `\boxed{…}`, else what follows
-    its last `####`. What stands only inside the reasoning is no answer."""
+    its last `####`. Text inside the reasoning does not count."""
     text = outside_reasoning(completion)
     if "<answer>" in text:
         answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    elif "\\boxed{" in text:
-        answer = last_boxed(text)
-    elif "####" in text:
-        answer = text.rpartition("####")[2].strip().partition("\n")[0]
+    elif BOX.search(text):
+        answer = boxed(text)
     else:
-        answer = None
-    return answer.strip() or None if answer else None
+        answer = text.rpartition("####")[2].strip().partition("\n")[0] if "####" in text else ""
+    return answer.strip() or None
 
 
-# ---- what does an answer say? --------------------------------------------------------------------------------------
-# An answer is read by recursive descent and evaluated as it is read, its variables being random numbers: expressions
-# that agree at all points are the same. Nothing of it is ever run as code, and every length, depth and number
-# has a bound; what is no mathematics, or is beyond a bound, is compared as text.
+def outside_reasoning(completion):
+    """The completion without its reasoning. A <reasoning> that is never closed ends where an answer tag opens."""
+    closed, mark, rest = completion.rpartition("</reasoning>")
+    before, _, unclosed = rest.partition("<reasoning>")
+    outside = re.sub(r"<reasoning>.*?</reasoning>", "", closed + mark, flags=re.DOTALL)
+    return outside + before + "".join(unclosed.partition("<answer>")[1:])
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BETWEEN_BOXES = re.compile(r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?")
+BRACE = re.compile(r"[{}](?<!(?<!\\)\\.)")  # \{ and \} are part of an answer
+
+
+def boxed(text):
+    r"""What the last box holds, or "": `\boxed{…}` with balanced braces, `\fbox{…}` or `\boxed 5`.
+
+    Boxes with only `and`, `or` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
+    """
+    contents, end, depth = [], 0, 0
+    for box in BOX.finditer(text):
+        if box.start() < end:
+            continue  # a box inside the box before
+        if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            contents.clear()
+        start = end = box.end()
+        if not text.startswith("{", start):
+            contents.append(re.split(r"[$\n]|\\f?box", text[start : start + LONGEST], maxsplit=1)[0].strip(" ."))
+            continue
+        for brace in BRACE.finditer(text, start):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                break
+        else:
+            return ""  # a box that is never closed
+        end = brace.end()
+        contents.append(text[start + 1 : end - 1].strip())
+    return ", ".join(contents)
+
+
+# ---- what does an answer mean? -------------------------------------------------------------------------------------
+# An answer is brought into one notation, cut into tokens and evaluated by recursive descent. Each variable stands for
+# a random number, and this is done at several points: two expressions that agree at all points are the same.
+# No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
-LISTED = 64  # values in a list
-BITS = 20_000  # of an exact number
-POINTS = 4  # at which expressions with variables are compared
+LONGEST_LIST = 64  # values
+LARGEST = 20_000  # bits of an exact number
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and after it some: x is not |x|
 
-SIGNS = {
-    "−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/", "’": "'",
-    "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "∓": "\\mp ",
-    "∪": "\\cup ", "∈": "\\in ", "°": " degrees ", "≈": "\\approx ", "∅": "\\emptyset ", "θ": "\\theta ",
-    "º": " degrees ", "`": "", "\u200b": "", "€": "", "£": "", "¥": "", "₹": "",
-}  # fmt: skip
+SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
+COMMANDS = "sqrt pi theta infty le ge ne pm mp cup in approx emptyset degrees degrees".split()
+SIGNS |= {sign: f"\\{command} " for sign, command in zip("√πθ∞≤≥≠±∓∪∈≈∅°º", COMMANDS)}
 SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+WORDS = {word: value for value, word in enumerate((ONES + " eighteen nineteen").split())}
+WORDS |= {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
-def mixed(match):
-    """A mixed number as a sum, 1\\frac12 and 1 1/2 as (1+1/2); 3\\frac52 stays a product."""
-    whole, top, bottom = (part for part in match.groups() if part)
-    return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
+def mixed_number(match):
+    """A mixed number as a sum: 1\\frac12 and 1 1/2 as (1+1/2). But 3\\frac52 stays a product."""
+    integer, top, bottom = (part for part in match.groups() if part)
+    return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
+
+
+def matrix(match):
+    """A matrix as a list of lists, and one with a single row or column as a tuple."""
+    rows = re.split(r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", match[1].strip().removesuffix("\\\\"))
+    rows = [row.split("&") for row in rows]
+    if len(rows) == 1 or all(len(row) == 1 for row in rows):
+        return "(" + ",".join(cell for row in rows for cell in row) + ")"
+    return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
 
 
 DENIED = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
-TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline|fbox"
+TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
+WORD_NUMBER = rf"({'|'.join(WORDS)})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
-    (r"(?<![\w)*])(\*\*|__)(?=[^\s*])([^*]+)\1(?![\w(])", r"\2"),  # bold
-    (r"\\\\\s*\[[\d.]+ ?[a-z]{2}\]|\\cr(?![a-z])", r"\\\\ "),  # the rows of a matrix
+    (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
     (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|~|\$", " "),
     (rf"\\(?:{TEXT})\*?\s*\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"\\(?:{TEXT})\*?(?=\s*\{{)", " "),  # around braces
-    (r"\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-z]*\}", " "),
+    (rf"\\(?:{TEXT})\*?(?=\s*\{{)|\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])", " "),
+    (r"\\(?:text)?color\s*\{[a-z]*\}|\\(?=%)", " "),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
-    (r"\\begin" + MATRIX, r"\\matrix "),
-    (r"\\end" + MATRIX, r"\\endmatrix "),
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
     (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
     (r"^\((\d+)\)(?=_)", r"\1"),
-    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", r"\1 \2m"),
+    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),
     (rf"^(?!.*{DENIED})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
     (rf" \((?!{DENIED})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
     (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda part:  # 0.1\overline{6} is (16-1)/90
+        f"((0{part[1]}{part[2]}{part[3]}-0{part[1]}{part[2]})/{'9' * len(part[3])}{'0' * len(part[2])})"),
+    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),
+    (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
-    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed),
-    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed),
+    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
+    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
+    (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)",
+        lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
+    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
 )]  # fmt: skip
-BEFORE_NFKC = 3  # the first of them are of signs that it would spoil: 10² would be 102
+BEFORE_NFKC = 3  # the first rules are for signs that NFKC would spoil: it turns 10² into 102
 
 
 def tidy(text):
-    """One notation for what can be written in several ways, without the markup that means nothing."""
-    text = last_boxed(text) or text
-    for pattern, new in REWRITES[:BEFORE_NFKC]:
-        text = pattern.sub(new, text)
-    text = unicodedata.normalize("NFKC", text)
-    for pattern, new in REWRITES[BEFORE_NFKC:]:
-        text = pattern.sub(new, text)
+    """An answer without its box, in one notation, and without markup that means nothing."""
+    text = boxed(text) or text
+    if len(text) > LONGEST:
+        return " ".join(text.split())
+    for rule, (pattern, new) in enumerate(REWRITES):
+        text = pattern.sub(new, unicodedata.normalize("NFKC", text) if rule == BEFORE_NFKC else text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
 
-PLAIN = r"\d+\.\d*\\overline\{\d+\}|(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
+UNITS = dict(short.split("=") for short in """
+    cm=centimeter mm=millimeter km=kilometer ft=foot feet=foot in=inch inches=inch yd=yard mi=mile kg=kilogram gm=gram
+    mg=milligram ml=milliliter lb=pound lbs=pound oz=ounce mph=mile/hour kph=kilometer/hour hr=hour hrs=hour min=minute
+    mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
+    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
+""".split())  # fmt: skip
+SHORT = "|".join(sorted((short for short in UNITS if short.isalpha() and len(short) > 1), key=len, reverse=True))
+UNIT = rf"(?:\s?(?:{SHORT}|[A-Za-z]{{4,}}+)|\s(?=[a-z]*[aeiou])[a-z]{{3}})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
+FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
+TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
+    rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
+    rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
+    r"|(?<=\d) [mh](?:\s?\^\s?\{?[23]\}?)?$"
+)
+ONLY_NUMBER = re.compile(r"(?:\w+ ?= ?)?[-+\d.,/ ]+(?= [mh]\b)")  # 5 m is a length, but 2m + 1 and r^2 h are not
+
+
+def split_units(text):
+    """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
+    if re.search(r" [mh]\b", text) and not ONLY_NUMBER.match(text):
+        return text, set()
+    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(TRAILING_UNITS.findall(text))))
+    names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
+    return TRAILING_UNITS.sub("", text), set(names) - {""}
+
+
+UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
-TOKEN = r"\s*(?:(?P<number>{})|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
+GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
+TOKEN = (
+    rf"\s*(?:(?P<number>{{}})|(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|{{{{\w+}}}})|\\(?:{GREEK})(?![a-z]))"
+    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
+)
 SPELLINGS = {
     "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
-    "\\cdot": "*", "\\times": "*", "\\div": "/", "\\%": "%", "\\percent": "%", "\\pct": "%",
-    "\\lbrace": "\\{", "\\rbrace": "\\}",
-    "\\langle": "(", "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",",
-    "\\and": ",", "\\or": ",", "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
+    "\\cdot": "*", "\\times": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\langle": "(",
+    "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",", "\\and": ",", "\\or": ",",
+    "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
 }  # fmt: skip
+COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
+WORD = re.compile(r"\s*[A-Za-z]{4,}|\s+(?=[a-z]*[aeiou])[a-z]{3}")  # other letters are variables: 2xy
+
+
+def tokenize(text, number_pattern):
+    """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
+    tokens, text = [], COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
+    for match in re.finditer(TOKEN.format(number_pattern), text):
+        kind, token = match.lastgroup, match[match.lastgroup]
+        if kind == "word" and not token.isupper() and not WORD.fullmatch(match[0]):
+            tokens += [("letter", letter) for letter in token]
+        else:  # ABC is one name
+            tokens.append(("letter" if kind == "word" and token.isupper() else kind, SPELLINGS.get(token, token)))
+    return [*tokens, ("end", "")]
+
+
+Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"
+Equation = namedtuple("Equation", "name value difference")  # what it defines or "", right side, left minus right side
+
+
+def bounded(value):
+    """A number; ValueError if it is no number or too large."""
+    exact = isinstance(value, Fraction)
+    if isinstance(value, tuple) or value != value or exact and max(abs(value.numerator), value.denominator) >> LARGEST:
+        raise ValueError("no number, or too large")
+    return value.real if isinstance(value, complex) and value.imag == 0 else value
+
+
+def natural(value, limit):
+    """A whole number from 0 to a limit, as an int."""
+    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= limit:
+        raise ValueError("no whole number, or too large")
+    return int(value)
+
+
+def power(base, exponent):
+    """A power: exact where it can be, and its size is checked before it is computed: 9**9**9."""
+    if not isinstance(exponent, Fraction) or exponent.denominator != 1:
+        return bounded(complex(base) ** complex(exponent))
+    bits = max(abs(base.numerator), base.denominator).bit_length() if isinstance(base, Fraction) else 0
+    if bits * abs(exponent) > LARGEST:
+        raise ValueError("too large")
+    return bounded(base ** int(exponent))
+
+
 CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "\\infinity": math.inf, "\\inf": math.inf, "e": math.e, "i": 1j}
-FUNCTIONS = {
-    "\\sin": cmath.sin, "\\cos": cmath.cos, "\\tan": cmath.tan, "\\cot": lambda z: 1 / cmath.tan(z),
-    "\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z), "\\arcsin": cmath.asin,
-    "\\arccos": cmath.acos, "\\arctan": cmath.atan, "\\sinh": cmath.sinh, "\\cosh": cmath.cosh, "\\tanh": cmath.tanh,
-    "\\exp": cmath.exp, "\\ln": cmath.log, "\\log": cmath.log10,
-}  # fmt: skip
-BARE = {"sin", "cos", "tan", "cot", "ln", "log", "exp", "sqrt", "pi", "inf", "infinity", "and", "or", "percent", "pct"}
-MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNITS = {
-    "cm": "centimeter", "mm": "millimeter", "km": "kilometer", "ft": "foot", "feet": "foot", "in": "inch",
-    "inches": "inch", "yd": "yard", "kg": "kilogram", "mg": "milligram", "ml": "milliliter", "lb": "pound",
-    "lbs": "pound", "oz": "ounce", "mph": "mile/hour", "hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute",
-    "sec": "second", "secs": "second", "am": "am", "pm": "pm", "sq": "square", "cubed": "cubic", "squared": "square",
-    "USD": "dollar", "day": "day", "days": "day", "pts": "point", "mi": "mile", "men": "men", "per": "/", "gm": "gram",
-    "m": "meter", "EUR": "euro", "kph": "kilometer/hour", "h": "hour",
-}  # fmt: skip
+FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")}
+FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
+FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
+FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
+BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
+FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
     r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?"
     r"|\([A-Za-z](?:,[A-Za-z])+\)|[A-Z/|]+"
 )
 
 
-WORD = re.compile(r"\s*[A-Za-z]{4,}|\s+(?:m|(?=[a-z]*[aeiou])[a-z]{3})")  # other letters are variables: 2xy
-
-
-class Undecided(ValueError):
-    """The text is not read as mathematics."""
-
-
-class Group(NamedTuple):
-    """Several values: a list or set, a tuple or interval by its brackets, a matrix of rows that are matrices too."""
-
-    kind: str  # "list", "set", "()", "[]", "(]", "[)", "matrix"
-    items: list
-
-
-class Equation(NamedTuple):
-    """x = 5, by name and value, and any equation by what its sides differ in."""
-
-    name: str  # of what is defined, or ""
-    value: object
-    difference: object
-
-
-class Reading(NamedTuple):
-    """What a text says as mathematics."""
-
-    values: list  # at each of the points: a number, a Group or an Equation
-    units: set
-    percent: bool
-
-
-def tokenize(text, pattern):
-    """A text as pairs (kind, text): a number, letter (variable), word (unit), command, sign, and in the end the end."""
-    tokens = []
-    for match in re.finditer(pattern, text):
-        kind, token = match.lastgroup, match[match.lastgroup]
-        if kind == "word" and token.lower() in BARE:
-            kind, token = "command", "\\" + token.lower()
-        elif kind == "word" and token.isupper() and token not in UNITS:
-            kind = "letter"  # ABC is a name
-        elif kind == "word" and token not in UNITS and not WORD.fullmatch(match[0]):
-            tokens += [("letter", letter) for letter in token]
-            continue
-        tokens.append((kind, SPELLINGS.get(token, token)))
-    return [*tokens, ("end", "")]
-
-
-def bounded(value):
-    """A number; Undecided if it is not one, or has grown beyond its bound."""
-    if isinstance(value, Group | Equation) or value != value:
-        raise Undecided
-    if isinstance(value, Fraction):
-        if value.numerator.bit_length() + value.denominator.bit_length() > BITS:
-            raise Undecided
-        return value
-    return value.real if isinstance(value, complex) and value.imag == 0 else value
-
-
-def whole(value, limit):
-    """A whole number from 0 to a limit."""
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= limit:
-        raise Undecided
-    return int(value)
-
-
-def power(base, exponent):
-    """Exact where the exponent is whole, but bounded before it is computed: 9**9**9."""
-    base, exponent = bounded(base), bounded(exponent)
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        if max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent) > BITS:
-            raise Undecided
-        return base ** int(exponent)
-    if exponent in (math.inf, -math.inf):
-        raise Undecided
-    return bounded(complex(base) ** complex(exponent))
-
-
-def root(value, index):
-    """The real root of a negative number where the index is odd, the principal one otherwise."""
-    if index % 2 == 1 and not isinstance(value, complex) and value < 0:
-        return -root(-value, index)
-    return power(value, 1 / complex(index))
-
-
-GREEK = {f"\\{name}" for name in "alpha beta gamma delta epsilon theta lambda mu phi omega rho sigma tau".split()}
-OPENING = {
-    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "\\{": ("\\}",), "|": ("|",), "\\lfloor": ("\\rfloor",),
-    "\\lceil": ("\\rceil",),
-}  # fmt: skip
-CLOSING = {")", "]", "}", "\\}"}
-FACTORS = {*FUNCTIONS, *GREEK, "\\frac", "\\sqrt", "\\binom", "\\pi"}
-
-
 class Reader:
-    """Recursive descent through the tokens of an answer, evaluated at a point; Undecided where it cannot be read."""
+    """Recursive descent through the tokens of an answer, evaluated at one point."""
 
     def __init__(self, tokens, point):
-        self.tokens, self.point, self.at, self.bars, self.letters = tokens, point, 0, 0, 0
-        self.units, self.percent = set(), False
+        self.tokens, self.point, self.position = tokens.copy(), point, 0
+        self.variables = self.open_bars = 0  # variables met so far; | that are open
 
     def take(self, *texts):
-        """The next token, if it is one of these."""
-        if self.tokens[self.at][1] in texts:
-            self.at += 1
-            return self.tokens[self.at - 1][1]
-
-    def demand(self, *texts):
-        token = self.take(*texts)
-        if token is None:
-            raise Undecided
-        return token
+        """The next token, if it is one of these; otherwise None."""
+        if self.tokens[self.position][1] in texts:
+            self.position += 1
+            return self.tokens[self.position - 1][1]
 
     def answer(self):
-        value = self.listing()
-        if self.tokens[self.at][0] != "end":
-            raise Undecided
-        return value
-
-    def listing(self):
-        """One value is itself, several with commas between them are a list."""
+        """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
         while self.take(","):
-            self.take(",")  # , and
+            self.take(",")  # `, and`
             items.append(self.relation())
-        if len(items) > LISTED:
-            raise Undecided
+        if len(items) > LONGEST_LIST:
+            raise ValueError("too long")
         return items[0] if len(items) == 1 else Group("list", items)
 
     def relation(self):
-        """A value, an equation, or an inequality as the interval that it describes."""
+        """A value, an equation, or an inequality (as an interval)."""
         sides, names, signs = [], [], []
         while not signs or signs[-1]:
-            start, letters = self.at, self.letters
+            start, variables = self.position, self.variables
             sides.append(self.sum())
-            written = "".join(text for _, text in self.tokens[start : self.at])
-            names.append(written if self.letters > letters else "")  # of a side with variables
-            signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in", "\\approx"))
-        if "\\approx" in signs[1:] or "\\approx" in signs and not DEFINED.fullmatch(names[0]):
-            cut = signs.index("\\approx") + 1  # an approximation of what was said before it
-            sides, names, signs = sides[:cut], names[:cut], [*signs[: cut - 1], None]
+            written = "".join(text for _, text in self.tokens[start : self.position])
+            names.append(written if self.variables > variables else "")  # only for a side with variables
+            signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in"))
         if set(signs) & {"<", ">", "\\le", "\\ge"}:
-            return interval(sides, names, signs[:-1])
+            return as_interval(sides, names, signs[:-1])
         if len(sides) == 1 or not any(names):  # 3 + 4 = 7
             return sides[-1]
         if not names[0] and DEFINED.fullmatch(names[-1]):  # 5 = x
             names, sides = names[::-1], sides[::-1]
-        numbers = not any(isinstance(side, Group) for side in sides)
-        difference = bounded(sides[0]) - bounded(sides[-1]) if numbers else math.nan
+        groups = any(isinstance(side, Group) for side in sides)
+        difference = math.nan if groups else bounded(sides[0] - sides[-1])
         return Equation(names[0] if DEFINED.fullmatch(names[0]) else "", sides[-1], difference)
 
     def sum(self):
         value = self.product()
         while sign := self.take("+", "-"):
-            right = bounded(self.product())
-            value = bounded(bounded(value) + (right if sign == "+" else -right))
+            right = self.product()
+            value = bounded(value + right if sign == "+" else value - right)
         return value
 
     def product(self):
         value = self.signed()
         while True:
-            kind, text = self.tokens[self.at]
+            kind, text = self.tokens[self.position]
             if self.take("*"):
-                value = bounded(bounded(value) * bounded(self.signed()))
-            elif kind == "word" or text == "/" and self.tokens[self.at + 1][0] in ("word", self.units and "letter"):
-                value = bounded(value) * self.unit()
+                value = bounded(value * self.signed())
             elif self.take("/"):
-                value = bounded(value) / bounded(self.signed())
-            elif self.take("%"):
-                self.percent = True
-            elif kind == "letter" or text in OPENING and (text != "|" or not self.bars) or text in FACTORS:
-                value = bounded(bounded(value) * bounded(self.raised()))
+                value = bounded(value / self.signed())
+            elif kind == "letter" or text in FACTORS or text in BRACKETS and (text != "|" or not self.open_bars):
+                value = bounded(value * self.raised())
             else:
                 return value
 
-    def unit(self):
-        """Step over a unit and remember it; `thousand` and its like multiply."""
-        self.take("/")
-        word = self.tokens[self.at][1]
-        self.at += 1
-        if word in ("squared", "cubed") and not self.units or word.endswith("ths"):
-            raise Undecided  # 72 hundredths
-        if word.lower() in MULTIPLES:
-            return MULTIPLES[word.lower()]
-        self.units |= set(UNITS.get(word, word.lower().removesuffix("s")).split("/"))
-        if self.take("^"):
-            self.units.add({2: "square", 3: "cubic"}.get(self.group()))
-        self.units.discard("")  # of per
-        return 1
-
     def signed(self):
-        sign = self.take("+", "-")
-        if sign is None:
-            return self.raised()
-        value = bounded(self.signed())
-        return value if sign == "+" else -value
+        if self.take("-"):
+            return -self.signed()
+        return self.signed() if self.take("+") else self.raised()
 
     def raised(self):
-        base = self.atom()
+        value = self.atom()
         while self.take("!"):
-            base = bounded(Fraction(math.factorial(whole(base, 2500))))
-        return power(base, self.signed()) if self.take("^") else base
+            value = bounded(Fraction(math.factorial(natural(value, 2500))))
+        if self.take("^"):
+            value = power(value, self.signed())
+        if self.point < 0 and isinstance(value, complex):
+            raise ValueError("only real values here, so that √x √y is √(xy)")
+        return value
 
     def atom(self):
-        kind, text = self.tokens[self.at]
-        self.at += 1
-        if kind == "number":
-            return self.number(text)
+        kind, text = self.tokens[self.position]
+        self.position += 1
+        if kind == "number":  # exact, as it is written: 1,080 and .5 and 6e3 and 101_2
+            text = text.replace(",", "").replace(" ", "")
+            return Fraction(int(text, natural(self.argument(), 36)) if self.take("_") else text)
         if text in CONSTANTS:
             return CONSTANTS[text]
-        if kind in ("letter", "word") or text in GREEK:
-            if kind == self.tokens[self.at][0] == "word":
-                raise Undecided  # prose
-            return self.variable(text)
-        if text in OPENING:
+        if kind in ("letter", "word"):
+            if kind == self.tokens[self.position][0] == "word":
+                raise ValueError("a sentence")
+            return self.variable(re.sub("[{}]", "", text))
+        if text in BRACKETS:
             return self.bracket(text)
         if text in FUNCTIONS:
             return self.function(text)
         if text == "\\frac":
-            top = bounded(self.group())
-            return bounded(top / bounded(self.group()))
-        if text == "\\binom":
-            n = whole(self.group(), 1000)
-            return Fraction(math.comb(n, whole(self.group(), 1000)))
+            return bounded(self.argument() / self.argument())
         if text == "\\sqrt":
-            index = whole(self.bracket("["), 100) if self.take("[") else 2
-            return root(bounded(self.group(whole_number=True)), index)
-        if text == "\\matrix":
-            return self.matrix()
+            return self.root()
+        if text == "\\binom":
+            return Fraction(math.comb(natural(self.argument(), 1000), natural(self.argument(), 1000)))
         if text == "\\emptyset":
             return Group("list", [])
-        raise Undecided
+        raise ValueError("not mathematics")
 
-    def number(self, text):
-        """A number as it is written, exactly: 1,080 and .5 and 0.\\overline{3} and 6e3 and 101_2."""
-        text, _, repeated = text.replace(",", "").replace(" ", "").partition("\\overline{")
-        if len(text + repeated) > 400 or abs(int(text.lower().partition("e")[2] or 0)) > 300:
-            raise Undecided
-        value = Fraction(text.removesuffix(".") or "0")
-        if repeated := repeated.removesuffix("}"):
-            value += Fraction(int(repeated), 10 ** len(text.partition(".")[2]) * (10 ** len(repeated) - 1))
-        if self.take("_"):
-            value = Fraction(int(text, whole(self.group(), 36)))
-        return bounded(value)
+    def variable(self, name):
+        """A random number that depends on the name and the point; its size is between 0.1 and 30."""
+        self.variables += 1
+        digest = hashlib.blake2b(f"{name} {self.point}".encode(errors="replace"), digest_size=6).digest()
+        size = 10 ** (2.5 * (self.point % 4 + int.from_bytes(digest) / 2**48) / 4 - 1)
+        negative = self.point == -1 or self.point < -1 and ord(name[-1]) >> (-2 - self.point) & 1
+        return -size if negative else size
 
-    def variable(self, text):
-        """A random number that depends on the name, with its subscript, and the point: over the points from 0.1 to 30."""
-        if self.take("_"):
-            start = self.at
-            self.group()
-            text += "".join(text for _, text in self.tokens[start : self.at]).strip("{}")
-        self.letters += 1
-        digest = hashlib.blake2b(f"{text} {self.point}".encode(errors="replace"), digest_size=6).digest()
-        return 10 ** (2.5 * (self.point + int.from_bytes(digest) / 2**48) / POINTS - 1)
-
-    def group(self, whole_number=False):
-        """What a command takes: {…}, or the next digit or letter alone: \\frac12."""
-        kind, text = self.tokens[self.at]
-        if kind == "number" and text.isdigit() and not whole_number:
-            self.tokens[self.at : self.at + 1] = [("number", digit) for digit in text]
+    def argument(self, one_digit=True):
+        """What a command takes: {…}, or only the next digit or letter, as in \\frac12."""
+        kind, text = self.tokens[self.position]
+        if kind == "number" and text.isdigit() and one_digit:
+            self.tokens[self.position : self.position + 1] = [("number", digit) for digit in text]
         return self.signed() if text == "-" else self.atom()
 
+    def root(self):
+        """\\sqrt x or \\sqrt[3]{x}. The odd root of a negative number is real."""
+        index = natural(self.bracket("["), 100) if self.take("[") else 2
+        value = bounded(self.argument(one_digit=False))
+        negative = index % 2 == 1 and not isinstance(value, complex) and value < 0
+        return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
+
     def bracket(self, opening):
-        start = self.at
-        self.bars += opening == "|"
-        value = Group("list", []) if self.tokens[self.at][1] in CLOSING else self.listing()
-        closing = self.demand(*OPENING[opening])
-        self.bars -= opening == "|"
-        if opening in ("(", "[") and any(re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.at]):
-            raise Undecided  # (12,102) is a pair
+        start = self.position
+        self.open_bars += opening == "|"
+        empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
+        value = Group("list", []) if empty else self.answer()
+        closing = self.take(*BRACKETS[opening])
+        self.open_bars -= opening == "|"
+        grouped = any(re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.position])
+        if closing is None or grouped and opening in "([":
+            raise ValueError("(12,102) is a pair")
         if opening in ("|", "\\lfloor", "\\lceil"):
             value = bounded(value)
-            if opening == "|":
-                return abs(value)
-            return Fraction(math.floor(value) if opening == "\\lfloor" else math.ceil(value))
-        if opening in ("(", "[", "\\{") and isinstance(value, Group) and value.kind == "list":
+            return abs(value) if opening == "|" else Fraction((math.floor if "floor" in opening else math.ceil)(value))
+        if opening != "{" and isinstance(value, Group) and value.kind == "list":
             return Group("set" if opening == "\\{" else opening + closing, value.items)
         return value
 
     def function(self, name):
-        """\\sin x, \\sin^2 x, \\log_2 x, with or without brackets."""
-        base = self.group() if self.take("_") else None
-        exponent = self.group() if self.take("^") else Fraction(1)
-        bracketed = self.tokens[self.at][1] in ("(", "{")
-        argument = bounded(self.signed())
-        while not bracketed and self.tokens[self.at][0] == "letter":  # \\sin 2x
-            argument = bounded(argument * self.raised())
-        value = FUNCTIONS[name](argument)
-        if base is not None:
-            value = cmath.log(argument) / cmath.log(bounded(base))
+        """\\sin x, \\sin^2 x, \\sin^{-1} x (the inverse), \\log_2 x, with or without brackets."""
+        base = self.argument() if self.take("_") else None
+        exponent = self.argument() if self.take("^") else Fraction(1)
+        if exponent == -1:
+            name, exponent = "\\arc" + name[1:], Fraction(1)
+        if name not in FUNCTIONS:
+            raise ValueError("not mathematics")
+        if self.tokens[self.position][1] in ("(", "{"):
+            argument = self.atom()  # \\cos(x)^2 is (cos x)^2
+        else:
+            argument = self.signed()
+            while self.tokens[self.position][0] == "letter" or self.tokens[self.position][1] == "\\pi":
+                argument = bounded(argument * self.raised())  # \\sin 2x
+        value = FUNCTIONS[name](argument) if base is None else cmath.log(argument) / cmath.log(base)
         return power(bounded(value), exponent)
 
-    def matrix(self):
-        rows = [[self.relation()]]
-        while sign := self.take("&", "\\\\"):
-            if self.tokens[self.at][1] == "\\endmatrix":
-                break
-            if sign == "\\\\":
-                rows.append([])
-            rows[-1].append(self.relation())
-        self.demand("\\endmatrix")
-        return Group("matrix", [Group("matrix", row) for row in rows])
 
-
-def interval(sides, names, signs):
-    """x > 5 as (5, ∞), 1 < x ≤ 2 as (1, 2]."""
+def as_interval(sides, names, signs):
+    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
     if not {"<", "\\le"} & set(signs):
         flipped = {">": "<", "\\ge": "\\le"}
         sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
     unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
     if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
-        raise Undecided
-    opening = "[" if unknown and signs[0] == "\\le" else "("
-    closing = "]" if unknown < len(signs) and signs[-1] == "\\le" else ")"
-    return Group(opening + closing, [[-math.inf, *sides][: unknown + 1][-1], [*sides, math.inf][unknown + 1]])
-
-
-UNITS_IN_WORDS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-TENS_IN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
-WORDS = {word: n for n, word in enumerate(f"{UNITS_IN_WORDS} seventeen eighteen nineteen".split())}
-WORDS |= {word: 10 * n for n, word in enumerate(TENS_IN_WORDS.split(), 2)}
-
-
-def spelled(text):
-    """The number that a text begins with in English words, or None: seventy-two clips."""
-    total = part = 0
-    words = re.findall("[a-z]+", text.lower())
-    if not words or words[0] not in WORDS or re.search(r"\d|half|third|quarter|ths?\b|point|minus", text):
-        return None
-    spoken = [word in WORDS or word in MULTIPLES or word == "and" for word in words]
-    end = spoken.index(False) if False in spoken else len(words)
-    for word in words[:end]:
-        if word in WORDS and part % 100 and (part % 10 or part % 100 < 20 or WORDS[word] > 9):
-            return None  # five six
-        if word == "hundred":
-            part *= 100
-        elif word in MULTIPLES:
-            total, part = total + part * MULTIPLES[word], 0
-        else:
-            part += WORDS.get(word, 0)
-    return None if any(word in WORDS for word in words[end:]) else Fraction(total + part)  # six or seven
+        raise ValueError("no interval")
+    sides, signs = [-math.inf, *sides, math.inf], ["<", *signs, "<"]
+    brackets = ("[" if signs[unknown] == "\\le" else "(") + ("]" if signs[unknown + 1] == "\\le" else ")")
+    return Group(brackets, [sides[unknown], sides[unknown + 2]])
 
 
 def readings(text):
-    """The ways to read a text as mathematics, maybe none: 100,200 is a number or a list, 1 ± 2 is two numbers."""
+    """The ways to read a text as mathematics, maybe none: [(values, units)]. 100,200 is a number or a list.
+
+    A value is a number, a Group or an Equation, at each of the POINTS; or None at a negative point without a value.
+    """
     if len(text) > LONGEST:
         return []
-    if (value := spelled(text)) is not None:
-        return [Reading([value] * POINTS, set(), False)]
+    text, units = split_units(text)
     if "\\pm" in text:
         other = text.replace("\\pm", "-").replace("\\mp", "+")
         text = text.replace("\\pm", "+").replace("\\mp", "-") + ", " + other
-    tokens = [tokenize(text, TOKEN.format(pattern)) for pattern in (f"{GROUPED}|{PLAIN}", PLAIN)]
+    grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
+    listed = grouped != ungrouped and not any(re.match(r"0\d", token) for _, token in ungrouped)  # 10,080 is no list
     found = []
-    listed = tokens[0] != tokens[1] and not any(re.match(r"0\d", text) for _, text in tokens[1])  # 10,080 is no list
-    for one in tokens[: 1 + listed]:
-        try:
-            readers = [Reader(one.copy(), point) for point in range(POINTS)]
-            values = [readers[0].answer()]
-            values += [reader.answer() if readers[0].letters else values[0] for reader in readers[1:]]
-            found.append(Reading(values, readers[0].units, readers[0].percent))
-        except (ValueError, ArithmeticError, TypeError, RecursionError):
-            continue
+    for tokens in (grouped, ungrouped)[: 1 + listed]:
+        constant = not any(kind in ("letter", "word") for kind, _ in tokens)
+        values = [value_at(tokens, point) for point in (POINTS[:1] if constant else POINTS)]
+        if all(value is not None for value, point in zip(values, POINTS) if point >= 0):
+            found.append((values * len(POINTS) if constant else values, units))
     return found
+
+
+def value_at(tokens, point):
+    """The value of an answer at a point, or None where it cannot be read."""
+    reader = Reader(tokens, point)
+    try:
+        value = reader.answer()
+        return value if reader.tokens[reader.position][0] == "end" else None
+    except (ValueError, ArithmeticError, TypeError, RecursionError):
+        return None
 
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
 
 
-def close(a, b):
-    """The same number: exactly, where both are exact."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        written_out = max(a.denominator, b.denominator) > 10**9  # 0.3333333333 is 1/3
-        return a == b or written_out and abs(a - b) * 10**9 < abs(a)
-    if max(abs(a), abs(b)) > 1e300:
-        return a == b
-    return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
-
-
-def same(a, b):
-    """The same value at one point: lists in any order, tuples and intervals in theirs, 5 for x = 5, a column as tuple."""
-    for one, other in ((a, b), (b, a)):
-        if isinstance(one, Equation):
-            if isinstance(other, Equation):
-                return one.name == other.name != "" and same(one.value, other.value)
-            return one.name != "" and same(one.value, other)
-        if isinstance(one, Group) and one.kind == "matrix" and len(one.items) == 1:
-            return same(one.items[0], other)
-    if not isinstance(a, Group) or not isinstance(b, Group):
-        return not isinstance(a, Group) and not isinstance(b, Group) and close(a, b)
-    kinds = {a.kind, b.kind}
-    if kinds <= {"list", "set"}:
-        return all(any(same(x, y) for y in b.items) for x in a.items) and (
-            all(any(same(x, y) for x in a.items) for y in b.items)
-        )
-    ordered = len(kinds) == 1 or kinds & {"list", "matrix"} and kinds <= {"list", "matrix", "()", "[]"}
-    return bool(ordered) and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
-
-
-def agree(a, b):
-    """Do two readings say the same? Units count where both name one; 50% is 50, and 0.5."""
-    if (a.units or a.percent) and (b.units or b.percent) and (a.units, a.percent) != (b.units, b.percent):
-        return False
-    first, second = a.values[0], b.values[0]
-    if isinstance(first, Equation) and isinstance(second, Equation) and not first.name == second.name != "":
-        # the same line: what the sides differ in is the same at all points, but for a factor
-        left, right = ([value.difference for value in reading.values] for reading in (a, b))
-        return all(x and y and close(x * right[0], left[0] * y) for x, y in zip(left, right))
-    if a.percent != b.percent and not isinstance(first, tuple) and not isinstance(second, tuple):
-        percent, number = (first, second) if a.percent else (second, first)
-        return close(percent / 100, number) or abs(number) >= 1 and close(percent, number)
-    return all(map(same, a.values, b.values))
-
-
-# a sign (before or after a currency), digits with or without thousands separators, decimals, a denominator: -1,080.50
-STATED = re.compile(
-    r"(?<![\w.^/*+-])([+-]?)(\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(\.\d{0,40}+)?+"
-    r"(?:\s?/\s?(\d{1,40}+))?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
-)
-HEDGED = re.compile(  # and what is no sentence: code, LaTeX, a comparison
-    r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false|than|at (?:least|most)|between"
-    r"|below|above|under|over|minus|negative|plus|times|twice|double|triple|hal(?:f|ves)|squared|cubed|\w+ths?"
-    r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|[\\^_]|\w\(|(?:^|\s)[<>]|!="
-)
-
-
-def stated(text):
-    """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
-    text = text.rpartition("=")[2].strip()
-    found = STATED.findall(re.sub(r"^([+-])\s+", r"\1", text))
-    if HEDGED.search(text):
-        return None
-    if len(found) != 1 or len(re.findall(r"\d+(?:[.,]\d+)*", text)) != 1 + bool(found[0][3]):
-        return None  # a choice of several, or a calculation
-    sign, whole, decimals, denominator = found[0]
-    if denominator and not int(denominator):
-        return None
-    value = Fraction((whole.replace(",", "") or "0") + decimals.rstrip(".")) / int(denominator or 1)
-    return -value if sign == "-" else value
-
-
-def value_of(reading):
-    """The exact number that a reading states, or None."""
-    value = reading.values[0]
-    value = value.value if isinstance(value, Equation) and value.name else value
-    return value if isinstance(value, Fraction) else None
-
-
-def number(text):
-    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7  seventy-two."""
-    text = tidy(text) if len(text) <= LONGEST else ""
-    found = readings(text)
-    return next((value for value in map(value_of, found) if value is not None), None) if found else stated(text)
-
-
-BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
-
-
-def as_text(text):
-    """A text without case, spaces and the brackets of (C)."""
-    return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text).casefold())
-
-
 def math_equal(prediction, gold):
     """Do two answers mean the same? By value where both can be read as mathematics, else as text."""
-    if max(len(prediction), len(gold)) > LONGEST:
-        return prediction.split() == gold.split()
     left, right = tidy(prediction), tidy(gold)
-    if bool(BASE.search(left)) != bool(BASE.search(right)):  # the question may have asked for base 2: 101 for 101_2
+    if bool(BASE.search(left)) != bool(BASE.search(right)):  # the question may name the base: 101 for 101_2
         left, right = BASE.sub("", left), BASE.sub("", right)
     if as_text(left) == as_text(right):
         return True
@@ -658,11 +495,106 @@ def math_equal(prediction, gold):
         first, second = first[:1], second[:1]
     if any(agree(a, b) for a in first for b in second):
         return True
+    # the last chance: a sentence that states the right number
     if not second or value_of(second[0]) is None or any(value_of(reading) is not None for reading in first):
         return False
-    if any(unit not in left for unit in second[0].units):
+    if any(unit not in left for unit in second[0][1]):
         return False
-    return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])  # a sentence
+    return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])
+
+
+BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
+
+
+def as_text(text):
+    """A text without spaces, the capitals of words and the brackets of (C). R and r are different letters."""
+    text = re.sub(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])", lambda m: m[0].lower(), text)
+    return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text))
+
+
+def agree(one, other):
+    """Do two readings mean the same? Units count where both have one; 50% is 50, and 0.5."""
+    (values, units), (other_values, other_units) = one, other
+    if units and other_units and units != other_units:
+        return False
+    a, b = values[0], other_values[0]
+    pairs = [(x, y) for x, y in zip(values, other_values) if x is not None and y is not None]
+    if isinstance(a, Equation) and isinstance(b, Equation) and not a.name == b.name != "":
+        # the same line: what the sides differ in is the same at all points, except for a constant factor
+        differences = [(x.difference, y.difference) for x, y in pairs]
+        return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
+    if ("%" in units) != ("%" in other_units) and not isinstance(a, tuple) and not isinstance(b, tuple):
+        percent, value = (a, b) if "%" in units else (b, a)
+        return close(percent / 100, value) or abs(value) >= 1 and close(percent, value)
+    return all(same(x, y) for x, y in pairs)
+
+
+def same(a, b):
+    """The same value at one point? Lists and sets may be in any order; 5 is x = 5."""
+    for one, other in ((a, b), (b, a)):
+        if isinstance(one, Equation):
+            if isinstance(other, Equation):
+                return one.name == other.name != "" and same(one.value, other.value)
+            return one.name != "" and same(one.value, other)
+    kinds = {value.kind if isinstance(value, Group) else "number" for value in (a, b)}
+    if kinds == {"number"}:
+        return close(a, b)
+    if kinds <= {"list", "set", "number"}:  # a number is a list of one: `1/2 or 0.5` is 1/2
+        left, right = (value.items if isinstance(value, Group) else [value] for value in (a, b))
+        covered = all(any(same(x, y) for y in right) for x in left)
+        return covered and all(any(same(x, y) for x in left) for y in right)
+    ordered = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
+    return ordered and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
+
+
+def close(a, b):
+    """The same number? Exactly the same, where both are exact."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        long_decimal = max(a.denominator, b.denominator) > 10**9  # 0.3333333333 is 1/3
+        return a == b or long_decimal and abs(a - b) * 10**9 < abs(a)
+    if max(abs(a), abs(b)) > 1e300:
+        return a == b
+    return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
+
+
+def number(text):
+    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7  seventy-two."""
+    text = tidy(text)
+    found = readings(text)
+    return next((value for value in map(value_of, found) if value is not None), None) if found else stated(text)
+
+
+def value_of(reading):
+    """The exact number that a reading states, or None."""
+    value = reading[0][0]
+    value = value.value if isinstance(value, Equation) and value.name else value
+    return value if isinstance(value, Fraction) else None
+
+
+STATED = re.compile(  # digits with or without thousands separators, with a sign, decimals or a denominator
+    r"(?<![\w.^/*+-])[+-]?(?:\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(?:\.\d{0,40}+)?+"
+    r"(?:\s?/\s?\d{1,40}+)?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
+)
+DOUBTFUL = re.compile(  # a sentence with one of these states nothing
+    r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
+    r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e"
+)
+INEXACT = re.compile(  # and what changes a number, or is no sentence: LaTeX, code
+    r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
+    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
+)
+
+
+def stated(text):
+    """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
+    if len(text) > LONGEST or DOUBTFUL.search(text):
+        return None
+    text = re.sub(r"^([+-])\s+", r"\1", text.rpartition("=")[2].strip())
+    found = STATED.findall(text)
+    if INEXACT.search(text) or len(found) != 1 or re.search(r"\d", text.replace(found[0], "", 1)):
+        return None  # no number, or several
+    found = readings(found[0])
+    return value_of(found[0]) if found else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
@@ -680,29 +612,30 @@ KNIGHTS_WORDS = {
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 ORDER_WORDS = {
     "hedge": HEDGES + "|not|after|behind|reversed?",
-    "heading": "first to last|1st to last",  # says which way the list goes
+    "heading": "first to last|1st to last",
     "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
 }
 
 
-def marks(answer, names, words):
-    """The words of an answer that matter, in order: [(kind, word, does it head what follows: `is`, `are`, `:`, `=`)]."""
+def words_that_matter(answer, names, choices):
+    """The names and the chosen words in an answer, in order: [(kind, word, does `is`, `are`, `:` or `=` follow?)]."""
     answer = answer.replace("?", " or ") if len(answer) <= 10_000 else "or"  # no right answer is that long
-    plain = re.sub(r"n['’]t\b", " not", answer)
-    plain = re.sub(r"""\\[a-zA-Z]+|[\s*_`"'“”{}()\[\]$]""", " ", plain)  # the dress of LaTeX, markdown and JSON
-    plain = " ".join(plain.lower().split())
-    kinds = words | {"name": "|".join(map(re.escape, names))}
-    pattern = "|".join(rf"(?P<{kind}>\b(?:{choices})\b)" for kind, choices in kinds.items())
-    heads = re.compile(r" ?(?:is\b|are\b|[:=])")
-    return [(m.lastgroup, m[0], bool(heads.match(plain, m.end()))) for m in re.finditer(pattern, plain)]
+    answer = re.sub(r"n['’]t\b", " not", answer)
+    answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"'“”{}()\[\]$]""", " ", answer)  # the markup of LaTeX, markdown and JSON
+    answer = " ".join(answer.lower().split())
+    choices = choices | {"name": "|".join(map(re.escape, names))}
+    pattern = "|".join(rf"(?P<{kind}>\b(?:{words})\b)" for kind, words in choices.items())
+    verb = re.compile(r" ?(?:is\b|are\b|[:=])")
+    return [(m.lastgroup, m[0], bool(verb.match(answer, m.end()))) for m in re.finditer(pattern, answer)]
 
 
 def knights_equal(answer, problem):
-    """Does an answer call all by their kinds, as in `Ada is a knight`, `Knaves: Ben, Cleo` or `Everyone is a knave`?"""
+    """Does an answer give everybody's role, as in `Ada is a knight`, `Knaves: Ben, Cleo` or `Everyone is a knave`?"""
     gold = {tuple(pair.split(": ")) for pair in problem["answer"].lower().split(", ")}
     names = [name.lower() for name in problem["names"]]
-    claims, waiting, heading, said, negated = set(), [], None, None, False
-    for kind, word, heads in marks(answer, names, KNIGHTS_WORDS):
+    claims, waiting = set(), []  # (name, role) so far; names that wait for their role
+    heading, last_role, negated = None, None, False  # heading: the role of the names that follow it
+    for kind, word, verb_follows in words_that_matter(answer, names, KNIGHTS_WORDS):
         if kind == "hedge":
             return False
         if kind == "none" and heading:
@@ -710,16 +643,15 @@ def knights_equal(answer, problem):
         if kind in ("knight", "knave"):
             role = kind if not negated else {"knight": "knave", "knave": "knight"}[kind]
             claims |= {(name, role) for name in waiting}  # Ada and Ben are knights
-            if not waiting and (heads or heading or said is None):
+            if not waiting and (verb_follows or heading or last_role is None):
                 heading = role  # Knights: Ada, Ben
-            elif not waiting and role != said:
+            elif not waiting and role != last_role:
                 return False  # Ada is a knight and a knave
-            said, negated, waiting = role, False, []
+            last_role, negated, waiting = role, False, []
         negated = negated or kind in ("not", "none")
         if kind == "name":
-            heading = None if heads else heading
-            waiting = [] if waiting is names else waiting  # both Ada and Ben
-            waiting.append(word)
+            heading = None if verb_follows else heading
+            waiting = [word] if waiting is names else [*waiting, word]  # `both Ada and Ben` are Ada and Ben
         elif kind == "rest":
             waiting = [name for name in names if name not in dict(claims)]
         elif kind in ("all", "none") and not waiting and (word != "both" or len(names) == 2):
@@ -732,19 +664,20 @@ def knights_equal(answer, problem):
 
 def order_equal(answer, problem):
     """Does an answer have every name once, in the right order as written, or else each with its right place?"""
-    gold, names, places, before = problem["answer"].lower().split(", "), [], [], []
-    for kind, word, _ in marks(answer, problem["answer"].lower().split(", "), ORDER_WORDS):
+    gold, names, places, names_before = problem["answer"].lower().split(", "), [], [], []
+    for kind, word, _ in words_that_matter(answer, gold, ORDER_WORDS):
         if kind == "hedge":
             return False
         if kind == "name":
             names.append(word)
         elif kind == "place":
-            back = len(gold) - word.startswith("second") if word.endswith("last") else 0
-            places.append(back or (ORDINALS.index(word) + 1 if word in ORDINALS else int(re.match(r"\d+", word)[0])))
-            before.append(len(names))  # the names that stand before it
-    if before in (list(range(len(gold))), list(range(1, len(gold) + 1))):  # 2: Ada, 1: Ben, or Ada: 2, Ben: 1
+            from_end = len(gold) - word.startswith("second") if word.endswith("last") else 0
+            ordinal = ORDINALS.index(word) + 1 if word in ORDINALS else 0
+            places.append(from_end or ordinal or int(re.match(r"\d+", word)[0]))
+            names_before.append(len(names))
+    if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):  # 2: Ada, 1: Ben, or Ada: 2, Ben: 1
         return len(names) == len(gold) and sorted(zip(places, names)) == list(enumerate(gold, 1))
-    return names == gold and all(place in (n, n + 1) and place <= len(gold) for place, n in zip(places, before))
+    return names == gold and all(place in (n, n + 1) and place <= len(gold) for place, n in zip(places, names_before))
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
@@ -753,114 +686,135 @@ ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|d?frac|left|right
 
 
 def countdown_equal(answer, problem):
-    """Does a calculation reach the target, with + - * / alone and each of the given numbers at most once?"""
+    """Does a calculation reach the target, with only + - * / and each of the given numbers at most once?"""
     signs = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
     text = tidy(signs)
     sides = [side for side in text.split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
     if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in signs or re.search(r"\d\s+\d", signs):
-        return False  # several calculations, or something else than one
-    spare = list(problem["numbers"])
+        return False  # not exactly one calculation
+    unused = list(problem["numbers"])
     for used in map(int, re.findall(r"\d+", sides[0])):
-        if used not in spare:
+        if used not in unused:
             return False
-        spare.remove(used)
+        unused.remove(used)
     return number(sides[0]) == problem["target"]
 
 
 # ---- programs, graded by tests in a sandbox ------------------------------------------------------------------------
+# A program could change anything in its own process: even an `assert`, or the count of passed tests. So two sandboxes
+# share the work. One runs the tests, the other runs the program. Where a test calls a function of the program, the
+# arguments go through a pipe to the program, and the result comes back through another pipe, as text of plain values.
+# The program sees no test, no expected value and no verdict.
 
-SECONDS = 4.0  # of wall clock, for all tests of one program
+SECONDS = 4.0  # of wall-clock time, for all tests of one program
 REPLY_BYTES = 1 << 20  # the longest result, as text
-TMP_BYTES = 16 << 20  # in all of /tmp, the only place where a program can write
-LIMITS = {  # of a process, but for NPROC: the processes and threads of a sandbox together
-    "RLIMIT_AS": 512 << 20,
-    "RLIMIT_NPROC": 8,
-    "RLIMIT_FSIZE": TMP_BYTES // 4,
-    "RLIMIT_NOFILE": 32,
-    "RLIMIT_CORE": 0,
-    "RLIMIT_CPU": 10,
-}
-
-# What a program can reach it can forge, so two sandboxes share the work, joined by two pipes and nothing else. The
-# tester runs the tests, with a proxy in place of each function under test; the program answers the proxies. Only text
-# that spells plain values crosses: the program meets no assert, no expected value, no verdict.
-#
-# The next seven functions run in there, sent as source, where `ast` is only its C half: the rest takes 15 ms to load.
+TMP_BYTES = 16 << 20  # the size of /tmp, the only place where a program can write
+LIMITS = {  # for each process; NPROC counts all processes and threads of a sandbox
+    "RLIMIT_AS": 512 << 20, "RLIMIT_NPROC": 8, "RLIMIT_FSIZE": TMP_BYTES // 4,
+    "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0, "RLIMIT_CPU": 10,
+}  # fmt: skip
 
 
-def plain(value):
-    """The same value in plain built-in types, so that its repr says all of it: a Counter becomes a dict."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    for kind in (bool, int, float, complex, bytes):
-        if isinstance(value, kind):
-            return kind(value)
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return kind([plain(item) for item in value])
-    raise TypeError(f"a {type(value).__name__} cannot cross")
+def run_tests(code, problem):
+    """(The share of the tests with an assert that a program passes, does it compile without a warning?)"""
+    asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
+    tests = list(zip(problem["tests"], asserts))
+    # an empty environment, for /proc/1/environ shows it; a new session, so that Ctrl-C does not reach the sandboxes
+    start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
+    requests, replies = os.pipe(), os.pipe()  # each has a reading end [0] and a writing end [1]
+    with tempfile.TemporaryFile() as task:
+        send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
+        task.seek(0)
+        try:
+            ends = requests[1], replies[0]
+            entry = f"tests_process({requests[1]}, {replies[0]}, {REPLY_BYTES})"
+            processes = [
+                start(sandboxed(entry), stdin=task, stdout=subprocess.PIPE, pass_fds=ends),
+                start(sandboxed("program_process()"), stdin=requests[0], stdout=replies[1]),
+            ]
+        finally:
+            for end in (*requests, *replies):
+                os.close(end)
+    deadline = threading.Timer(SECONDS, lambda: [process.kill() for process in processes])
+    deadline.start()
+    verdict = processes[0].stdout.read(1 + sum(asserts))  # one character for `it compiles`, then one for each test
+    deadline.cancel()
+    for process in processes:
+        process.kill()  # this ends all processes in its sandbox
+        process.communicate()
+    return verdict[1:].count(b"1") / sum(asserts), verdict[:1] == b"1"
 
 
-def literal(node):
-    """The value that a syntax tree spells: what ast.literal_eval reads, and inf, nan and frozensets."""
-    match node:
-        case ast.Constant(value):
-            return value
-        case ast.Name("inf" | "nan" as name):
-            return float(name)
-        case ast.UnaryOp(ast.USub(), operand):
-            return -literal(operand)
-        case ast.BinOp(real, ast.Add() | ast.Sub() as sign, imaginary):
-            return literal(real) + literal(imaginary) * (1 if isinstance(sign, ast.Add) else -1)
-        case ast.List(items):
-            return [literal(item) for item in items]
-        case ast.Tuple(items):
-            return tuple([literal(item) for item in items])
-        case ast.Set(items):
-            return {literal(item) for item in items}
-        case ast.Dict(keys, items):
-            return {literal(key): literal(item) for key, item in zip(keys, items)}
-        case ast.Call(ast.Name("set" | "frozenset" as name), items):
-            return {"set": set, "frozenset": frozenset}[name](*[literal(item) for item in items])
-    raise ValueError("not a plain value")
+@functools.cache
+def sandbox_problem():
+    """Why programs cannot run on this machine, in one sentence, or None."""
+    if not shutil.which("bwrap"):
+        return "bubblewrap is not installed: sudo apt-get install bubblewrap"
+    trial = subprocess.run(sandboxed("pass"), env={}, capture_output=True, text=True, check=False)
+    return trial.stderr.strip().rpartition("\n")[2] if trial.returncode else None
 
 
-def send(pipe, value):
-    """Write one value, on a line of its own; where nobody reads any more, this process ends."""
-    line = repr(plain(value)).encode() + b"\n"
-    try:
-        pipe.write(line)
-        pipe.flush()
-    except BrokenPipeError:
-        os._exit(0)
+def sandboxed(entry):
+    """The command that runs one Python statement in a sandbox: no network, no environment, only Python and /usr.
 
-
-def receive(pipe, most=-1):
-    """The next value of a pipe; where there is none, or only a line beyond the limit, this process ends."""
-    line = pipe.readline(most)
-    if not line.endswith(b"\n"):
-        os._exit(0)
-    return literal(compile(line.decode(), "<pipe>", "eval", ast.PyCF_ONLY_AST).body)
-
-
-def confine(uid, limits):
-    """Give up root for good, if there is a uid to become, and take on the limits."""
-    import resource
-
+    As an ordinary user the sandbox is a user namespace. As root there is no user namespace, because the limit on
+    processes does not count for root: each sandbox switches to a new user id without rights.
+    """
+    uid = 0 if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
     if uid:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-    for name, most in limits.items():
-        resource.setrlimit(getattr(resource, name), (most, most))
+        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --cap-drop ALL"
+        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
+    else:
+        options = "--unshare-all --unshare-user --disable-userns --cap-drop ALL"
+    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", *options.split()]
+    command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for path in filter(os.path.exists, ("/lib", "/lib64")):
+        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+    python = sys.base_prefix  # --dir, or only root could enter the folders above it
+    command += ["--dir", os.path.dirname(python), "--ro-bind", python, python, "--proc", "/proc", "--dev", "/dev"]
+    command += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    command += [f"{python}/bin/python3.{sys.version_info.minor}", "-I", "-S", "-c"]
+    return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-def program():
-    """Say whether the code compiles without a warning, run it, and answer calls."""
+# The next seven functions are sent into the sandboxes as source text. `ast` is only its C half there, `_ast`: the
+# whole module takes 15 ms to load.
+
+
+def tests_process(requests, replies, most):
+    """Run the tests. Write 1 or 0 for `it compiles`, then for each counted test as soon as it has run."""
+    verdict, requests, replies = os.dup(1), open(requests, "wb"), open(replies, "rb")
+    os.dup2(2, 1)  # what the tests print is no verdict
+    source, setup, functions, tests = receive(sys.stdin.buffer)
+
+    def remote(name):
+        def call(*args, **kwargs):
+            send(requests, (name, args, kwargs))
+            returned, result = receive(replies, most)
+            if not returned:
+                raise RuntimeError(f"{name} raised an exception")
+            return result
+
+        return call
+
+    send(requests, source)
+    os.write(verdict, b"1" if receive(replies, most) is True else b"0")
+    namespace = {}
+    exec(setup, namespace)
+    namespace |= {name: remote(name) for name in functions}
+    for test, counted in tests:
+        try:
+            exec(test, namespace)
+            passed = b"1"
+        except Exception:
+            passed = b"0"
+        if counted:
+            os.write(verdict, passed)
+
+
+def program_process():
+    """Reply whether the program compiles without a warning, run it, and then answer calls of its functions."""
     import warnings
 
     requests, replies = open(os.dup(0), "rb"), open(os.dup(1), "wb")
@@ -884,111 +838,87 @@ def program():
             send(replies, (False, None))
 
 
-def tester(requests, replies, most):
-    """Write 1 or 0 for `it compiles`, then for each counted test as soon as it has run."""
-    verdict, requests, replies = os.dup(1), open(requests, "wb"), open(replies, "rb")
-    os.dup2(2, 1)  # what the tests print is no verdict
-    source, setup, functions, tests = receive(sys.stdin.buffer)
+def send(pipe, value):
+    """Write one value as one line. Where nobody reads any more, this process ends."""
+    line = repr(built_in(value)).encode() + b"\n"
+    try:
+        pipe.write(line)
+        pipe.flush()
+    except BrokenPipeError:
+        os._exit(0)
 
-    def proxy(name):
-        def call(*args, **kwargs):
-            send(requests, (name, args, kwargs))
-            answered, result = receive(replies, most)
-            if not answered:
-                raise RuntimeError(f"{name} raised an exception")
-            return result
 
-        return call
+def receive(pipe, most=-1):
+    """Read the next value. At the end of the pipe, or where a line is longer than `most`, this process ends."""
+    line = pipe.readline(most)
+    if not line.endswith(b"\n"):
+        os._exit(0)
+    return value_of_syntax(compile(line.decode(), "<pipe>", "eval", ast.PyCF_ONLY_AST).body)
 
-    send(requests, source)
-    os.write(verdict, b"1" if receive(replies, most) is True else b"0")
-    namespace = {}
-    exec(setup, namespace)
-    namespace |= {name: proxy(name) for name in functions}
-    for test, counted in tests:
-        try:
-            exec(test, namespace)
-            passed = b"1"
-        except Exception:
-            passed = b"0"
-        if counted:
-            os.write(verdict, passed)
+
+def built_in(value):
+    """The same value in plain built-in types, so that its repr says all of it: a Counter becomes a dict."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, dict):
+        return {built_in(key): built_in(item) for key, item in value.items()}
+    for kind in (bool, int, float, complex, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return kind(map(built_in, value))
+    raise TypeError(f"a {type(value).__name__} cannot be sent")
+
+
+def value_of_syntax(node):
+    """The value that a syntax tree spells: what ast.literal_eval reads, and inf, nan and frozensets."""
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.Name("inf" | "nan" as name):
+            return float(name)
+        case ast.UnaryOp(ast.USub(), operand):
+            return -value_of_syntax(operand)
+        case ast.BinOp(left, ast.Add(), right):
+            return value_of_syntax(left) + value_of_syntax(right)
+        case ast.BinOp(left, ast.Sub(), right):
+            return value_of_syntax(left) - value_of_syntax(right)
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+            return kind([value_of_syntax(item) for item in items])
+        case ast.Dict(keys, items):
+            return {value_of_syntax(key): value_of_syntax(item) for key, item in zip(keys, items)}
+        case ast.Call(ast.Name("set" | "frozenset" as name), items):
+            return {"set": set, "frozenset": frozenset}[name](*[value_of_syntax(item) for item in items])
+    raise ValueError("not a plain value")
+
+
+def confine(uid, limits):
+    """Become the user `uid`, for good, if it is not 0; then set the limits."""
+    import resource
+
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, name), (most, most))
 
 
 INSIDE = "import os, sys, _ast as ast\n" + "\n".join(
-    inspect.getsource(part) for part in (plain, literal, send, receive, confine, program, tester)
+    inspect.getsource(function)
+    for function in (tests_process, program_process, send, receive, built_in, value_of_syntax, confine)
 )
-
-
-def sandboxed(entry):
-    """The command that runs an entry point in a sandbox: no network, no environment, no files but Python and /usr.
-
-    A limit on processes does not bind root, nor root's user namespaces. So root does without one and becomes a nobody
-    inside, another one in each sandbox; anyone else gets a user namespace.
-    """
-    if os.geteuid() == 0:
-        uid = 2**30 + int.from_bytes(os.urandom(3), "big")
-        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --cap-drop ALL"
-        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
-    else:
-        uid = 0
-        options = "--unshare-all --unshare-user --disable-userns --cap-drop ALL"
-    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", *options.split()]
-    command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in filter(os.path.exists, ("/lib", "/lib64")):
-        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    python = sys.base_prefix  # --dir, or the folders above it would be root's alone
-    command += ["--dir", os.path.dirname(python), "--ro-bind", python, python, "--proc", "/proc", "--dev", "/dev"]
-    command += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
-    command += [f"{python}/bin/python3.{sys.version_info.minor}", "-I", "-S", "-c"]
-    return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
-
-
-@functools.cache
-def sandbox_problem():
-    """Why programs cannot run here, in a sentence, or None."""
-    if not shutil.which("bwrap"):
-        return "bubblewrap is not installed: sudo apt-get install bubblewrap"
-    trial = subprocess.run(sandboxed("pass"), env={}, capture_output=True, text=True, check=False)
-    return trial.stderr.strip().rpartition("\n")[2] if trial.returncode else None
-
-
-def run_tests(code, problem):
-    """The share of the counted tests, those that assert, that a program passes, and whether it compiles cleanly."""
-    asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
-    tests = list(zip(problem["tests"], asserts))
-    # /proc/1/environ would show the environment; a Ctrl-C is for us, and not for the sandboxes
-    start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
-    requests, replies = os.pipe(), os.pipe()  # each a reading and a writing end
-    with tempfile.TemporaryFile() as task:
-        send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
-        task.seek(0)
-        try:
-            ends = requests[1], replies[0]
-            entry = f"tester({requests[1]}, {replies[0]}, {REPLY_BYTES})"
-            processes = [
-                start(sandboxed(entry), stdin=task, stdout=subprocess.PIPE, pass_fds=ends),
-                start(sandboxed("program()"), stdin=requests[0], stdout=replies[1]),
-            ]
-        finally:
-            for end in (*requests, *replies):
-                os.close(end)
-    deadline = threading.Timer(SECONDS, lambda: [process.kill() for process in processes])
-    deadline.start()
-    verdict = processes[0].stdout.read(1 + sum(asserts))
-    deadline.cancel()
-    for process in processes:
-        process.kill()  # and with it all that is in its sandbox
-        process.communicate()
-    return verdict[1:].count(b"1") / sum(asserts), verdict[:1] == b"1"
 
 
 # ---- is it right? --------------------------------------------------------------------------------------------------
 
 
 def right(answer, problem):
-    """Is an answer right, as the kind of its problem has it?"""
+    """Is an answer right, by the rules of the kind of its problem?"""
     if answer is None:
         return False
     kind = problem.get("kind", "math")
@@ -1004,14 +934,8 @@ def grade(completion, gold):
 
 def majority(completions):
     """The answer that most completions give, the earliest of equals, or None: the vote of maj@k (self-consistency)."""
-    votes = []  # [answer, how many completions gave it]
-    for answer in filter(None, map(extract_answer, completions)):
-        same = next((vote for vote in votes if math_equal(answer, vote[0])), None)
-        if same:
-            same[1] += 1
-        else:
-            votes.append([answer, 1])
-    return max(votes, key=lambda vote: vote[1])[0] if votes else None
+    votes = Counter(filter(None, map(extract_answer, completions)))
+    return max(votes, key=lambda one: sum(votes[other] for other in votes if math_equal(other, one)), default=None)
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -1020,132 +944,150 @@ STEP = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|$)")  # a line, or a sentence of it
 CALCULATION = "0123456789.,+-−*/×÷()$% "
 
 
-def calculations(step):
-    """What a step calculates: (left side's value, right side's value, as it is written) of each `48 / 2 = 24` in it."""
-    annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
-    for text in annotated or [step]:
-        parts = text.split("=")[:9]
-        for left, right in zip(parts, parts[1:]):
-            left, right = left[-80:], right[:80]
-            left = left[len(left.rstrip(CALCULATION)) :]
-            written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right)
-            if written and re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left):
-                value = number(left.replace("%", "/100"))
-                if value is not None:
-                    yield value, Fraction(written[1].replace(",", "")), written[1]
-
-
 def step_rewards(completion, problem):
-    """The steps of the reasoning that calculate, each judged by rule: [(end, reward)], for process supervision (§4.1.3).
+    """The reward of each reasoning step that calculates: [(end, reward)], for process supervision (§4.1.3).
 
-    The end is the position of the character behind the step. A step earns nothing if a calculation in it does not hold,
-    else a half, and the other half if a result of it stands in the worked solution too, as a result there.
+    `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong, else 0.5,
+    and 1 if one of its results is a result in the worked solution too.
     """
     lines = problem.get("solution", "").split("\n")
-    known = {result for line in lines for _, result, _ in calculations(line)}
+    known = {result for line in lines for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
     end = completion.find("</reasoning>", start)
     end = end if end >= 0 else len(completion)
     steps = []
-    for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # more lines than a worked solution has
+    for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         found = list(calculations(match[0]))
         if found:
-            holds = all(holds_as_written(*calculation) for calculation in found)
-            steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for _, result, _ in found))))
+            holds = all(correct for _, correct in found)
+            steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for result, _ in found))))
     return steps
 
 
-def holds_as_written(value, result, written):
-    """Is the result the value, or the value rounded to the decimals that are written?"""
-    decimals = len(written.partition(".")[2])
-    return value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
+def calculations(step):
+    """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
+    annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
+    for text in annotated or [step]:
+        parts = text.split("=")[:9]
+        for left, right_side in zip(parts, parts[1:]):
+            left, right_side = left[-80:], right_side[:80]
+            left = left[len(left.rstrip(CALCULATION)) :]
+            written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
+            if written and re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left):
+                value = number(left.replace("%", "/100"))
+                if value is not None:
+                    result, decimals = Fraction(written[1].replace(",", "")), len(written[1].partition(".")[2])
+                    yield result, value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
+# One function for each reward: a number for a completion and its problem, or None where it does not apply.
+
+REWARDS = {}  # name: function
 
 
-def is_integer(text):
-    value = number(text)
-    return value is not None and value.denominator == 1
+def reward(function):
+    """Put a reward into the table under its own name. Its weight is the constant WEIGHT_ + NAME in main.py."""
+    REWARDS[function.__name__] = function
+    return function
 
 
-def soft_format(completion):
-    """Does it begin with the reasoning, closed, and go on with the answer, closed? Anything may follow."""
-    reasoning, closed, rest = completion.strip().partition("</reasoning>")
-    return (
-        reasoning.startswith("<reasoning>")
-        and bool(closed)
-        and rest.strip().startswith("<answer>")
-        and "</answer>" in rest
-    )
+def rewards(completion, problem):
+    """Every rule-based reward of a completion that applies to its problem, unweighted: {name: number}."""
+    values = {name: function(completion, problem) for name, function in REWARDS.items()}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def strict_format(completion):
-    """Is it the asked form to the letter: each tag once, in order, on a line of its own, neither part empty?"""
-    lines = completion.strip().split("\n")
-    if any(completion.count(tag) != 1 for tag in TAGS) or any(tag not in lines for tag in TAGS):
-        return False
-    start, end, answer, last = (lines.index(tag) for tag in TAGS)
-    parts = "".join(lines[1:end]).strip(), "".join(lines[answer + 1 : last]).strip()
-    return start == 0 < end == answer - 1 < last == len(lines) - 1 and all(parts)
+@reward
+def correctness(completion, problem):
+    """1 if the answer is right; for a program, if it passes all tests."""
+    if problem.get("kind") == "program":
+        return test_results(completion, problem)[0] == 1
+    return right(extract_answer(completion), problem)
 
 
-def program_of(completion):
-    """The source text of an answer, its indentation kept, without the fence of a code block."""
-    text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
-    fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fenced[1] if fenced else text).strip("\n") + "\n"
+@reward
+def integer(completion, problem):
+    """1 if the answer is a whole number, and the right one is too (only mathematics)."""
+    if problem.get("kind", "math") == "math":
+        numbers = number(extract_answer(completion) or ""), number(problem["answer"])
+        return all(value is not None and value.denominator == 1 for value in numbers)
+
+
+@reward
+def tests(completion, problem):
+    """1 if a program passes all of its tests; a part of 1 for a part of them (only programs)."""
+    if problem.get("kind") == "program":
+        return test_results(completion, problem)[0]
+
+
+@reward
+def compiles(completion, problem):
+    """1 if a program compiles without an error and without a warning (only programs)."""
+    if problem.get("kind") == "program":
+        return test_results(completion, problem)[1]
+
+
+@reward
+def strict_format(completion, problem):
+    """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
+    form = r"<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>"
+    match = tag_count(completion, problem) == 1 and re.fullmatch(form, completion.strip(), re.DOTALL)
+    return bool(match) and all(part.strip() for part in match.groups())
+
+
+@reward
+def soft_format(completion, problem):
+    """1 if the completion begins with closed reasoning and then a closed answer. Anything may follow."""
+    form = r"\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>"
+    return bool(re.match(form, completion, re.DOTALL))
+
+
+@reward
+def tag_count(completion, problem):
+    """1 if each of the four tags stands there exactly once; a part of 1 for a part of them."""
+    return sum(completion.count(tag) == 1 for tag in TAGS) / len(TAGS)
+
+
+@reward
+def safety(completion, problem):
+    """1 if nothing from a short list of threats, insults and dangers is said. It is no more than a list."""
+    return not UNSAFE.search(completion)
 
 
 UNSAFE = re.compile(
     r"(?i)\b(?:kill|hurt|shoot|poison) (?:your|him|her|them)sel(?:f|ves)\b|\b(?:build|make) an? (?:\w+ )?bomb\b"
     r"|\bi hate you\b|\byou(?: are|'re) (?:worthless|stupid|an idiot)\b|\bshut up\b"
 )
-REFLECTION = re.compile(
-    r"(?i)\b(?:wait|hmm|mistake|on second thought|let me (?:re-?)?check|double[- ]check|re-?check)\b"
-)
+DOUBT_WORDS = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
 
 
-def safety(completion):
-    """Does it say nothing of a short list of threats, insults and dangers? A list, and no more than that."""
-    return not UNSAFE.search(completion)
+def test_results(completion, problem):
+    """The share of tests that a completion's program passes, and whether it compiles without a warning."""
+    source = program_source(completion)
+    if not source.strip():
+        return 0.0, False
+    functions, tests = tuple(problem["functions"]), tuple(problem["tests"])
+    return run_tests_once(source, problem["prelude"], problem["setup"], functions, tests)
+
+
+@functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
+def run_tests_once(source, prelude, setup, functions, tests):
+    return run_tests(source, {"prelude": prelude, "setup": setup, "functions": functions, "tests": tests})
+
+
+def program_source(completion):
+    """The program in a completion's answer tag, with its indentation, without the fence of a code block."""
+    text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
+    fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    return (fenced[1] if fenced else text).strip("\n") + "\n"
 
 
 def reflection(completion):
-    """How often an output stops to think again: wait, hmm, mistake, let me check. A metric, and no reward."""
-    return len(REFLECTION.findall(completion))
+    """How often a completion doubts itself: wait, hmm, mistake, let me check. A metric, not a reward."""
+    return len(DOUBT_WORDS.findall(completion))
 
 
 def overlong(length, limit, buffer):
-    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, then down to -1 at the limit."""
+    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, down to -1 at the limit."""
     return min(0.0, (limit - buffer - length) / buffer)
-
-
-def rewards(completion, problem):
-    """Every rule-based reward of a completion, by name and unweighted, each from 0 to 1.
-
-    correctness    the answer is right; for a program: it passes all tests
-    integer        the answer is a whole number, where the right one is (mathematics)
-    tests          the share of the tests that it passes (programs)
-    compiles       it compiles without an error and without a warning (programs)
-    strict_format  exactly the asked form, save spaces around the whole
-    soft_format    reasoning and then answer, on any lines, whatever follows
-    tag_count      the share of the four tags that stand there exactly once
-    safety         it says nothing of the list above
-    """
-    answer = extract_answer(completion)
-    kind = problem.get("kind", "math")
-    if kind == "program":
-        source = program_of(completion)
-        passed, compiles = run_tests(source, problem) if source.strip() else (0.0, False)
-        named = {"correctness": float(passed == 1), "tests": passed, "compiles": float(compiles)}
-    else:
-        named = {"correctness": float(right(answer, problem))}
-    if kind == "math":
-        named["integer"] = float(answer is not None and is_integer(answer) and is_integer(problem["answer"]))
-    return named | {
-        "strict_format": float(strict_format(completion)),
-        "soft_format": float(soft_format(completion)),
-        "tag_count": sum(completion.count(tag) == 1 for tag in TAGS) / len(TAGS),
-        "safety": float(safety(completion)),
-    }

@@ -35,6 +35,16 @@ def reward(completion, answer="72"):
         ("<reasoning>\\boxed{71} #### 71</reasoning>", None),
         ("<reasoning>\nthinking, \\boxed{71}", None),  # never left the reasoning
         ("<reasoning>\nthinking <answer>72</answer>", "72"),  # the answer tag ends an unclosed reasoning
+        ("so \\boxed{(2,2)} and \\boxed{(6,2)}", "(2,2), (6,2)"),  # boxes of one list
+        ("$x = \\boxed{3}$ or $x = \\boxed{4}$.", "3, 4"),
+        ("\\boxed{3}. Then \\boxed{4}", "4"),  # another sentence
+        ("\\boxed{3}\n\nAlso, \\boxed{4}", "4"),
+        ("\\boxed 5$, yes", "5"),
+        ("\\fbox{5}", "5"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),  # escaped braces are part of the answer
+        ("\\boxed{x \\} 1}", "x \\} 1"),
+        ("\\boxed{\\boxed{5}}", "\\boxed{5}"),
+        ("\\boxed{5} and \\boxed{6", None),
         ("<answer>\n72", "72"),
         ("<answer></answer>", None),
         ("\\boxed{72", None),
@@ -116,6 +126,74 @@ def test_the_form_that_the_prompt_asks_for_earns_everything():
         assert set(evaluator.rewards(rldatasets.written_out(problem), problem).values()) == {1.0}
 
 
+@pytest.mark.parametrize(
+    "gold, answer",
+    [
+        ("\\boxed{72}", "72"), ("\\fbox{\\frac{144}{2}}", "72"), ("\\boxed 5", "5"),
+        ("\\boxed{\\{1,2\\}}", "\\{2,1\\}"),
+        ("\\boxed{(2,2)}$ and $\\boxed{(6,2)}", "(6,2), (2,2)"), ("\\boxed{x+11}$ or $\\boxed{11+x}", "x+11"),
+        ("\\boxed{\\frac{25}{13}} = \\boxed{1\\frac{12}{13}}", "25/13"), ("\\boxed{3} apples, \\boxed{4}", "4"),
+        ("\\boxed{7}$." + " It is so." * 100 + " $\\boxed{72}", "72"),
+    ],
+)  # fmt: skip
+def test_a_gold_that_is_still_boxed_is_opened(gold, answer):
+    assert evaluator.grade(TIDY.format("so", answer), gold) and evaluator.math_equal(gold, answer)
+    assert not evaluator.grade(TIDY.format("so", "-1"), gold)
+
+
+def test_whole_numbers_are_recognised_in_a_boxed_gold():
+    assert evaluator.rewards("#### 71", {"answer": "\\boxed{72}"})["integer"] == 1
+    assert evaluator.rewards("#### 71", {"answer": "\\boxed{\\frac{1}{2}}"})["integer"] == 0
+    assert evaluator.rewards("#### 0.5", {"answer": "\\boxed 5"})["integer"] == 0
+
+
+def test_a_new_reward_is_one_function_in_the_table(monkeypatch):
+    monkeypatch.setattr(evaluator, "REWARDS", dict(evaluator.REWARDS))
+
+    @evaluator.reward
+    def short(completion, problem):
+        return len(completion) < 5
+
+    @evaluator.reward
+    def only_for_puzzles(completion, problem):
+        return 1 if problem.get("kind") == "order" else None
+
+    assert evaluator.rewards("72", {"answer": "72"}).keys() - {"short"} == evaluator.rewards(
+        "x" * 9, {"answer": "72"}
+    ).keys() - {"short"}
+    assert (
+        evaluator.rewards("72", {"answer": "72"})["short"] == 1
+        and evaluator.rewards("x" * 9, {"answer": "72"})["short"] == 0
+    )
+    assert "only_for_puzzles" not in evaluator.rewards("72", {"answer": "72"})
+
+
+def test_every_reward_says_what_earns_1():
+    assert all(function.__doc__.startswith("1 ") for function in evaluator.REWARDS.values())
+    assert list(evaluator.REWARDS) == [
+        "correctness", "integer", "tests", "compiles", "strict_format", "soft_format", "tag_count", "safety",
+    ]  # fmt: skip
+
+
+def test_a_program_is_run_once_for_all_of_its_rewards(monkeypatch):
+    runs = []
+    monkeypatch.setattr(evaluator, "run_tests", lambda code, problem: runs.append(code) or (0.5, True))
+    evaluator.run_tests_once.cache_clear()
+    problem = {"kind": "program", "prelude": "", "setup": "", "tests": ["assert f() == 1"], "functions": ["f"]}
+    for source in ("x = 1", "x = 2"):
+        names = evaluator.rewards(TIDY.format("so", source), problem)
+        assert (names["correctness"], names["tests"], names["compiles"]) == (0, 0.5, 1) and "integer" not in names
+    assert runs == ["x = 1\n", "x = 2\n"]
+    evaluator.rewards(TIDY.format("so", "x = 1"), problem | {"tests": ["assert f() == 2"]})
+    assert len(runs) == 3  # other tests are another run
+    assert evaluator.rewards(TIDY.format("so", ""), problem)["tests"] == 0 and len(runs) == 3
+    evaluator.run_tests_once.cache_clear()
+
+
+def test_very_small_numbers_keep_their_sign():
+    assert not evaluator.math_equal("-\\frac{1}{2004!}", "\\frac{1}{2004!}")
+
+
 def test_the_majority_counts_equal_values_together_and_prefers_the_earliest():
     answers = ["<answer>7</answer>", "<answer>72</answer>", "#### 72.00", "no answer"]
     assert evaluator.majority(answers) == "72"
@@ -167,6 +245,18 @@ large            2 million == 2,000,000 == 2 \times 10^6 == two million
 sentences        72 == **72** == The answer is $72. == So the final answer is: \(72\) == about 72
 calculated       48 + 24 = 72 == 72 == 6 \cdot 12 == <<48+24=72>>72 clips == \boxed{72} == Total: 72
 chains           8\sqrt{2} \approx 11.3 == 8\sqrt2
+inverse          \sin^{-1}(x/9) == \arcsin(x/9) == \arcsin\frac{x}{9}
+powers outside   \cos(x)^2 == \cos^2 x == (\cos x)^2 == 1 - \sin(x)^2
+squared roots    \sqrt{x^2} == |x| == \left|-x\right|
+positive only    \sqrt{x}\sqrt{y} == \sqrt{xy} == (xy)^{1/2}
+logarithms       \ln(x^2) == 2\ln x == 2 \ln(x)
+cube roots       \sqrt[3]{x^3} == x == \sqrt[3]{x}^3
+metres           144 \text{ m}^3 == 144 == 144 m^3 == 144 cubic meters
+hours            7 h == 7 == 7\text{ hours} == x = 7 h
+months           12 months == 12
+degree lists     45^\circ, 135^\circ == 45, 135 == (45^\circ, 135^\circ)
+repeating later  0.1\overline{6} == 1/6
+capital words    \text{Yes} == yes == YES
 bold             \frac{7}{9} == \mathbf{\frac{7}{9}} == \boldsymbol{\dfrac79} == {7 \over 9}
 base in words    2516_8 == 2516 \text{ (base }8) == (2516)_8 == 2516₈
 matrix rows      \begin{pmatrix} 5 \\[6pt] 6 \end{pmatrix} == \begin{bmatrix}5\\6\end{bmatrix}
@@ -196,6 +286,9 @@ maybe 72 != 72      72 hundredths != 72   52₈ != 528            |n-1| != n-1  
 It is 1. != \frac{x^2}{16}-\frac{y^2}{9}=1                     It is 5 feet != 5 \text{ inches}
 \{1,2\} != (1,2)    ACF != AFC           two and three != 5    five six != 11          \{1,2\} != [1,2]
 six or seven != 6   one third != 1       1/0 != 1              1e999999 != 1           2^{10} != 2^{11}
+\pi r^2 h != \pi r^2    2m+1 != 3    2m != 2     n + 2m != n + 2   h + 2 != 2   x^2 m != x^2       r != R
+\frac{R}{r} != \frac{r}{R}    Ab != aB    x != |x|     x != \sqrt{x^2}    x^3 != |x|^3     xy != |xy|
+\cos(x)^2 != \cos(x^2)    \sin^{-1} x != \frac{1}{\sin x}    72 squared != 72
 \begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1
 """
 DIFFERENT = [pair.split(" != ") for pair in re.findall(r"\S.*? != .*?(?=\s{3}|\n|$)", DIFFERENT)]
@@ -217,6 +310,18 @@ def test_what_is_not_the_same(left, right):
 @pytest.mark.parametrize("sentence", ["It is 72 clips.", "Therefore, 72", "She sold 48 + 24 = 72 clips in all.", "72?"])
 def test_a_sentence_with_one_number_in_it_says_that_number(sentence):
     assert evaluator.math_equal(sentence, "72") and not evaluator.math_equal(sentence, "73")
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "x != 5", "x \\ne 5", "x ≠ 5", "It is not true that x = 5", "It is false that the total = 5",
+        "The total isn't = 5",
+        "The total >= 5", "Maybe the total = 5", "Either the total = 5 or more",
+    ],
+)  # fmt: skip
+def test_a_doubt_anywhere_in_a_sentence_takes_its_number_back(sentence):
+    assert not evaluator.math_equal(sentence, "5") and evaluator.number(sentence) != 5
 
 
 def test_answers_of_different_kinds_are_never_the_same():
@@ -358,7 +463,7 @@ def test_the_overlong_penalty_falls_from_0_to_minus_1_over_its_buffer():
 
 
 def test_safety_is_a_list_and_reflection_counts_words():
-    assert evaluator.safety("24 clips") and not evaluator.safety("I'll show you how to build a pipe bomb.")
+    assert evaluator.safety("24 clips", {}) and not evaluator.safety("I'll show you how to build a pipe bomb.", {})
     assert evaluator.reflection("Wait, that is a mistake. Let me check: 2. The waiter waits.") == 3
 
 
