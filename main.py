@@ -50,7 +50,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -989,15 +989,21 @@ def record_evaluation(state, problems):
         plot.draw([state.run], state.run)
 
 
+def run_folder(actions):
+    """The folder of a resumed run, or of a new one, which is not made yet: runs/RUN, or the first free number."""
+    if actions.resume:
+        return Path(actions.resume)
+    data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
+    stem = "test" if actions.test else f"{Path(MODEL).name}-{data}"
+    if RUN and (Path("runs") / RUN / "config.json").exists():
+        raise SettingsError(f"runs/{RUN} exists already: choose another --run, or go on with --resume runs/{RUN}")
+    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
+    return Path("runs") / RUN if RUN else next(path for path in numbered if not path.exists())
+
+
 def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
-    data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
-    stem, last = "test" if actions.test else f"{Path(MODEL).name}-{data}", ITERATIONS * STEPS
-    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
-    run = Path(actions.resume or (Path("runs") / RUN if RUN else next(path for path in numbered if not path.exists())))
-    if not actions.resume and (run / "config.json").exists():
-        raise SettingsError(f"{run} exists already: choose another --run, or go on with --resume {run}")
-    problems = check_data()
+    run, problems, last = run_folder(actions), check_data(), ITERATIONS * STEPS
     policy, tokenizer = load_model(MODEL)  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
     lengths = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in problems]
@@ -1010,31 +1016,37 @@ def run_training(actions):
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
 
+    with report.only_writer(run) if llms.RANK == 0 else nullcontext():
+        return run_steps(state, problems, {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)})
+
+
+def run_steps(state, problems, evaluate_at):
+    """A run, from wherever its state stands, to its end; returns the program's status."""
+    run, policy, last = state.run, state.policy, ITERATIONS * STEPS
     if llms.RANK == 0:
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
-        about = {"device": device, "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
-        report.open_folder(run, settings() | about, state.step)
+        about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+        report.begin(run, settings() | about, state.step)
     sizes = [(weight.numel() / 1e6, weight.requires_grad) for weight in policy.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     say(f"{MODEL}: {total:.1f} M parameters, {trained:.1f} M of them trained")
     say(f"{ALGORITHM} on {DATASET}; {llms.WORLD} × {policy.device}; everything goes to {run}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    evaluate_at, notes = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}, []
     if state.step == 0:
         if 0 in evaluate_at:
             record_evaluation(state, problems)
         save_checkpoint(state)
+    notes = []
     with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0) as bar:
         stopped = train(state, lambda *step: after_step(*step, problems, evaluate_at, notes, bar))
     if stopped:
         start = "python" if llms.WORLD == 1 else f"torchrun --nproc_per_node {llms.LOCAL_WORLD}"
         say(f"stopped after step {state.step} and saved; go on with: {start} main.py --resume {run}")
         return 128 + stopped
-    llms.save(policy, tokenizer, run / "model")
-    say(f"{report.summary(run)}\n\nthe model is in {run}/model, the curves in {run}/train_score.png and eval_score.png")
+    llms.save(policy, state.tokenizer, run / "model")
+    if llms.RANK == 0:
+        print(report.summary(run))
+        print(f"\nthe model is in {run}/model, the curves in {run}/train_score.png and {run}/eval_score.png")
     return 0
 
 

@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import textwrap
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -83,21 +84,26 @@ def paired_difference(names, right):
 
 # ---- the folder of a run -------------------------------------------------------------------------------------------
 
-LOCKS = {}  # {run: its open lock file}; the system releases a lock when the process ends
 WRITERS = {}  # {run: a writer of TensorBoard's files}
 
 
-def open_folder(run, config, step):
-    """Lock a run's folder, write config.json, and cut the run's files back to the step of its checkpoint."""
+@contextmanager
+def only_writer(run):
+    """A block in which no other process writes to a run's folder; the system forgets its lock with the process."""
     run.mkdir(parents=True, exist_ok=True)
-    LOCKS[run] = open(run / ".lock", "w")  # noqa: SIM115
-    try:
-        if fcntl:
-            fcntl.flock(LOCKS[run], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FolderError(f"{run} is being written by another process") from None
-    except OSError as error:
-        print(f"note: {run} cannot be locked ({error}): let no second process write to it.")
+    with open(run / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"{run} is being written by another process") from None
+        except OSError as error:
+            print(f"note: {run} cannot be locked ({error}): let no second process write to it.")
+        yield
+
+
+def begin(run, config, step):
+    """Write config.json, and cut the files of a run back to the step of its checkpoint."""
     git = subprocess.run(
         "git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
