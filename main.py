@@ -87,18 +87,18 @@ MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
 MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
 CACHE_TOKENS = 524288  # tokens in the KV cache at once while sampling: lower it when sampling runs out of memory
 # -- Objective, eq. (3) and (4)
-BASELINE = "group"  # an output is compared with the mean of its group (paper), or of the others in it (RLOO)
+BASELINE = "group"  # compare an output with the mean of its group (paper), or of the others in the group (RLOO)
 SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
-RATIO = "token"  # π_θ/π_θold: one per token (paper), or one per sequence (GSPO)
+RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence (GSPO)
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 needs no reference and lets the policy go further; grpo and ppo
-KL = "k3"  # estimator of the KL: k3 is eq. (4); the gradient of k1 is 0 on average, that of k2 is the reverse KL's
-DENOMINATOR = "sequence"  # a token is divided by: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant (Dr. GRPO)
+KL = "k3"  # estimator of the KL: k3 is eq. (4); as a loss, k2 has the gradient of the reverse KL, k1 a mean of 0
+DENOMINATOR = "sequence"  # divide a token by: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant (Dr. GRPO)
 MASK_TRUNCATED = False  # leave outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
 DROP_ZERO_ADVANTAGE = False  # leave outputs with Â = 0 out for β > 0 too, and their KL with them
-# -- Rewards: r_i is the sum of weight × reward, one line per reward; NAME is a function of evaluator.py
-SUPERVISION = "outcome"  # rewards for outputs (outcome, §4.1.2), for steps (process, §4.1.3), or both
+# -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the function x of evaluator.py
+SUPERVISION = "outcome"  # reward outputs (outcome, §4.1.2), steps (process, §4.1.3), or both (departure 5)
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
 WEIGHT_INTEGER = 0.5  # the answer is a whole number
 WEIGHT_STRICT_FORMAT = 0.5  # exactly the form that the prompt asks for
@@ -115,7 +115,7 @@ WEIGHT_STEPS = 0.5  # of the steps' advantages beside the outcome's, where SUPER
 # -- Optimisation
 LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
 WARMUP = 10  # updates over which the learning rate rises from 0
-SCHEDULE = "constant"  # after the warm-up: constant, linear or cosine (the last two fall to 0)
+SCHEDULE = "constant"  # of the learning rate after the warm-up: constant, linear or cosine; the last two fall to 0
 ADAM_BETA1 = 0.9  # decay of AdamW's mean of the gradient
 ADAM_BETA2 = 0.99  # decay of AdamW's mean of the squared gradient: 0.999 remembers longer than most runs last
 WEIGHT_DECAY = 0.0  # of AdamW
@@ -888,12 +888,6 @@ def check_data(training=True):
     stages = rldatasets.stages(DATASET)
     tasks = [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
     tasks = tasks if EVAL_DATASET else list(dict.fromkeys(name for name, _ in stages))
-    each, tested = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None, []
-    for task in tasks:
-        tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
-    if len(tested) < llms.WORLD:
-        raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
-    check_sandbox(tested)
     for name, _ in stages if training else ():
         rldatasets.load(name, "train")  # refuses what is for testing only
         if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
@@ -905,6 +899,12 @@ def check_data(training=True):
             raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
         if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
             raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
+    each, tested = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None, []
+    for task in tasks:
+        tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
+    if len(tested) < llms.WORLD:
+        raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
+    check_sandbox(tested)
     return tested
 
 
