@@ -36,6 +36,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import time
 import zlib
 from collections import defaultdict
 import safetensors.torch
@@ -89,9 +90,8 @@ def from_pretrained(auto_class, name, **options):
         raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        for key in vars(config):
-            if "dropout" in key or "pdrop" in key:  # the policy that is scored must be the one that sampled
-                setattr(config, key, 0.0)
+        # no dropout: the policy that is scored must be the one that sampled
+        config.update({key: 0.0 for key in vars(config) if "dropout" in key or "pdrop" in key})
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_pickles(name, config)
         options |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
@@ -1060,14 +1060,34 @@ def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
+def size(model):
+    """How many parameters a model has and how many of them are trained, in words."""
+    sizes = [(weight.numel() / 1e6, weight.requires_grad) for weight in model.parameters()]
+    trained = sum(millions for millions, trains in sizes if trains)
+    return f"{sum(millions for millions, _ in sizes):.1f} M parameters, {trained:.1f} M of them trained"
+
+
+SECONDS = {}  # {"seconds/part": wall-clock seconds, added up until somebody clears it}
+
+
+@contextmanager
+def timed(part):
+    """Add the seconds of a block or function, the GPU's included, to SECONDS."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    SECONDS[f"seconds/{part}"] = SECONDS.get(f"seconds/{part}", 0.0) + time.perf_counter() - start
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
 class Memory:
     """How many tokens are computed at once: {name: limit}, of which none goes below the longest row."""
 
-    def __init__(self, limits, longest):
-        self.limits, self.longest = limits, longest
+    def __init__(self, longest, token_budget, cache_tokens):
+        self.longest, self.limits = longest, {"token_budget": token_budget, "cache_tokens": cache_tokens}
 
     def fit(self, name, work):
         """work(limit). Out of GPU memory, halve the limit and begin again; with several ranks, fail."""

@@ -654,7 +654,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
     state, _ = setup()
     row = {"step": 1} | dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
     row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
-    quiet = [], set(), [], tqdm(disable=True)
+    quiet = [], set(), set(), tqdm(disable=True)
     for failed in (1, 1, 0, 1, 1):
         main.after_step(state, row | {"skipped_updates": failed}, *quiet)
     with pytest.raises(main.RunError, match="three steps"):
