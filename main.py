@@ -267,6 +267,12 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
 # Â + β (π_ref/π_θ - 1), and holds where π_θold = π_θ; what is maximised is eq. (3), whose gradient there is (21).
 
 
+def repeats(ids, attention, mask):
+    P = ids.shape[1] - mask.shape[1]
+    prompts = torch.where(attention[:, :P] > 0, ids[:, :P], -1)
+    return [False, *((prompts[1:] == prompts[:-1]).all(1) & (mask.shape[1] > 0)).tolist()]
+
+
 def micro_batches(rollout, rows):
     """Split row numbers into lists, none of which takes more than TOKEN_BUDGET if it were padded.
 
@@ -274,7 +280,7 @@ def micro_batches(rollout, rows):
     """
     completions = rollout.mask.sum(1).tolist()
     prompts = (rollout.attention.sum(1) - rollout.mask.sum(1)).tolist()
-    question = list(itertools.accumulate(not again for again in llms.repeats(*rollout[:3])))
+    question = list(itertools.accumulate(not again for again in repeats(*rollout[:3])))
     longest = defaultdict(int)  # tokens in the longest row of a question
     for row in rows:
         longest[question[row]] = max(longest[question[row]], prompts[row] + completions[row])
@@ -300,7 +306,7 @@ def score(model, rollout, read=log_policy):
 
     def in_parts():
         batches = micro_batches(rollout, range(len(rollout.mask)))
-        return batches, [read(model, *rollout.rows(rows)) for rows, _ in llms.in_step(batches)]
+        return batches, [read(model, *rollout.rows(rows)) for rows, _ in llms.lockstep(batches)]
 
     batches, parts = within_memory("TOKEN_BUDGET", in_parts)
     scores = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
@@ -361,7 +367,7 @@ def accumulate(state, rollout, advantages, logp_old, logp_ref, loss_function, ta
     # N, Σ|o_i|, and the number of tokens that the diagnostics are means over
     num_sequences, num_tokens, measured = (max(1, sum(of_ranks)) for of_ranks in zip(*counts))
     parts = []
-    for rows, counted in llms.in_step(micro_batches(rollout, learning)):
+    for rows, counted in llms.lockstep(micro_batches(rollout, learning)):
         ids, attention, real = rollout.rows(rows)
         T = real.shape[1]
         kept, A = mask[rows, :T] & counted, advantages[rows, :T]  # [n, T]
@@ -418,7 +424,7 @@ def within_memory(budget, work, rows=1):
         if had <= least:
             raise RunError(f"out of memory, and less than --{budget.lower()} {had} would not help")
         globals()[budget] = max(had // 2, least)
-        llms.COPIES.clear()
+        llms.free_copies()
         torch.cuda.empty_cache()
         tqdm.write(f"note: out of memory with --{budget.lower()} {had}; trying again with {globals()[budget]}.")
 
@@ -510,7 +516,7 @@ def draw(model, tokenizer, prompts, group_size, temperature, generator):
 
     def sample():
         how = (group_size, MAX_NEW_TOKENS, temperature, generator, CACHE_TOKENS)
-        return llms.sample(model, tokenizer, prompts, *how)
+        return llms.sample(model, tokenizer, llms.share(prompts), *how)
 
     return within_memory("CACHE_TOKENS", sample, group_size)
 
@@ -1080,7 +1086,7 @@ def dataset_outputs(state, problems, prompts):
     if not all(problem.get("solution") for problem in problems):
         raise RunError(f"a question of {stage_name(state.stage)} has no worked solution to imitate")
     texts = [rldatasets.written_out(problem) for problem in llms.share(problems)]
-    return llms.as_rollout(state.policy, state.tokenizer, llms.share(prompts), texts, MAX_NEW_TOKENS)
+    return llms.rollout_of(state.policy, state.tokenizer, llms.share(prompts), texts, MAX_NEW_TOKENS)
 
 
 def reference_outputs(state, problems, prompts):
@@ -1432,31 +1438,8 @@ def run_folder(actions, flags):
     return run
 
 
-def memory_parts(model, on_gpu, ranks):
-    """How much memory a run with these settings needs for what, on each of so many ranks, in bytes."""
-    drawn = 0 if ALGORITHM == "sft" else -(-QUESTIONS_PER_STEP // ranks) * GROUP_SIZE  # outputs of a rank at once
-    tested = -(-EVAL_QUESTIONS // ranks) * max(1, EVAL_SAMPLES) if EVAL_QUESTIONS else math.inf
-    cache = min(CACHE_TOKENS, max(drawn, tested) * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS))
-    copies = (needs_reference() and not (LORA_RANK and ranks == 1), ALGORITHM == "ppo")
-    return llms.memory(model, copies, cache, TOKEN_BUDGET, GRADIENT_CHECKPOINTING, on_gpu, ranks)
-
-
 def needs():
-    """What a run will train and how much memory it needs, in a line, before anything is loaded."""
-    model = llms.skeleton(MODEL if MODEL == "tiny" else model_folder(MODEL))
-    total = sum(weight.numel() for weight in model.parameters())
-    if LORA_RANK > (largest := llms.largest_rank(model)):
-        raise SettingsError(f"--lora_rank {LORA_RANK} is above the size of {MODEL}'s smallest linear layer, {largest}")
-    if LORA_RANK:
-        llms.add_lora(model, LORA_RANK, LORA_ALPHA)
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    parts = memory_parts(model, torch.cuda.is_available(), llms.WORLD)
-    about = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items())
-    each = f"on each of {llms.WORLD} ranks " if llms.WORLD > 1 else ""
-    return (
-        f"{MODEL}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained; "
-        f"{each}up to {sum(parts.values()) / 1e9:.2g} GB of memory ({about})"
-    )
+    return MODEL
 
 
 def tensorboard(run, step):
@@ -1570,10 +1553,6 @@ def run_training(actions, flags):
         ranks = f"{llms.WORLD} ranks, " if llms.WORLD > 1 else ""
         print(f"{ALGORITHM} on {DATASET}; {ranks}{policy.device}; everything goes to {run}")
         evaluate_at = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}
-        if not llms.by_layout(policy):
-            print(
-                f"note: the attention of {MODEL} is not one of those that run here without padding: it will be slower."
-            )
         if torch.cuda.is_available() and llms.precision(policy.device) is torch.float32:
             print("note: this GPU does not compute in bf16: fp32 takes twice the memory and more time.")
         if LORA_RANK and LEARNING_RATE < 1e-5:
@@ -1633,7 +1612,7 @@ def main(argv=None):
             raise SettingsError("--resume, --evaluate and --against need a name")
         if sum(map(bool, (actions.resume, actions.evaluate, actions.test))) > 1:
             raise SettingsError("--resume, --evaluate and --test exclude each other")
-        with llms.together():
+        with llms.distributed():
             return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
     except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError, SafetensorError) as error:
         complain(error)
