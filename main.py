@@ -1612,6 +1612,8 @@ def main(argv=None):
             raise SettingsError("--resume, --evaluate and --against need a name")
         if sum(map(bool, (actions.resume, actions.evaluate, actions.test))) > 1:
             raise SettingsError("--resume, --evaluate and --test exclude each other")
+        if llms.RANK:
+            sys.stdout = open(os.devnull, "w")
         with llms.distributed():
             return run_evaluation(actions, flags) if actions.evaluate else run_training(actions, flags)
     except (SettingsError, RunError, llms.ModelError, rldatasets.DataError, OSError, SafetensorError) as error:

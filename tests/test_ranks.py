@@ -57,7 +57,7 @@ def fresh_state(checkpoint, dtype=torch.float64, **settings):
         assert not any(weight.requires_grad for weight in state.reference.parameters())
     if main.LORA_RANK:
         with torch.no_grad():
-            for layer in llms.adapted(state.policy):
+            for layer in llms.lora_layers(state.policy):
                 llms.fill(layer.lora_B, torch.linspace(-1, 1, layer.lora_B.numel()).view(layer.lora_B.shape).double())
     return state
 
@@ -298,7 +298,7 @@ def test_an_error_that_all_ranks_meet_is_told_once(alone):
 
 
 if __name__ == "__main__":
-    with llms.together():
+    with llms.distributed():
         *models, folder = sys.argv[1:]
         tensors = {name: tensor.contiguous() for name, tensor in everything(*models, Path(folder)).items()}
         if llms.RANK == 0:

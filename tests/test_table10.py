@@ -324,7 +324,7 @@ def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tm
 
 def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     state, rollout = setup(ALGORITHM="ppo", LORA_RANK=2)
-    for layer in llms.adapted(state.policy):
+    for layer in llms.lora_layers(state.policy):
         nn.init.normal_(layer.lora_B, std=0.1)
     nn.init.normal_(state.critic.value_head.weight)
     before = main.score(state.critic, rollout, llms.Critic.token_values)
