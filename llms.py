@@ -3,21 +3,19 @@
 Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities. What a right answer is,
 what an advantage is, what β and ε are, is not known here.
 
-    load, save, checkpoint_layers         a model from the Hugging Face hub or a folder; to a folder; less memory
-    encode, batch, Rollout, rollout_of    token ids of a prompt; of many texts as tensors; of completions
+    load, save, checkpoint_layers         a model and its tokenizer from the Hugging Face hub or a folder, and to a folder
+    encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
     tokens_at                             which tokens write given characters
     add_lora, lora_layers                 small trained adapters beside the linear layers, everything else frozen
     frozen_copy                           the reference
+    peak_memory, free_copies              GB of memory that were needed; some that can be given back
     load_reward_model, reward_scores      a learned reward model
     build_tiny, tiny_tokenizer, TINY      the model that needs no download, trained on the spot
-    peak_memory, free_copies              GB of memory that were needed; some that can be given back
     distributed, shard, gather, share …   several GPUs, one process each: the last section
 
-Sampling and scoring compute each prompt once for all its outputs, and no padding: `PackedBatch`, `DecodingBatch`.
-
-A batch has P prompt columns, padded on the left, and T completion columns, padded on the right:
+How a batch lies in memory, with P columns for prompts and T for completions:
 
     ids        [pad pad  q   q  | o   o   o  <e> pad]     [N, P + T]
     attention  [ 0   0   1   1  | 1   1   1   1   0 ]     [N, P + T]   by length, never by `id != pad`
@@ -35,7 +33,6 @@ import os
 import shutil
 import sys
 import weakref
-from collections import deque
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -73,10 +70,9 @@ class ModelError(ValueError):
 
 
 def load(name):
-    """A causal language model in fp32 and its tokenizer, from a folder or from the Hugging Face hub.
+    """A causal language model in fp32 (a step of 1e-6 is lost in bf16) and its tokenizer, from a folder or the hub.
 
-    The weights stay in fp32 (a step of 1e-6 is lost in bf16); `autocast` says in which precision they are used. The
-    model is on the GPU if there is one, but with several ranks only when it is sharded. Raises ModelError.
+    It is on the GPU if there is one; with several ranks it comes there when it is sharded. Raises ModelError.
     """
     model, tokenizer = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32)
     if not tokenizer("How many?")["input_ids"]:
@@ -90,17 +86,14 @@ def load(name):
 
 
 def from_pretrained(auto_class, name, **options):
-    """A model and its tokenizer through a class of the library. No pickle is opened, no code of a download is run.
-
-    Dropout is set to 0: the policy that is scored must be the one that sampled.
-    """
+    """A model and its tokenizer through a class of the library. No pickle is opened, no code of a download is run."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         vars(config).pop("transformers_weights", None)  # it may name any file in the place of model.safetensors
         for key in vars(config):
-            if "dropout" in key or "pdrop" in key:
+            if "dropout" in key or "pdrop" in key:  # the policy that is scored must be the one that sampled
                 setattr(config, key, 0.0)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_pickles(name)
@@ -348,14 +341,11 @@ class PackedBatch:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens):
-    """Sample `group_size` completions for every prompt (a list of token ids) from softmax(logits / temperature).
+    """Sample `group_size` completions of each prompt (token ids) from softmax(logits / T); T = 0 takes the likeliest.
 
-    Nothing else changes the distribution: no top-k, no top-p, nothing from the checkpoint's generation config but its
-    end tokens. Temperature 0 takes the most probable token (evaluation). The KV cache has room for `cache_tokens`
-    tokens, but at least for one group; where outputs end, those of the next prompts begin.
-
-    The prompts are those of this rank. It takes its own part of the random numbers of the generator (a CPU's), so that
-    the outputs are the same for any number of ranks.
+    Nothing else changes the distribution: no top-k, no top-p, and of a checkpoint's generation config only the end
+    tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
+    which uses its part of the generator's numbers: the outputs are the same for any number of ranks.
     """
     of_ranks = gather([(len(prompts), max(map(len, prompts)))])
     longest = max(length for _, length in of_ranks) + max_new_tokens
@@ -365,51 +355,35 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
     rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size
-    before, after = (sum(count for count, _ in ranks) for ranks in (of_ranks[:RANK], of_ranks[RANK + 1 :]))
+    before, total = (group_size * sum(count for count, _ in ranks) for ranks in (of_ranks[:RANK], of_ranks))
+    uniform = torch.rand(total if temperature else 0, max_new_tokens, generator=generator)[before:]
     decoding = decoding_batch(model, rows, columns, max_new_tokens, ends, temperature)
-    skip_random_numbers(generator, before, group_size, max_new_tokens, temperature)
-    tokens, logp, entropy = sample_all(decoding, rows, prompts, group_size, generator)  # 3 lists of N, each [|o_i|]
-    skip_random_numbers(generator, after, group_size, max_new_tokens, temperature)
+    tokens, logp, entropy = sample_all(decoding, rows, prompts, group_size, uniform)  # 3 lists of N, each [|o_i|]
 
-    truncated = ~torch.isin(torch.stack([output[-1] for output in tokens]), ends)
     completions = [output.tolist() for output in tokens]
-    texts = [
-        tokenizer.decode(output if cut else output[:-1], skip_special_tokens=True)
-        for output, cut in zip(completions, truncated.tolist())
-    ]
     tensors = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
+    truncated = ~torch.isin(torch.stack([output[-1] for output in tokens]), ends)
+    without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated.tolist())]
+    texts = [tokenizer.decode(output, skip_special_tokens=True) for output in without_end]
     return Rollout(*tensors, pad_sequence(logp, True), pad_sequence(entropy, True), truncated, texts)
 
 
-def sample_all(decoding, rows, prompts, group_size, generator):
-    """Token ids, log-probabilities and entropies of all outputs, with so many rows at once.
-
-    Where outputs end, those of waiting prompts begin.
-    """
-    outputs, waiting = [None] * len(prompts) * group_size, deque(range(len(prompts)))
-    numbers = []  # of the output in each active row
-    with tqdm(
-        total=len(outputs), desc="sampling", unit="output", leave=False, delay=2, disable=RANK > 0 or None
-    ) as bar:
-        while waiting or numbers:
-            while waiting and rows - len(numbers) >= max(group_size, rows // 8):
-                count = min(16, (rows - len(numbers)) // group_size, len(waiting))  # prompts to read in one pass
-                new = [waiting.popleft() for _ in range(count)]
-                decoding.prefill([prompts[question] for question in new], group_size, generator)
-                numbers += [question * group_size + i for question in new for i in range(group_size)]
+def sample_all(decoding, rows, prompts, group_size, uniform):
+    """Token ids, log-probabilities and entropies of all outputs; where some end, those of the next prompts begin."""
+    outputs, question = [None] * len(prompts) * group_size, 0
+    options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
+    with tqdm(total=len(outputs), desc="sampling", **options) as bar:
+        while question < len(prompts) or decoding.numbers:
+            while question < len(prompts) and rows - len(decoding.numbers) >= max(group_size, rows // 8):
+                new = prompts[question:][: min(16, (rows - len(decoding.numbers)) // group_size)]  # read in one pass
+                numbers = range(question * group_size, (question + len(new)) * group_size)
+                decoding.prefill(new, numbers, uniform[numbers.start : numbers.stop])
+                question += len(new)
             decoding.decode()
-            for row in reversed(decoding.ended[: len(numbers)].nonzero().flatten().tolist()):
-                outputs[numbers[row]] = decoding.remove(row)
-                numbers[row] = numbers[-1]
-                numbers.pop()
+            for number, output in decoding.remove_ended():
+                outputs[number] = output
                 bar.update()
     return zip(*outputs)
-
-
-def skip_random_numbers(generator, questions, group_size, max_new_tokens, temperature):
-    """Pass over the random numbers with which other ranks sample the outputs for some questions."""
-    for _ in range(questions if temperature else 0):
-        torch.rand(group_size, max_new_tokens, generator=generator)
 
 
 def sample_token(logits, temperature, uniform):
@@ -439,39 +413,37 @@ def check_finite(logits):
 
 
 class DecodingBatch:
-    """Outputs that are being sampled, with their KV cache. Row i of each tensor belongs to output i < `active`."""
+    """Outputs that are being sampled, with their KV cache. Row i of each tensor belongs to output `numbers[i]`."""
 
     def __init__(self, model, rows, columns, max_new_tokens, ends, temperature):
-        self.model, self.ends, self.temperature = model, ends, temperature
-        self.active, self.columns, device = 0, columns, model.device
-        self.keys, self.values = {}, {}  # of each layer, [rows, heads, columns, D]
+        self.model, self.columns, self.ends, self.temperature = model, columns, ends, temperature
+        self.numbers, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
         self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, T): a recorded step}
         # of each row: the newest token, its position, the number of sampled tokens
-        self.token, self.position, self.length = torch.zeros(3, rows, dtype=torch.long, device=device)
-        self.ended = torch.ones(rows, dtype=torch.bool, device=device)
-        # one spare column takes tokens that are sampled after the end: the length stays, and they are overwritten
-        self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=device)
-        self.logp, self.entropy, self.uniform = torch.zeros(3, rows, max_new_tokens + 1, device=device)
+        self.token, self.position, self.length = torch.zeros(3, rows, dtype=torch.long, device=model.device)
+        self.ended = torch.ones(rows, dtype=torch.bool, device=model.device)
+        # one spare column absorbs tokens sampled after the end
+        self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=model.device)
+        self.logp, self.entropy, self.uniform = torch.zeros(3, rows, max_new_tokens + 1, device=model.device)
 
-    def prefill(self, prompts, group_size, generator):
-        """Read each prompt once, copy its keys and values to its G outputs, and sample their first tokens."""
+    def prefill(self, prompts, numbers, uniform):
+        """Read each prompt once, copy its keys and values to the rows of its outputs, and sample their first tokens."""
         packed = PackedBatch(*batch(prompts, [[]] * len(prompts), self.token.device), keep_kv=True)
         logits = self.model(**packed.inputs(), logits_to_keep=packed.prompt_ends).logits[0]  # [Q, V]
         check_finite(logits)
-        rows = slice(self.active, self.active + len(prompts) * group_size)
-        lengths = [len(prompt) for prompt in prompts]
-        for layer, *kv in packed.kv:
-            for cache, x in zip((self.keys, self.values), kv):  # x [1, heads, tokens, D]
-                if layer not in cache:
-                    cache[layer] = x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3])
+        lengths, group_size = [len(prompt) for prompt in prompts], len(numbers) // len(prompts)
+        rows = slice(len(self.numbers), len(self.numbers) + len(numbers))
+        for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
+            if layer not in self.cache:
+                self.cache[layer] = [x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3]) for x in kv]
+            for cache, x in zip(self.cache[layer], kv):
                 for row, prompt in zip(range(rows.start, rows.stop, group_size), x[0].split(lengths, 1)):
-                    cache[layer][row : row + group_size, :, : prompt.shape[1]] = prompt
-        self.active = rows.stop
+                    cache[row : row + group_size, :, : prompt.shape[1]] = prompt
+        self.numbers += numbers
         self.position[rows] = torch.tensor(lengths, device=self.token.device).repeat_interleave(group_size)
         self.length[rows], self.ended[rows] = 0, False
         if self.temperature:
-            shape = (rows.stop - rows.start, self.uniform.shape[1] - 1)
-            self.uniform[rows, :-1] = torch.rand(shape, generator=generator)
+            self.uniform[rows, :-1] = uniform.to(self.token.device)
         self.append_tokens(rows, logits.repeat_interleave(group_size, 0))
 
     def append_tokens(self, rows, logits):
@@ -486,8 +458,7 @@ class DecodingBatch:
 
     def attention(self, layer, query, key, value, scaling):
         """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
-        n = len(query)
-        keys, values = self.keys[layer], self.values[layer]
+        n, (keys, values) = len(query), self.cache[layer]
         keys[self.rows, :, self.position[:n]], values[self.rows, :, self.position[:n]] = key[:, :, 0], value[:, :, 0]
         keys, values = keys[:n, :, : self.width], values[:n, :, : self.width]
         # query heads with the same key head are taken for queries of one head: no key is repeated
@@ -500,37 +471,24 @@ class DecodingBatch:
         position = self.position[:n, None]
         self.rows, self.width = torch.arange(n, device=position.device), width
         columns = torch.arange(width, device=position.device)
-        self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=next(iter(self.keys.values())).dtype)
+        self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
         self.bias.masked_fill_((columns > position)[:, None, None], -math.inf)  # columns that a row has not filled yet
         layout = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
         logits = self.model(input_ids=self.token[:n, None], position_ids=position, **layout).logits[:, -1]  # [n, V]
         self.position[:n] += ~self.ended[:n]
         self.append_tokens(slice(0, n), logits)
 
-    def remove(self, row):
-        """Take an output out, and move the last row into its place. Returns its tokens, their log π, the entropies."""
-        length, last = int(self.length[row]), self.active - 1
-        output = [x[row, :length].clone() for x in (self.tokens, self.logp, self.entropy)]
-        if row < last:
-            used = int(self.position[last]) + 1
-            for cache in (*self.keys.values(), *self.values.values()):
-                cache[row, :, :used] = cache[last, :, :used]
-            tables = (self.tokens, self.logp, self.entropy, self.uniform)
-            for x in (self.token, self.position, self.length, self.ended, *tables):
-                x[row] = x[last]
-        self.active, self.ended[last] = last, True
-        return output
-
     def decode(self):
-        """Sample the next token of all active outputs; on a GPU the next 16, without waiting for it in between.
+        """Sample the next token of every output; on a GPU the next 16, without waiting for it in between.
 
         There the kernels of a step are recorded once for a number of rows and columns, and from then on only replayed.
         """
-        last = int(self.position[: self.active].max())
+        active = len(self.numbers)
+        last = int(self.position[:active].max())
         if self.position.device.type != "cuda":
-            return self.decode_step(self.active, last + 1)
+            return self.decode_step(active, last + 1)
         # few numbers of rows and columns, few recordings; a single row is summed up in another way, less exactly
-        n = min(len(self.position), max(2, 2 ** (self.active - 1).bit_length()))
+        n = min(len(self.position), max(2, 2 ** (active - 1).bit_length()))
         width = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, width, self.temperature)) in self.graphs:
@@ -553,6 +511,23 @@ class DecodingBatch:
             torch.cuda.set_stream(stream)
             self.recordable = False
             tqdm.write(f"note: sampling without recorded steps, which is slower: {str(error).splitlines()[0]}")
+
+    def remove_ended(self):
+        """Take out the outputs that have ended: [(number, (tokens, log π, entropies))]. Rows from the end fill the gaps."""
+        active, tables = len(self.numbers), (self.tokens, self.logp, self.entropy)
+        ended, lengths = self.ended[:active].nonzero().flatten().tolist(), self.length[:active].tolist()
+        outputs = [(self.numbers[row], [x[row, : lengths[row]].clone() for x in tables]) for row in reversed(ended)]
+        order = list(range(active))
+        for row in reversed(ended):
+            order[row] = order[-1]
+            order.pop()
+        gaps = [row for row, old in enumerate(order) if row != old]
+        moved = [order[row] for row in gaps]
+        caches = [x for kv in self.cache.values() for x in kv]
+        for x in (self.token, self.position, self.length, self.ended, self.uniform, *tables, *caches) if gaps else ():
+            x[gaps] = x[moved]
+        self.numbers, self.ended[len(order) : active] = [self.numbers[row] for row in order], True
+        return outputs
 
 
 DECODING = weakref.WeakKeyDictionary()  # {model: the DecodingBatch of a copy of it}, kept for its recorded steps
@@ -577,7 +552,7 @@ def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
         DECODING[model] = DecodingBatch(copied, rows, columns, max_new_tokens, ends, temperature)
     decoding = DECODING[model]
     copy_weights(decoding.model, model)
-    decoding.active, decoding.temperature = 0, temperature
+    decoding.numbers, decoding.temperature = [], temperature
     decoding.ended.fill_(True)
     return decoding
 
@@ -605,7 +580,7 @@ def token_logprobs(model, ids, attention, mask, temperature):
     of the trunk's hidden states at a time, and again in the backward pass.
     """
     head = model.get_output_embeddings()
-    with autocast(model, cache=False):
+    with autocast(model):
         hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
     dtype = torch.bfloat16
     if precision(model.device) is torch.float32:
@@ -629,7 +604,7 @@ class Critic(nn.Module):
     @gathered
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
-        with autocast(self.trunk, cache=False):
+        with autocast(self.trunk):
             hidden = hidden_states(self.trunk, ids, attention, mask)  # [tokens, D]
         values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)  # [tokens], never in bf16
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -689,14 +664,13 @@ def precision(device):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def autocast(model, cache):
+def autocast(model):
     """The precision of a forward pass: bf16 on a GPU (the weights themselves stay in fp32), fp32 on a CPU.
 
-    With `cache` the bf16 copy of a weight is kept until the end: faster, but gradients that reach one weight from
-    several places would be added up in bf16.
+    Without a cache of bf16 weights, for gradients that reach one weight from several places would be added up in bf16.
     """
     bf16 = precision(model.device) is torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=cache)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def at_least_fp32(logits):
@@ -847,7 +821,7 @@ def reward_scores(model, tokenizer, questions, completions, rows=16):
             pairs = ([apply_template(tokenizer, dialogue) for dialogue in dialogues],)
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
         inputs = tokenizer(*pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        with autocast(model, cache=True):
+        with autocast(model):
             logits = model(**inputs.to(model.device)).logits.float()  # [rows, classes]
         others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
         scores += (logits[:, -1] - others).tolist()
