@@ -70,10 +70,7 @@ class ModelError(ValueError):
 
 
 def load(name):
-    """A causal language model in fp32 (a step of 1e-6 is lost in bf16) and its tokenizer, from a folder or the hub.
-
-    It is on the GPU if there is one; with several ranks it comes there when it is sharded. Raises ModelError.
-    """
+    """A causal language model in fp32 and its tokenizer. With several ranks it comes to the GPU when it is sharded."""
     model, tokenizer = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32)
     if not tokenizer("How many?")["input_ids"]:
         raise ModelError(f"{name} has no tokenizer")
@@ -86,17 +83,19 @@ def load(name):
 
 
 def from_pretrained(auto_class, name, **options):
-    """A model and its tokenizer through a class of the library. No pickle is opened, no code of a download is run."""
+    """A model and its tokenizer, from a folder or from the Hugging Face hub; ModelError says why not, in one line.
+
+    No pickle is opened, and no code of a download is run.
+    """
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        vars(config).pop("transformers_weights", None)  # it may name any file in the place of model.safetensors
         for key in vars(config):
             if "dropout" in key or "pdrop" in key:  # the policy that is scored must be the one that sampled
                 setattr(config, key, 0.0)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        refuse_pickles(name)
+        refuse_pickles(name, config)
         options |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
         model, loaded = auto_class.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # a broken folder makes four libraries raise whatever they like
@@ -106,15 +105,16 @@ def from_pretrained(auto_class, name, **options):
     return model.eval(), tokenizer
 
 
-def refuse_pickles(name):
-    """Raise ModelError if the index of a model's weight files names a file that is not in safetensors' format."""
+def refuse_pickles(name, config):
+    """Raise ModelError where the configuration or the index of the weights names a file that is no safetensors file."""
     try:
         index = transformers.utils.cached_file(name, "model.safetensors.index.json")
-    except OSError:  # no index: then only model.safetensors is read
-        return
-    files = json.loads(Path(index).read_text())["weight_map"].values()
+        files = list(json.loads(Path(index).read_text())["weight_map"].values())
+    except OSError:  # no index: the weights are in model.safetensors
+        files = []
+    files.append(getattr(config, "transformers_weights", None) or "model.safetensors")
     if not all(file.endswith(".safetensors") for file in files):
-        raise ModelError("its weights are pickled, and only safetensors are read")
+        raise ModelError("its weights are not all in safetensors files, and no others are read")
 
 
 def explain(name, error):
@@ -181,9 +181,9 @@ def encode(tokenizer, messages):
 
 def end_tokens(model, tokenizer):
     """Every id that ends a completion: those of the checkpoint's generation config, and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+    ends = model.generation_config.eos_token_id
+    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return sorted({token for token in ends if token is not None})
 
 
 def batch(prompts, completions, device):
@@ -242,6 +242,8 @@ def tokens_at(tokenizer, rollout, row, characters):
 # library calls our attention in every layer, and that asks a `layout`: a PackedBatch where tokens are read at once
 # (prompts in sampling, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
 
+UNSUPPORTED = """{} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, \
+with softmax attention to the whole text once a layer, and logits straight from the head"""
 NO_MASK = torch.zeros(1, 1, 1, 0)  # the library passes on a mask of four dimensions; any attention but ours fails on it
 
 
@@ -262,24 +264,18 @@ def use_packed_attention(model, name):
     check_finite(expected)
     model.set_attn_implementation("packed")
     packed, config = PackedBatch(ids, attention, mask, keep_kv=True), model.config.get_text_config()
-    supported = (
-        f"{name} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, "
-        "with softmax attention to the whole text in every layer and unchanged logits"
-    )
-    try:
-        hidden = model.base_model(**packed.inputs()).last_hidden_state[0]  # [7, D]
-        difference = (model.get_output_embeddings()(hidden) - expected).abs().max()
-    except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
-        raise ModelError(supported) from error
-    once_a_layer = [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]
-    # what may not show on a short text and in small logits
+    # what may not show on a short text: windows, and a cap on logits that are small yet
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    changes = {getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale")}
-    if window or kinds != {"full_attention"} or changes - {None, 1.0} or not once_a_layer:
-        raise ModelError(supported)
-    if not difference < 1e-3 * expected.abs().max():
-        raise ModelError(supported)
+    same = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    same &= getattr(config, "final_logit_softcapping", None) is None
+    try:
+        logits = model.get_output_embeddings()(model.base_model(**packed.inputs()).last_hidden_state[0])  # [7, V]
+        same &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
+        same &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
+    except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
+        raise ModelError(UNSUPPORTED.format(name)) from error
+    if not same:
+        raise ModelError(UNSUPPORTED.format(name))
 
 
 class PackedBatch:
@@ -416,7 +412,8 @@ class DecodingBatch:
     """Outputs that are being sampled, with their KV cache. Row i of each tensor belongs to output `numbers[i]`."""
 
     def __init__(self, model, rows, columns, max_new_tokens, ends, temperature):
-        self.model, self.columns, self.ends, self.temperature = model, columns, ends, temperature
+        self.model, self.ends, self.temperature = model, ends, temperature
+        self.columns, self.limit = columns, max_new_tokens
         self.numbers, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
         self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, T): a recorded step}
         # of each row: the newest token, its position, the number of sampled tokens
@@ -454,7 +451,7 @@ class DecodingBatch:
             table[rows].scatter_(1, length, x)
         self.token[rows] = sampled[0][:, 0]
         self.length[rows] += ~self.ended[rows]
-        self.ended[rows] |= (sampled[0] == self.ends).any(1) | (self.length[rows] == self.tokens.shape[1] - 1)
+        self.ended[rows] |= (sampled[0] == self.ends).any(1) | (self.length[rows] == self.limit)
 
     def attention(self, layer, query, key, value, scaling):
         """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
@@ -530,26 +527,24 @@ class DecodingBatch:
         return outputs
 
 
-DECODING = weakref.WeakKeyDictionary()  # {model: the DecodingBatch of a copy of it}, kept for its recorded steps
+DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatch, with its recorded steps}
 
 
 def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
-    """An empty DecodingBatch: of the model itself; on a GPU of a copy in bf16, and of a sharded model of a whole copy.
+    """An empty DecodingBatch: of the model itself; on a GPU of a bf16 copy, and of a sharded model of a whole copy.
 
     Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
     """
     if model.device.type == "cpu" and model not in SHARDED:
         return DecodingBatch(model, rows, columns, max_new_tokens, ends, temperature)
     last = DECODING.get(model)
-    room = (len(last.token), last.columns, last.tokens.shape[1] - 1) if last else (0, 0, 0)
-    if room[0] < rows or room[1] < columns or room[2] != max_new_tokens:
-        last = free_copies()
+    if not (last and last.tokens.shape[0] >= rows and last.columns >= columns and last.limit == max_new_tokens):
+        del last  # its memory is free before the next takes some
+        free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
         empty = lambda weight: torch.empty_like(weight, dtype=dtype, device=model.device)
-        # RoPE's buffers stay in fp32
         copied = copy_with(model, empty if model in SHARDED else lambda weight: weight.to(dtype)).to(model.device)
-        copied.requires_grad_(False)
-        DECODING[model] = DecodingBatch(copied, rows, columns, max_new_tokens, ends, temperature)
+        DECODING[model] = DecodingBatch(copied.requires_grad_(False), rows, columns, max_new_tokens, ends, temperature)
     decoding = DECODING[model]
     copy_weights(decoding.model, model)
     decoding.numbers, decoding.temperature = [], temperature
@@ -561,30 +556,24 @@ def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
 
 
 def gathered(function):
-    """Let a function of a module find the weights of that module whole where they are sharded over ranks."""
+    """A function of a module that runs, where the module is sharded over several ranks, with its weights gathered."""
 
     @functools.wraps(function)
-    def on_whole_weights(module, *inputs, **named):
-        if module in SHARDED:
-            return SHARDED[module][0](lambda: function(module, *inputs, **named))
-        return function(module, *inputs, **named)
+    def run(module, *inputs):
+        call = functools.partial(function, module, *inputs)
+        return SHARDED[module][0](call) if module in SHARDED else call()
 
-    return on_whole_weights
+    return run
 
 
 @gathered
 def token_logprobs(model, ids, attention, mask, temperature):
-    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of each completion token, fp32, [N, T]; 0 off the mask.
-
-    All logits at once, N·T rows of 150,000 numbers, would be most of a step's memory. So the head is applied to a chunk
-    of the trunk's hidden states at a time, and again in the backward pass.
-    """
+    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of each completion token, fp32, [N, T]; 0 off the mask."""
     head = model.get_output_embeddings()
     with autocast(model):
         hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
-    dtype = torch.bfloat16
-    if precision(model.device) is torch.float32:
-        dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
+    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
+    dtype = dtype if precision(model.device) is torch.float32 else torch.bfloat16
     targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
     logp = HeadLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature, dtype)  # [tokens]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
@@ -595,11 +584,11 @@ class Critic(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.trunk = copy_with(model.base_model, clone_if_trained)
+        self.trunk = copy_with(model.base_model)
         head = model.get_output_embeddings().weight
         self.value_head = nn.Linear(head.shape[1], 1, device=head.device, dtype=head.dtype)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        for weight in self.value_head.parameters():
+            nn.init.zeros_(weight)
 
     @gathered
     def token_values(self, ids, attention, mask):
@@ -620,7 +609,10 @@ def hidden_states(trunk, ids, attention, mask):
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log softmax(logits / T) of given tokens with logits = W h + b, computed for a chunk of tokens at a time."""
+    """log softmax(logits / T) of given tokens with logits = W h + b, for a chunk of tokens at a time.
+
+    All logits at once, N·T rows of 150,000 numbers, would be most of a step's memory.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
@@ -665,9 +657,9 @@ def precision(device):
 
 
 def autocast(model):
-    """The precision of a forward pass: bf16 on a GPU (the weights themselves stay in fp32), fp32 on a CPU.
+    """The precision of a forward pass: bf16 on a GPU (the weights stay in fp32), fp32 on a CPU.
 
-    Without a cache of bf16 weights, for gradients that reach one weight from several places would be added up in bf16.
+    Without its cache, by which gradients that reach one weight from several places would be added up in bf16.
     """
     bf16 = precision(model.device) is torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
@@ -702,10 +694,7 @@ def linear_layers(model):
 
 
 def add_lora(model, rank, alpha):
-    """Put an adapter beside every linear layer of the trunk, and freeze everything else.
-
-    Raises ModelError if the rank is above the size of a layer: then an adapter would be larger than what it adapts.
-    """
+    """Put an adapter beside every linear layer of the trunk, and freeze everything else."""
     layers = linear_layers(model)
     smallest = min((min(layer.in_features, layer.out_features) for layer in layers.values()), default=0)
     if rank > smallest:
@@ -737,11 +726,10 @@ def frozen_copy(model, adapter=True):
     With LoRA it shares the model's weights (unless they are sharded), and has an adapter like the model's as it is now,
     or none: that is the model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
     """
-    if model in SHARDED:
+    sharded = model in SHARDED
+    if sharded:
         gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
-        reference = copy_with(model, lambda weight: torch.empty_like(weight, device="cpu"))
-    else:
-        reference = copy_with(model, clone_if_trained)
+    reference = copy_with(model, (lambda weight: torch.empty_like(weight, device="cpu")) if sharded else None)
     if not adapter:
         for layer in lora_layers(reference):
             layer.lora_A = layer.lora_B = None
@@ -749,23 +737,22 @@ def frozen_copy(model, adapter=True):
         for layer in linear_layers(reference).values():  # as they would be rounded at every use
             layer.to(torch.bfloat16)
     reference.requires_grad_(False)
-    if model in SHARDED:
+    if sharded:
         weights = dict(model.named_parameters())
         for name, weight in shard(reference).named_parameters():
             weight.copy_(weights[name])
     return reference
 
 
-def clone_if_trained(weight):
-    """Weights that no update reaches are shared by copies."""
-    return weight.detach().clone() if weight.requires_grad else weight
+def copy_with(module, change=None):
+    """A copy with change(weight) in the place of each weight; of a sharded module those weights have no values.
 
-
-def copy_with(module, change):
-    """A copy with `change(weight)` in the place of each weight; of a sharded module those weights have no values."""
+    Without `change` trained weights are cloned, and those that no update reaches are shared.
+    """
+    clone = lambda weight: weight.detach().clone() if weight.requires_grad else weight
     source = SHARDED[module][1] if module in SHARDED else module
-    weights = {id(weight): nn.Parameter(change(weight), weight.requires_grad) for weight in source.parameters()}
-    return copy.deepcopy(source, weights)
+    weights = {w: nn.Parameter((change or clone)(w), w.requires_grad) for w in source.parameters()}
+    return copy.deepcopy(source, {id(old): new for old, new in weights.items()})
 
 
 @torch.no_grad()
@@ -809,10 +796,7 @@ def load_reward_model(name):
 
 @torch.no_grad()
 def reward_scores(model, tokenizer, questions, completions, rows=16):
-    """The score of each completion as an answer to its question, a list of floats.
-
-    It is the only logit, or of several the log-odds of the last class, which is taken to be the good one.
-    """
+    """Scores of completions as answers: the only logit, or the log-odds of the last class, taken to be the good one."""
     scores = []
     for start in range(0, len(questions), rows):
         pairs = questions[start : start + rows], completions[start : start + rows]
@@ -840,15 +824,8 @@ TINY = {
     "rows": 16,  # in each
     "learning_rate": 4e-3,
     "vocabulary": 640,  # tokens at most
-    "shape": {
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
+    "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
 }
 
 
@@ -864,8 +841,7 @@ def tiny_tokenizer(texts):
 
 
 def build_tiny(folder, corpus):
-    """Build a Qwen2-architecture model of about half a million parameters, teach it a corpus [(messages, completion)]
-    by supervised learning on the completions, and save it: about a minute on two cores."""
+    """Train a Qwen2 of half a million parameters on [(messages, completion)], and save it: a minute on two cores."""
     torch.manual_seed(0)
     texts = [text for messages, end in corpus for m in messages for text in (m["role"], m["content"], "assistant", end)]
     tokenizer = tiny_tokenizer(texts)
@@ -877,25 +853,19 @@ def build_tiny(folder, corpus):
     pairs = list(zip([encode(tokenizer, messages) for messages, _ in corpus], completions))
     for step in tqdm(range(TINY["steps"]), "building the tiny model, once", leave=False, disable=RANK > 0 or None):
         rows = [pairs[(step * TINY["rows"] + row) % len(pairs)] for row in range(TINY["rows"])]
-        mean_nll(model, *batch(*zip(*rows), model.device)).backward()
+        ids, attention, mask = batch(*zip(*rows), model.device)
+        inputs = {"attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+        hidden = model.base_model(input_ids=ids, **inputs, use_cache=False).last_hidden_state  # [N, P + T, D]
+        T = mask.shape[1]  # position j predicts token j + 1
+        hidden, targets = hidden[:, -T - 1 : -1][mask], ids[:, -T:][mask]  # [tokens, D], [tokens]
+        loss = -HeadLogprobs.apply(hidden, model.lm_head.weight, None, targets, 1.0, hidden.dtype).mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = TINY["learning_rate"] * min(1.0, (step + 1) / 20) * (1 - step / TINY["steps"])
         optimizer.step()
         optimizer.zero_grad()
     save(model, tokenizer, folder)
-
-
-def mean_nll(model, ids, attention, mask):
-    """The mean of -log π over completion tokens. These rows are short and few: the library's own forward pass will do."""
-    positions = (attention.cumsum(1) - 1).clamp(min=0)  # [N, P + T]
-    inputs = {"attention_mask": attention, "position_ids": positions, "use_cache": False}
-    hidden = model.base_model(input_ids=ids, **inputs).last_hidden_state  # [N, P + T, D]
-    # position j predicts token j + 1: the first completion token comes from the last prompt position
-    T = mask.shape[1]
-    hidden, targets = hidden[:, -T - 1 : -1][mask], ids[:, -T:][mask]  # [tokens, D], [tokens]
-    weight = model.get_output_embeddings().weight
-    return -HeadLogprobs.apply(hidden, weight, None, targets, 1.0, weight.dtype).mean()
 
 
 # ---- several GPUs --------------------------------------------------------------------------------------------------
@@ -958,19 +928,16 @@ def share(rows):
 
 
 def lockstep(batches):
-    """(rows, True) for each batch, then ([0], False) as often as the rank with the most batches has more of them.
+    """(rows, True) for each batch; then ([0], False) until the rank with the most batches is through.
 
-    FSDP needs the same number of forward passes on all ranks: those that are through early compute what does not count.
+    FSDP needs equal numbers of forward passes: ranks that finish early run dummy batches.
     """
     turns = max(gather([len(batches)]))
     return [(rows, True) for rows in batches] + [([0], False)] * (turns - len(batches))
 
 
 class Root(nn.Sequential):
-    """The children of a module, for FSDP: their weights are gathered while `forward` runs, which here is any function.
-
-    The forward of a model would compute all logits at once.
-    """
+    """The children of a module, for FSDP, which gathers their weights while `forward` runs: here any function."""
 
     def forward(self, function):
         return function()
