@@ -8,12 +8,10 @@ what an advantage is, what β and ε are, is not known here.
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
     tokens_at                             which tokens write given characters
-    add_lora, lora_layers                 small trained adapters beside the linear layers, everything else frozen
-    frozen_copy                           the reference
-    peak_memory, free_copies              GB of memory that were needed; some that can be given back
+    add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     load_reward_model, reward_scores      a learned reward model
-    build_tiny, tiny_tokenizer, TINY      the model that needs no download, trained on the spot
-    distributed, shard, gather, share …   several GPUs, one process each: the last section
+    build_tiny                            the model that needs no download, trained on the spot
+    distributed, shard, gather, share …   several GPUs, one process each
 
 How a batch lies in memory, with P columns for prompts and T for completions:
 
@@ -135,9 +133,7 @@ def explain(name, error):
 def save(model, tokenizer, folder):
     """Write a plain Hugging Face folder, with adapters merged. It gets its name when it is complete."""
     if model in SHARDED:
-        sharded, device = model, "meta" if RANK else "cpu"
-        model = copy_with(sharded, lambda weight: torch.empty_like(weight, dtype=torch.float32, device=device))
-        copy_weights(model, sharded)
+        model = copy_with(model, lambda weight: weight.to("meta" if RANK else "cpu"))
         if RANK:
             return
     unfinished = Path(f"{folder}.unfinished")
@@ -542,8 +538,7 @@ def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
         del last  # its memory is free before the next takes some
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
-        empty = lambda weight: torch.empty_like(weight, dtype=dtype, device=model.device)
-        copied = copy_with(model, empty if model in SHARDED else lambda weight: weight.to(dtype)).to(model.device)
+        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device)
         DECODING[model] = DecodingBatch(copied.requires_grad_(False), rows, columns, max_new_tokens, ends, temperature)
     decoding = DECODING[model]
     copy_weights(decoding.model, model)
@@ -726,33 +721,30 @@ def frozen_copy(model, adapter=True):
     With LoRA it shares the model's weights (unless they are sharded), and has an adapter like the model's as it is now,
     or none: that is the model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
     """
-    sharded = model in SHARDED
-    if sharded:
-        gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
-    reference = copy_with(model, (lambda weight: torch.empty_like(weight, device="cpu")) if sharded else None)
+    gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
+    reference = copy_with(model, torch.Tensor.cpu if model in SHARDED else None)
     if not adapter:
         for layer in lora_layers(reference):
             layer.lora_A = layer.lora_B = None
     if precision(model.device) is torch.bfloat16 and not lora_layers(reference):
         for layer in linear_layers(reference).values():  # as they would be rounded at every use
             layer.to(torch.bfloat16)
-    reference.requires_grad_(False)
-    if sharded:
-        weights = dict(model.named_parameters())
-        for name, weight in shard(reference).named_parameters():
-            weight.copy_(weights[name])
-    return reference
+    return shard(reference.requires_grad_(False))
 
 
+@torch.no_grad()
 def copy_with(module, change=None):
-    """A copy with change(weight) in the place of each weight; of a sharded module those weights have no values.
+    """A copy with change(weight) in the place of each weight, which of a sharded module is gathered before.
 
     Without `change` trained weights are cloned, and those that no update reaches are shared.
     """
-    clone = lambda weight: weight.detach().clone() if weight.requires_grad else weight
+    clone = lambda weight: weight.clone() if weight.requires_grad else weight
     source = SHARDED[module][1] if module in SHARDED else module
-    weights = {w: nn.Parameter((change or clone)(w), w.requires_grad) for w in source.parameters()}
-    return copy.deepcopy(source, {id(old): new for old, new in weights.items()})
+    weights = {
+        id(old): nn.Parameter((change or clone)(whole(weight)), weight.requires_grad)
+        for old, weight in zip(source.parameters(), module.parameters())
+    }
+    return copy.deepcopy(source, weights)
 
 
 @torch.no_grad()
@@ -953,7 +945,7 @@ def shard(module):
     """
     if WORLD == 1:
         return module
-    on_meta, root = copy_with(module, lambda weight: torch.empty_like(weight, device="meta")), Root(*module.children())
+    on_meta, root = copy_with(module, lambda weight: weight.to("meta")), Root(*module.children())
     trunk = getattr(module, "base_model", module)
     layers = next((part for part in trunk.modules() if isinstance(part, nn.ModuleList)), ())
     for part in (*layers, root):
