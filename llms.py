@@ -3,7 +3,7 @@
 Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities. What a right answer is,
 what an advantage is, what β and ε are, is not known here.
 
-    load, save, checkpoint_layers         a model and its tokenizer from the Hugging Face hub or a folder, and to a folder
+    load, save, checkpoint_layers         a model and its tokenizer, from the Hugging Face hub or a folder
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
@@ -81,10 +81,7 @@ def load(name):
 
 
 def from_pretrained(auto_class, name, **options):
-    """A model and its tokenizer, from a folder or from the Hugging Face hub; ModelError says why not, in one line.
-
-    No pickle is opened, and no code of a download is run.
-    """
+    """A model and its tokenizer, from a folder or from the hub. No pickle is opened, no code of a download is run."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"no such model folder: {name}")
     try:
@@ -221,15 +218,11 @@ def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):
 
 
 def tokens_at(tokenizer, rollout, row, characters):
-    """For ascending positions in the text of an output: the index of the token that completes the text up to there."""
+    """For positions in the text of an output: the indices of the tokens that complete the text up to there."""
     ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
-    found, start = [], 0
-    for character in characters:
-        counts = range(start + 1, len(ids) + 1)  # candidates: the first so many tokens
-        text_length = lambda count: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
-        start += min(bisect.bisect_left(counts, character, key=text_length), len(counts) - 1)
-        found.append(start)
-    return found
+    text_length = lambda count: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
+    counts = range(1, len(ids) + 1)  # of tokens, the fewest of which are searched
+    return [min(bisect.bisect_left(counts, place, key=text_length), len(ids) - 1) for place in characters]
 
 
 # ---- attention over packed sequences -------------------------------------------------------------------------------
@@ -291,9 +284,9 @@ class PackedBatch:
         self.positions = (attention.cumsum(1) - 1)[packed][None]  # [1, tokens]  each token's position in its own row
         index = packed.flatten().cumsum(0).view_as(packed) - 1  # [N, P + T]  of a packed token in the sequence
         self.prompt_ends = index[first, P - 1]  # [prompts]  they predict the first tokens of their outputs
-        before = torch.cat([self.prompt_ends[first.cumsum(0) - 1, None], index[:, P:-1]], 1)
-        self.predictors = before[:, :T][mask]  # [completion tokens]  from where each of them is predicted
-        self.groups = []  # (prompt tokens, outputs, the longest's tokens, where theirs are in [outputs, longest])
+        predictors = torch.cat([self.prompt_ends[first.cumsum(0) - 1, None], index[:, P:-1]], 1)
+        self.predictors = predictors[:, :T][mask]  # [completion tokens]  where each of them is predicted
+        self.groups = []  # (prompt tokens, outputs, tokens of the longest, places of theirs in [outputs, longest])
         lengths, outputs, starts = attention[:, :P].sum(1).tolist(), outputs.cpu(), first.nonzero().flatten().tolist()
         for start, stop in zip(starts, [*starts[1:], N]):
             rows = outputs[start:stop, : int(outputs[start:stop].sum(1).max())]
@@ -381,7 +374,7 @@ def sample_all(decoding, rows, prompts, group_size, uniform):
 def sample_token(logits, temperature, uniform):
     """A token from softmax(logits / T) for each row, its log π and the entropy of π: logits [n, V] -> 3 × [n, 1].
 
-    It is the token at which the sum of π over the vocabulary passes a random number between 0 and 1, `uniform` [n, 1].
+    It is the first at which the cumulative sum of π passes `uniform` [n, 1], random numbers between 0 and 1.
     """
     logits = at_least_fp32(logits) if temperature in (0, 1) else at_least_fp32(logits) / temperature  # [n, V]
     pi = torch.softmax(logits, -1)  # [n, V]
@@ -472,10 +465,7 @@ class DecodingBatch:
         self.append_tokens(slice(0, n), logits)
 
     def decode(self):
-        """Sample the next token of every output; on a GPU the next 16, without waiting for it in between.
-
-        There the kernels of a step are recorded once for a number of rows and columns, and from then on only replayed.
-        """
+        """Sample the next token of every output; on a GPU the next 16, by steps whose kernels were recorded."""
         active = len(self.numbers)
         last = int(self.position[:active].max())
         if self.position.device.type != "cuda":
@@ -506,7 +496,7 @@ class DecodingBatch:
             tqdm.write(f"note: sampling without recorded steps, which is slower: {str(error).splitlines()[0]}")
 
     def remove_ended(self):
-        """Take out the outputs that have ended: [(number, (tokens, log π, entropies))]. Rows from the end fill the gaps."""
+        """Take out the outputs that have ended: [(number, [tokens, log π, entropies])]. The last rows fill the gaps."""
         active, tables = len(self.numbers), (self.tokens, self.logp, self.entropy)
         ended, lengths = self.ended[:active].nonzero().flatten().tolist(), self.length[:active].tolist()
         outputs = [(self.numbers[row], [x[row, : lengths[row]].clone() for x in tables]) for row in reversed(ended)]
@@ -652,11 +642,9 @@ def precision(device):
 
 
 def autocast(model):
-    """The precision of a forward pass: bf16 on a GPU (the weights stay in fp32), fp32 on a CPU.
-
-    Without its cache, by which gradients that reach one weight from several places would be added up in bf16.
-    """
+    """The precision of a forward pass: bf16 on a GPU (the weights stay in fp32), fp32 on a CPU."""
     bf16 = precision(model.device) is torch.bfloat16
+    # with its cache gradients that reach one weight from several places would be added up in bf16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
