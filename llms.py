@@ -86,9 +86,8 @@ def from_pretrained(auto_class, name, **options):
         raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        for key in vars(config):
-            if "dropout" in key or "pdrop" in key:  # the policy that is scored must be the one that sampled
-                setattr(config, key, 0.0)
+        # no dropout: the policy that is scored must be the one that sampled
+        config.update({key: 0.0 for key in vars(config) if "dropout" in key or "pdrop" in key})
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_pickles(name, config)
         options |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
