@@ -106,6 +106,25 @@ def paired_difference(names, right):
 WRITERS = {}  # {run: a writer of TensorBoard's files}
 
 
+def new_folder(run, model, dataset, test):
+    """The folder of a new run, which is not made yet: runs/RUN, or one with the first free number."""
+    if run and (Path("runs") / run / "config.json").exists():
+        raise FolderError(f"runs/{run} exists already: choose another --run, or go on with --resume runs/{run}")
+    data = "curriculum" if "," in dataset else Path(dataset).stem.partition(":")[0]
+    stem = "test" if test else f"{Path(model).name}-{data}"
+    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
+    return Path("runs") / run if run else next(path for path in numbered if not path.exists())
+
+
+def read_config(run, defaults):
+    """The constants that a run was made with, of the types of the defaults."""
+    try:
+        config = json.loads((Path(run) / "config.json").read_text())
+        return {name: type(default)(config[name]) for name, default in defaults.items()}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise FolderError(f"{run} is no run that can be read: {error!r}") from None
+
+
 @contextmanager
 def only_writer(run):
     """A block in which no other process writes to a run's folder; the system forgets its lock with the process."""
