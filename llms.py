@@ -4,13 +4,15 @@ Everything between a checkpoint and the maths: weights, token ids, masks and log
 what an advantage is, what β and ε are, is not known here.
 
     load, save, checkpoint_layers         a model and its tokenizer, from the Hugging Face hub or a folder
+    save_checkpoint, load_checkpoint      all that a run cannot make again, in one file
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
+    Memory, without_gradient              how many tokens are computed at once; scoring in micro-batches
     tokens_at                             which tokens write given characters
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     load_reward_model, reward_scores      a learned reward model
-    build_tiny                            the model that needs no download, trained on the spot
+    tiny_folder                           the model that needs no download, trained on the spot
     distributed, shard, gather, share …   several GPUs, one process each
 
 How a batch lies in memory, with P columns for prompts and T for completions:
@@ -30,14 +32,15 @@ import math
 import os
 import shutil
 import sys
+import time
 import weakref
+import zlib
+from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import zlib
-from collections import defaultdict
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -71,7 +74,14 @@ class ModelError(ValueError):
 
 
 def load(name):
-    """A causal language model in fp32 and its tokenizer. With several ranks it comes to the GPU when it is sharded."""
+    """A causal language model in fp32 and its tokenizer; the folder of a run stands for the model in it.
+
+    With several ranks the model comes to the GPU when it is sharded.
+    """
+    if (Path(name) / "metrics.jsonl").is_file():
+        if not (Path(name) / "model").is_dir():
+            raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
+        name = f"{name}/model"
     model, tokenizer = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32)
     if not tokenizer("How many?")["input_ids"]:
         raise ModelError(f"{name} has no tokenizer")
@@ -89,9 +99,8 @@ def from_pretrained(auto_class, name, **options):
         raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        for key in vars(config):
-            if "dropout" in key or "pdrop" in key:  # the policy that is scored must be the one that sampled
-                setattr(config, key, 0.0)
+        # no dropout: the policy that is scored must be the one that sampled
+        config.update({key: 0.0 for key in vars(config) if "dropout" in key or "pdrop" in key})
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_pickles(name, config)
         options |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
@@ -150,6 +159,84 @@ def checkpoint_layers(model):
     """Gradient checkpointing: keep only the input of each layer, and recompute the rest in the backward pass."""
     name = "activation_checkpointing_enable"  # since transformers 5.2x; before, it had the other name
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def named_tensors(networks, optimizer, generator):
+    """Every tensor of a checkpoint by name, without a copy; weights that are tied or shared once.
+
+    networks is {name: module}. With LoRA the frozen weights are those of the model as it was loaded, and left out.
+    """
+    names = {}  # {weight: name}
+    for network, module in networks.items():
+        for name, weight in module.named_parameters():
+            names.setdefault(weight, f"{network}/{name}")
+    lora = any(".lora_" in name for name in names.values())
+    saved = lambda name, weight: weight.requires_grad or not lora or ".lora_" in name
+    tensors = {name: weight.detach() for weight, name in names.items() if saved(name, weight)}
+    for weight, moments in optimizer.state.items():
+        tensors |= {f"adam/{key}/{names[weight]}": value for key, value in moments.items()}
+    return tensors | {"generator": generator.get_state()}
+
+
+def checksum(read, names, about):
+    """One number over a text and the bytes of the tensors read(name), so that a damaged file is noticed."""
+    total = zlib.crc32(about.encode())
+    for name in sorted(names):
+        total = zlib.crc32(read(name).contiguous().view(-1).view(torch.uint8).numpy(), total)
+    return str(total)
+
+
+def save_checkpoint(folder, networks, optimizer, generator, about):
+    """Replace the folder's state.safetensors, whole or not at all; about is a text. Nothing is pickled."""
+    tensors = {}
+    for name, tensor in named_tensors(networks, optimizer, generator).items():
+        tensor = whole(tensor)  # by all ranks
+        if RANK == 0:
+            tensors[name] = tensor.cpu()
+    if RANK == 0:
+        folder.mkdir(exist_ok=True)
+        metadata = {"about": about, "checksum": checksum(tensors.get, tensors, about)}
+        safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
+        with open(folder / "unfinished", "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it gets its name
+        os.replace(folder / "unfinished", folder / "state.safetensors")
+
+
+def checkpoint_text(folder):
+    """The text of a checkpoint; ModelError if the file is damaged."""
+    path = folder / "state.safetensors"
+    try:
+        file = safetensors.safe_open(path, "pt")
+        metadata = file.metadata() or {}
+        intact = metadata["checksum"] == checksum(file.get_tensor, file.keys(), metadata["about"])
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
+    if not intact:
+        raise ModelError(f"{path} is damaged: its bytes are not those that were written")
+    return metadata["about"]
+
+
+@torch.no_grad()
+def load_checkpoint(folder, networks, optimizer, generator):
+    """Fill networks, optimizer and generator with what a checkpoint holds of them."""
+    file = safetensors.safe_open(folder / "state.safetensors", "pt")
+    names = set(file.keys())
+    if any(name.startswith("adam/") for name in names):  # AdamW's state as after its first step, filled below
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
+            optimizer.state[weight] = {"step": torch.zeros(())} | moments
+    tensors = named_tensors(networks, optimizer, generator)
+    if different := tensors.keys() ^ names:
+        raise ModelError(f"{folder} was made with another model: only one of the two has {min(different)}")
+    try:
+        for name, tensor in tensors.items():
+            fill(tensor, file.get_tensor(name))
+    except RuntimeError as error:  # the same names, other shapes
+        raise ModelError(f"{folder} was made with another model: {error}") from error
+    generator.set_state(file.get_tensor("generator"))
 
 
 # ---- prompts and batches -------------------------------------------------------------------------------------------
@@ -215,12 +302,11 @@ class Rollout(NamedTuple):
 
         The outputs of a question stay together, since they share the computation of their prompt; longest first.
         """
-        completions = self.mask.sum(1).tolist()
-        prompts = (self.attention.sum(1) - self.mask.sum(1)).tolist()
+        completions, everything = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()
+        prompts = [total - completion for total, completion in zip(everything, completions)]
         longest = defaultdict(int)  # tokens in the longest row of each question
         for row in rows:
-            question = row // group_size
-            longest[question] = max(longest[question], prompts[row] + completions[row])
+            longest[row // group_size] = max(longest[row // group_size], everything[row])
         batches = []
         for row in sorted(rows, key=lambda row: (-longest[row // group_size], row // group_size, -completions[row])):
             candidate = [*batches[-1], row] if batches else [row]
@@ -766,6 +852,41 @@ def copy_weights(target, source):
         weight.copy_(whole(new, weight.dtype))
 
 
+# ---- memory and time -----------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """How many tokens are computed at once: {name: limit}, of which none goes below the longest row."""
+
+    def __init__(self, longest, token_budget, cache_tokens):
+        self.longest, self.limits = longest, {"token_budget": token_budget, "cache_tokens": cache_tokens}
+
+    def fit(self, name, work):
+        """work(limit). Out of GPU memory, halve the limit and begin again; with several ranks, fail."""
+        while True:
+            limit = self.limits[name]
+            try:
+                return work(limit)
+            except torch.OutOfMemoryError as error:
+                if WORLD > 1 or limit <= self.longest:
+                    remedy = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
+                    raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {remedy}") from error
+            self.limits[name] = max(limit // 2, self.longest)
+            free_copies()
+            tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
+
+
+@torch.no_grad()
+def without_gradient(read, model, rollout, group_size, token_budget):
+    """read(model, ids, attention, mask) for all rows of a rollout, in micro-batches: [N, T]."""
+    batches = rollout.micro_batches(range(len(rollout.mask)), group_size, token_budget)
+    parts = [read(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
+    result = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
+    for rows, part in zip(batches, parts):
+        result[rows, : part.shape[1]] = part
+    return result
+
+
 def free_copies():
     """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, recorded steps."""
     DECODING.clear()
@@ -782,6 +903,30 @@ def peak_memory():
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+SECONDS = {}  # {"seconds/part": wall-clock seconds, added up until somebody clears it}
+
+
+@contextmanager
+def timed(part):
+    """Add the seconds of a block or function, those of the GPU included, to SECONDS."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    SECONDS[f"seconds/{part}"] = SECONDS.get(f"seconds/{part}", 0.0) + time.perf_counter() - start
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def size(model):
+    """How many parameters a model has and how many of them are trained, in words."""
+    sizes = [(weight.numel() / 1e6, weight.requires_grad) for weight in model.parameters()]
+    trained = sum(millions for millions, trains in sizes if trains)
+    return f"{sum(millions for millions, _ in sizes):.1f} M parameters, {trained:.1f} M of them trained"
 
 
 # ---- a learned reward model ----------------------------------------------------------------------------------------
@@ -870,6 +1015,16 @@ def build_tiny(folder, corpus):
         optimizer.step()
         optimizer.zero_grad()
     save(model, tokenizer, folder)
+
+
+def tiny_folder(runs, corpus):
+    """The folder of the tiny model, which is built when it is first asked for."""
+    folder = runs / f"tiny-base-{zlib.crc32(repr((corpus, TINY)).encode()):08x}"
+    with one_first():
+        if not folder.exists():
+            runs.mkdir(exist_ok=True)
+            build_tiny(folder, corpus)
+    return str(folder)
 
 
 # ---- several GPUs --------------------------------------------------------------------------------------------------
@@ -979,128 +1134,3 @@ def fill(tensor, values):
         values = values.to(tensor.device)
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
-
-
-# ---- checkpoints of a run ------------------------------------------------------------------------------------------
-
-
-def named_tensors(networks, optimizer, generator):
-    """Every tensor that a run cannot make again, by name and without a copy; weights that are tied or shared once.
-
-    With LoRA the frozen weights are those of the model as it was loaded, and are left out.
-    """
-    names = {}  # {weight: name}
-    for network, module in networks.items():
-        for name, weight in module.named_parameters() if module is not None else ():
-            names.setdefault(weight, f"{network}/{name}")
-    lora = any(".lora_" in name for name in names.values())
-    fixed = lambda name, weight: not weight.requires_grad and lora and ".lora_" not in name
-    tensors = {name: weight.detach() for weight, name in names.items() if not fixed(name, weight)}
-    for weight, moments in optimizer.state.items():
-        tensors |= {f"adam/{key}/{names[weight]}": value for key, value in moments.items()}
-    return tensors | {"generator": generator.get_state()}
-
-
-def checksum(read, names, about):
-    """One number over the bytes of the tensors read(name) and of a text, so that a damaged file is noticed."""
-    total = zlib.crc32(about.encode())
-    for name in sorted(names):
-        total = zlib.crc32(read(name).contiguous().view(-1).view(torch.uint8).numpy(), total)
-    return str(total)
-
-
-def save_checkpoint(folder, networks, optimizer, generator, about):
-    """Replace the folder's state.safetensors, whole or not at all; about is a text. Nothing is pickled."""
-    tensors = {}
-    for name, tensor in named_tensors(networks, optimizer, generator).items():
-        tensor = whole(tensor)  # by all ranks
-        if RANK == 0:
-            tensors[name] = tensor.cpu()
-    if RANK == 0:
-        folder.mkdir(exist_ok=True)
-        metadata = {"about": about, "checksum": checksum(tensors.get, tensors, about)}
-        safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
-        with open(folder / "unfinished", "rb") as file:
-            os.fsync(file.fileno())  # on the disk before it has its name
-        os.replace(folder / "unfinished", folder / "state.safetensors")
-
-
-def checkpoint_text(folder):
-    """The text of a checkpoint; ModelError if the file is damaged."""
-    path = folder / "state.safetensors"
-    try:
-        file = safetensors.safe_open(path, "pt")
-        metadata = file.metadata() or {}
-        intact = metadata["checksum"] == checksum(file.get_tensor, file.keys(), metadata["about"])
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
-        raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
-    if not intact:
-        raise ModelError(f"{path} is damaged: its bytes are not those that were written")
-    return metadata["about"]
-
-
-@torch.no_grad()
-def load_checkpoint(folder, networks, optimizer, generator):
-    """Fill networks, optimizer and generator with what a checkpoint holds of them."""
-    file = safetensors.safe_open(folder / "state.safetensors", "pt")
-    if any(name.startswith("adam/") for name in file.keys()):  # AdamW's state as after its first step, filled below
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
-            optimizer.state[weight] = {"step": torch.zeros(())} | moments
-    tensors = named_tensors(networks, optimizer, generator)
-    if different := tensors.keys() ^ set(file.keys()):
-        raise ModelError(f"{folder} was made with another model: only one of the two has {min(different)}")
-    for name, tensor in tensors.items():
-        fill(tensor, file.get_tensor(name))
-    generator.set_state(file.get_tensor("generator"))
-
-
-def device_name():
-    """The name of the GPU, or the number of threads on a CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-
-class Memory:
-    """How many tokens are computed at once: {name: limit}, of which none goes below the longest row."""
-
-    def __init__(self, limits, longest):
-        self.limits, self.longest = limits, longest
-
-    def fit(self, name, work):
-        """work(limit). Out of GPU memory, halve the limit and begin again; with several ranks, fail."""
-        while True:
-            limit = self.limits[name]
-            try:
-                return work(limit)
-            except torch.OutOfMemoryError as error:
-                if WORLD > 1 or limit <= self.longest:
-                    remedy = f"with --{name} {limit}; try --lora_rank 32 or --gradient_checkpointing"
-                    raise torch.OutOfMemoryError(f"out of memory {remedy}") from error
-            self.limits[name] = max(limit // 2, self.longest)
-            free_copies()
-            torch.cuda.empty_cache()
-            tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
-
-
-@torch.no_grad()
-def without_gradient(read, model, rollout, group_size, token_budget):
-    """read(model, ids, attention, mask) of all rows of a rollout, in micro-batches: [N, T]."""
-    batches = rollout.micro_batches(range(len(rollout.mask)), group_size, token_budget)
-    parts = [read(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
-    result = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
-    for rows, part in zip(batches, parts):
-        result[rows, : part.shape[1]] = part
-    return result
-
-
-def tiny_folder(runs, corpus):
-    """The folder of the tiny model, which is built there when it is first asked for."""
-    folder = runs / f"tiny-base-{zlib.crc32(repr((corpus, TINY)).encode()):08x}"
-    with one_first():
-        if not folder.exists():
-            runs.mkdir(exist_ok=True)
-            build_tiny(folder, corpus)
-    return str(folder)

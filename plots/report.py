@@ -29,6 +29,15 @@ class FolderError(ValueError):
 # ---- metrics of outputs --------------------------------------------------------------------------------------------
 
 
+def records(problems, texts, columns):
+    """A record for each text: the same number of texts for each problem, and columns {name: a value per text}."""
+    group, made = len(texts) // len(problems), []
+    for i, text in enumerate(texts):
+        about = {key: problems[i // group].get(key) for key in ("question", "answer", "task")}
+        made.append(about | {"completion": text} | {name: values[i] for name, values in columns.items()})
+    return made
+
+
 def mean(records, name):
     """The mean of a number over some records; a record without it counts 0."""
     return statistics.mean(record.get(name, 0.0) for record in records)
@@ -43,6 +52,16 @@ def step_metrics(records, rewards):
         "length_max": max(record["length"] for record in records),
         **{name: mean(records, name) for name in ("length", "truncated", "reflection", "zero_advantage")},
     }
+
+
+def mean_of_updates(updates):
+    """The part of a training row that is about its μ updates: means of their diagnostics, of maxima the largest."""
+    means = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)  # where nothing was learnt from
+    means |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        means[name] = max(values) if name.endswith("max") else sum(values) / len(values)
+    return means
 
 
 def eval_metrics(records):

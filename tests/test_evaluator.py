@@ -19,7 +19,7 @@ TIDY = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"
 
 def reward(completion, answer="72"):
     """The weighted sum, as main.py makes it."""
-    return main.score_completions([completion], [{"answer": answer}])[0].item()
+    return main.weighted_sum(evaluator.rewards(completion, {"answer": answer}))
 
 
 @pytest.mark.parametrize(

@@ -635,7 +635,7 @@ def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup):
     )
     assert set(promised.split()) <= row.keys()
     parts = sum(row[f"seconds/{name}"] for name in ("sample", "reward", "logprobs", "update"))
-    assert 0.9 * row["seconds"] < parts <= row["seconds"]
+    assert 0 <= row["seconds"] - parts < 0.1 * row["seconds"] + 0.05
     assert row["tokens"] > 0 and row["lr"] == 1e-3 and 0 <= row["entropy"] < math.log(600)
     assert 0.1 < row["memory"] < 24  # GB
 
@@ -654,7 +654,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
     state, _ = setup()
     row = {"step": 1} | dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
     row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
-    quiet = [], set(), [], tqdm(disable=True)
+    quiet = [], set(), set(), tqdm(disable=True)
     for failed in (1, 1, 0, 1, 1):
         main.after_step(state, row | {"skipped_updates": failed}, *quiet)
     with pytest.raises(main.RunError, match="three steps"):
