@@ -268,7 +268,9 @@ def summary(run):
     if not evaluations:
         return ""
     base, trained = evaluations[0], evaluations[-1]
-    first, last = f"base (step {base['step']})", f"trained (step {trained['step']})"
+    if base["step"]:  # --test evaluates once, at its end
+        return ""
+    first, last = "base (step 0)", f"trained (step {trained['step']})"
     lines = [f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}"]
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
         cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]
