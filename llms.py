@@ -140,7 +140,7 @@ def explain(name, error):
 
 
 def save(model, tokenizer, folder):
-    """Write a plain Hugging Face folder, with adapters merged. It gets its name when it is complete."""
+    """Write a plain Hugging Face folder, which gets its name when it is complete. Adapters are merged: save last."""
     if model in SHARDED:
         model = copy_with(model, lambda weight: weight.to("meta" if RANK else "cpu"))
         if RANK:
@@ -165,7 +165,7 @@ def checkpoint_layers(model):
 
 
 def named_tensors(networks, optimizer, generator):
-    """Every tensor of a checkpoint by name, without a copy; weights that are tied or shared once.
+    """Every tensor of a checkpoint by name, without a copy; tied or shared weights appear once.
 
     networks is {name: module}. With LoRA the frozen weights are those of the model as it was loaded, and left out.
     """
@@ -174,7 +174,7 @@ def named_tensors(networks, optimizer, generator):
         for name, weight in module.named_parameters():
             names.setdefault(weight, f"{network}/{name}")
     lora = any(".lora_" in name for name in names.values())
-    saved = lambda name, weight: weight.requires_grad or not lora or ".lora_" in name
+    saved = lambda name, weight: weight.requires_grad or not lora or ".lora_" in name  # also the reference's adapter
     tensors = {name: weight.detach() for weight, name in names.items() if saved(name, weight)}
     for weight, moments in optimizer.state.items():
         tensors |= {f"adam/{key}/{names[weight]}": value for key, value in moments.items()}
@@ -328,10 +328,10 @@ def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):
 
 
 def tokens_at(tokenizer, rollout, row, characters):
-    """For positions in the text of an output: the indices of the tokens that complete the text up to there."""
+    """For each character position in an output's text: the index of the token that completes the text up to it."""
     ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
     text_length = lambda count: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
-    counts = range(1, len(ids) + 1)  # of tokens, the fewest of which are searched
+    counts = range(1, len(ids) + 1)  # search for the smallest number of tokens whose text reaches the place
     return [min(bisect.bisect_left(counts, place, key=text_length), len(ids) - 1) for place in characters]
 
 
@@ -343,7 +343,7 @@ def tokens_at(tokenizer, rollout, row, characters):
 
 UNSUPPORTED = """{} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, \
 with softmax attention to the whole text once a layer, and logits straight from the head"""
-NO_MASK = torch.zeros(1, 1, 1, 0)  # the library passes on a mask of four dimensions; any attention but ours fails on it
+NO_MASK = torch.zeros(1, 1, 1, 0)  # 4-dimensional, so the library leaves it as it is; empty: other attention must fail
 
 
 def packed_attention(module, query, key, value, mask, *, layout, scaling=None, **_):
@@ -365,15 +365,15 @@ def use_packed_attention(model, name):
     packed, config = PackedBatch(ids, attention, mask, keep_kv=True), model.config.get_text_config()
     # what may not show on a short text: windows, and a cap on logits that are small yet
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    same = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    same &= getattr(config, "final_logit_softcapping", None) is None
+    supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    supported &= getattr(config, "final_logit_softcapping", None) is None
     try:
         logits = model.get_output_embeddings()(model.base_model(**packed.inputs()).last_hidden_state[0])  # [7, V]
-        same &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
-        same &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
+        supported &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
+        supported &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
     except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
         raise ModelError(UNSUPPORTED.format(name)) from error
-    if not same:
+    if not supported:
         raise ModelError(UNSUPPORTED.format(name))
 
 
@@ -386,20 +386,21 @@ class PackedBatch:
     def __init__(self, ids, attention, mask, keep_kv=False):
         N, T, P = *mask.shape, ids.shape[1] - mask.shape[1]
         prompts = torch.where(attention[:, :P] > 0, ids[:, :P], -1)
-        first = torch.ones(N, dtype=torch.bool, device=ids.device)  # [N]  is the prompt another than in the row above?
-        first[1:] = (prompts[1:] != prompts[:-1]).any(1) | (T == 0)
-        outputs = F.pad(mask[:, 1:], (0, min(1, T)))  # [N, T]  tokens after which another follows
-        packed = torch.cat([(attention[:, :P] > 0) & first[:, None], outputs], 1)  # [N, P + T]
+        new_prompt = torch.ones(N, dtype=torch.bool, device=ids.device)  # [N]  it differs from that of the row above
+        new_prompt[1:] = (prompts[1:] != prompts[:-1]).any(1) | (T == 0)  # with T = 0, in prefill, each counts as new
+        has_next = F.pad(mask[:, 1:], (0, min(1, T)))  # [N, T]  completion tokens after which another follows
+        packed = torch.cat([(attention[:, :P] > 0) & new_prompt[:, None], has_next], 1)  # [N, P + T]
         self.ids = ids[packed][None]  # [1, tokens]
         self.positions = (attention.cumsum(1) - 1)[packed][None]  # [1, tokens]  each token's position in its own row
         index = packed.flatten().cumsum(0).view_as(packed) - 1  # [N, P + T]  of a packed token in the sequence
-        self.prompt_ends = index[first, P - 1]  # [prompts]  they predict the first tokens of their outputs
-        predictors = torch.cat([self.prompt_ends[first.cumsum(0) - 1, None], index[:, P:-1]], 1)
+        self.prompt_ends = index[new_prompt, P - 1]  # [prompts]  they predict the first tokens of their outputs
+        predictors = torch.cat([self.prompt_ends[new_prompt.cumsum(0) - 1, None], index[:, P:-1]], 1)
         self.predictors = predictors[:, :T][mask]  # [completion tokens]  where each of them is predicted
-        self.groups = []  # (prompt tokens, outputs, tokens of the longest, places of theirs in [outputs, longest])
-        lengths, outputs, starts = attention[:, :P].sum(1).tolist(), outputs.cpu(), first.nonzero().flatten().tolist()
+        self.groups = []  # (prompt length, outputs, longest output, filled cells of [outputs, longest output])
+        lengths, has_next = attention[:, :P].sum(1).tolist(), has_next.cpu()
+        starts = new_prompt.nonzero().flatten().tolist()
         for start, stop in zip(starts, [*starts[1:], N]):
-            rows = outputs[start:stop, : int(outputs[start:stop].sum(1).max())]
+            rows = has_next[start:stop, : int(has_next[start:stop].sum(1).max())]
             cells = rows.flatten().nonzero().flatten().to(ids.device)
             self.groups.append((lengths[start], *rows.shape, cells))
         self.kv = [] if keep_kv else None  # (layer, keys, values), each [1, heads, tokens, D]
@@ -436,7 +437,7 @@ class PackedBatch:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens):
-    """Sample `group_size` completions of each prompt (token ids) from softmax(logits / T); T = 0 takes the likeliest.
+    """Sample `group_size` completions of each prompt (token ids) from softmax(logits / τ); τ = 0 takes the likeliest.
 
     Nothing else changes the distribution: no top-k, no top-p, and of a checkpoint's generation config only the end
     tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
@@ -450,7 +451,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
     rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size
-    before, total = (group_size * sum(count for count, _ in ranks) for ranks in (of_ranks[:RANK], of_ranks))
+    before = group_size * sum(count for count, _ in of_ranks[:RANK])  # outputs of the ranks before this one
+    total = group_size * sum(count for count, _ in of_ranks)
     uniform = torch.rand(total if temperature else 0, max_new_tokens, generator=generator)[before:]
     decoding = decoding_batch(model, rows, columns, max_new_tokens, ends, temperature)
     tokens, logp, entropy = sample_all(decoding, rows, prompts, group_size, uniform)  # 3 lists of N, each [|o_i|]
@@ -469,8 +471,9 @@ def sample_all(decoding, rows, prompts, group_size, uniform):
     options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
     with tqdm(total=len(outputs), desc="sampling", **options) as bar:
         while question < len(prompts) or decoding.numbers:
-            while question < len(prompts) and rows - len(decoding.numbers) >= max(group_size, rows // 8):
-                new = prompts[question:][: min(16, (rows - len(decoding.numbers)) // group_size)]  # read in one pass
+            # refill when an eighth of the rows is free; read at most 16 prompts in one pass
+            while question < len(prompts) and (free := rows - len(decoding.numbers)) >= max(group_size, rows // 8):
+                new = prompts[question:][: min(16, free // group_size)]
                 numbers = range(question * group_size, (question + len(new)) * group_size)
                 decoding.prefill(new, numbers, uniform[numbers.start : numbers.stop])
                 question += len(new)
@@ -482,7 +485,7 @@ def sample_all(decoding, rows, prompts, group_size, uniform):
 
 
 def sample_token(logits, temperature, uniform):
-    """A token from softmax(logits / T) for each row, its log π and the entropy of π: logits [n, V] -> 3 × [n, 1].
+    """A token from softmax(logits / τ) for each row, its log π and the entropy of π: logits [n, V] -> 3 × [n, 1].
 
     It is the first at which the cumulative sum of π passes `uniform` [n, 1], random numbers between 0 and 1.
     """
@@ -514,7 +517,7 @@ class DecodingBatch:
         self.model, self.ends, self.temperature = model, ends, temperature
         self.columns, self.limit = columns, max_new_tokens
         self.numbers, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
-        self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, T): a recorded step}
+        self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, τ): a recorded step}
         # of each row: the newest token, its position, the number of sampled tokens
         self.token, self.position, self.length = torch.zeros(3, rows, dtype=torch.long, device=model.device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=model.device)
@@ -580,14 +583,14 @@ class DecodingBatch:
         last = int(self.position[:active].max())
         if self.position.device.type != "cuda":
             return self.decode_step(active, last + 1)
-        # few numbers of rows and columns, few recordings; a single row is summed up in another way, less exactly
+        # rounded up, so that few shapes are recorded; at least 2 rows, since one alone is computed less exactly
         n = min(len(self.position), max(2, 2 ** (active - 1).bit_length()))
         width = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, width, self.temperature)) in self.graphs:
                 self.graphs[key].replay()
                 continue
-            self.decode_step(n, width)  # a recording needs one before it
+            self.decode_step(n, width)  # the first one warms up for the recording
             if self.recordable:
                 self.record(key, lambda: self.decode_step(n, width))
 
@@ -663,7 +666,7 @@ def gathered(function):
 
 @gathered
 def token_logprobs(model, ids, attention, mask, temperature):
-    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / T) of each completion token, fp32, [N, T]; 0 off the mask."""
+    """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / τ) of each completion token, fp32, [N, T]; 0 off the mask."""
     head = model.get_output_embeddings()
     with autocast(model):
         hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
@@ -704,7 +707,7 @@ def hidden_states(trunk, ids, attention, mask):
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log softmax(logits / T) of given tokens with logits = W h + b, for a chunk of tokens at a time.
+    """log softmax(logits / τ) of given tokens with logits = W h + b, for a chunk of tokens at a time.
 
     All logits at once, N·T rows of 150,000 numbers, would be most of a step's memory.
     """
@@ -716,7 +719,7 @@ class HeadLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets)
         at_once = LOGITS_AT_ONCE * (8 if weight.is_cuda else 1)
         ctx.temperature, ctx.chunk = temperature, max(1, at_once // len(weight))
-        # filled in place, like all below: a list of chunks would leave gaps in memory
+        # written in place, as in backward: a list of chunks would leave gaps in memory
         logp = at_least_fp32(hidden.new_empty(len(hidden)))
         for h, target, out in zip(*(x.split(ctx.chunk) for x in (hidden, targets, logp))):
             logits = at_least_fp32(F.linear(h, weight, bias)) / temperature  # [chunk, V]
@@ -725,7 +728,7 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_logp):
-        """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / T."""
+        """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / τ."""
         hidden, weight, bias, targets = ctx.saved_tensors
         d_hidden, full = torch.empty_like(hidden), d_logp.dtype
         d_weight = torch.zeros_like(weight, dtype=full) if ctx.needs_input_grad[1] else None
@@ -754,7 +757,7 @@ def precision(device):
 def autocast(model):
     """The precision of a forward pass: bf16 on a GPU (the weights stay in fp32), fp32 on a CPU."""
     bf16 = precision(model.device) is torch.bfloat16
-    # with its cache gradients that reach one weight from several places would be added up in bf16
+    # its cache would add up in bf16 the gradients that reach one weight from several places
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
@@ -816,8 +819,8 @@ def merge_lora(model):
 def frozen_copy(model, adapter=True):
     """A copy that no gradient and no update reaches: the reference.
 
-    With LoRA it shares the model's weights (unless they are sharded), and has an adapter like the model's as it is now,
-    or none: that is the model as it was loaded. On a GPU its linear layers are held in bf16, in which they compute.
+    With LoRA it shares the frozen weights (unless they are sharded); adapter=True keeps the adapter as it is now, False
+    gives the model as it was loaded. Without LoRA, a GPU holds its linear layers in bf16, in which they compute.
     """
     gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
     reference = copy_with(model, torch.Tensor.cpu if model in SHARDED else None)
@@ -825,24 +828,24 @@ def frozen_copy(model, adapter=True):
         for layer in lora_layers(reference):
             layer.lora_A = layer.lora_B = None
     if precision(model.device) is torch.bfloat16 and not lora_layers(reference):
-        for layer in linear_layers(reference).values():  # as they would be rounded at every use
+        for layer in linear_layers(reference).values():  # rounded once, here, and not at every use
             layer.to(torch.bfloat16)
     return shard(reference.requires_grad_(False))
 
 
 @torch.no_grad()
 def copy_with(module, change=None):
-    """A copy with change(weight) in the place of each weight, which of a sharded module is gathered before.
+    """A copy with change(weight) in the place of each weight; sharded weights are gathered first.
 
     Without `change` trained weights are cloned, and those that no update reaches are shared.
     """
     clone = lambda weight: weight.clone() if weight.requires_grad else weight
     source = SHARDED[module][1] if module in SHARDED else module
-    weights = {
+    memo = {  # deepcopy puts these in the place of the weights
         id(old): nn.Parameter((change or clone)(whole(weight)), weight.requires_grad)
         for old, weight in zip(source.parameters(), module.parameters())
     }
-    return copy.deepcopy(source, weights)
+    return copy.deepcopy(source, memo)
 
 
 @torch.no_grad()
@@ -871,7 +874,7 @@ class Memory:
                 if WORLD > 1 or limit <= self.longest:
                     remedy = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
                     raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {remedy}") from error
-            self.limits[name] = max(limit // 2, self.longest)
+            self.limits[name] = max(limit // 2, self.longest)  # out here the error no longer holds memory
             free_copies()
             tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
 
@@ -900,7 +903,7 @@ def peak_memory():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 1e9
-    import resource  # not on Windows
+    import resource  # missing on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -935,8 +938,7 @@ def size(model):
 def load_reward_model(name):
     """A sequence classifier that was trained to score answers, and its tokenizer, from the hub or from a folder."""
     model, tokenizer = from_pretrained(transformers.AutoModelForSequenceClassification, name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(f"{name} has no padding token")
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -953,7 +955,8 @@ def reward_scores(model, tokenizer, questions, completions, rows=16):
             dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in zip(*pairs)]
             pairs = ([apply_template(tokenizer, dialogue) for dialogue in dialogues],)
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-        inputs = tokenizer(*pairs, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        inputs = tokenizer(*pairs, **options, add_special_tokens=not tokenizer.chat_template)  # a template has its own
         with autocast(model):
             logits = model(**inputs.to(model.device)).logits.float()  # [rows, classes]
         others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
@@ -992,7 +995,12 @@ def tiny_tokenizer(texts):
 def build_tiny(folder, corpus):
     """Train a Qwen2 of half a million parameters on [(messages, completion)], and save it: a minute on two cores."""
     torch.manual_seed(0)
-    texts = [text for messages, end in corpus for m in messages for text in (m["role"], m["content"], "assistant", end)]
+    texts = [
+        text
+        for messages, completion in corpus
+        for message in messages
+        for text in (message["role"], message["content"], "assistant", completion)
+    ]
     tokenizer = tiny_tokenizer(texts)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
@@ -1042,7 +1050,7 @@ def distributed():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    # one rank may sample for long while the others wait; that one has died, torchrun or a broken connection says
+    # an hour, since the others wait while one rank samples; a dead rank shows by torchrun or a broken connection
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
     yield
     dist.destroy_process_group()  # not after an error, when the others may never come
@@ -1096,7 +1104,7 @@ def lockstep(batches):
 
 
 class Root(nn.Sequential):
-    """The children of a module, for FSDP, which gathers their weights while `forward` runs: here any function."""
+    """The children of a module, whose weights FSDP gathers while forward(function) runs that function."""
 
     def forward(self, function):
         return function()
