@@ -13,6 +13,7 @@ The rewards here are unweighted. To add one, write a function under `@reward` (l
     sandbox_problem()                   why programs cannot run on this machine, or None
     step_rewards(completion, problem)   the reward of each reasoning step, for process supervision
     rewards(completion, problem)        {name: number} of every reward in the table REWARDS
+    score(completions, problems, threads)  the same for many completions, and why a rule failed
     reflection(completion)              how many words of doubt a completion has (a metric, not a reward)
     overlong(length, limit, buffer)     DAPO's penalty for long completions
 """
@@ -33,6 +34,7 @@ import tempfile
 import threading
 import unicodedata
 from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -62,34 +64,27 @@ def outside_reasoning(completion):
     return outside + before + "".join(unclosed.partition("<answer>")[1:])
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
+for _ in range(9):
+    BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
+BARE = r"(?!\{)(?:(?!\\f?box)[^$\n]){0,500}"  # what follows a box without braces
+BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|(?=({BARE})))?", re.DOTALL)
 BETWEEN_BOXES = re.compile(r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?")
-BRACE = re.compile(r"[{}](?<!(?<!\\)\\.)")  # \{ and \} are part of an answer
 
 
 def boxed(text):
-    r"""What the last box holds, or "": `\boxed{…}` with balanced braces, `\fbox{…}` or `\boxed 5`.
+    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}` or `\boxed 5`.
 
     Boxes with only `and`, `or` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
     """
-    contents, end, depth = [], 0, 0
+    contents, end = [], 0
     for box in BOX.finditer(text):
-        if box.start() < end:
-            continue  # a box inside the box before
+        if box.lastindex is None:  # a box that is never closed
+            return ""
         if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
             contents.clear()
-        start = end = box.end()
-        if not text.startswith("{", start):
-            contents.append(re.split(r"[$\n]|\\f?box", text[start : start + LONGEST], maxsplit=1)[0].strip(" ."))
-            continue
-        for brace in BRACE.finditer(text, start):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                break
-        else:
-            return ""  # a box that is never closed
-        end = brace.end()
-        contents.append(text[start + 1 : end - 1].strip())
+        contents.append(box[box.lastindex].strip())
+        end = box.end()
     return ", ".join(contents)
 
 
@@ -778,8 +773,7 @@ def sandboxed(entry):
     return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-# The next seven functions are sent into the sandboxes as source text. `ast` is only its C half there, `_ast`: the
-# whole module takes 15 ms to load.
+# The next seven functions are sent into the sandboxes as source text.
 
 
 def tests_process(requests, replies, most):
@@ -839,8 +833,10 @@ def program_process():
 
 
 def send(pipe, value):
-    """Write one value as one line. Where nobody reads any more, this process ends."""
-    line = repr(built_in(value)).encode() + b"\n"
+    """Write one value as one line of JSON. Where nobody reads any more, this process ends."""
+    import json
+
+    line = json.dumps(encoded(value)).encode() + b"\n"
     try:
         pipe.write(line)
         pipe.flush()
@@ -850,50 +846,36 @@ def send(pipe, value):
 
 def receive(pipe, most=-1):
     """Read the next value. At the end of the pipe, or where a line is longer than `most`, this process ends."""
+    import json
+
     line = pipe.readline(most)
     if not line.endswith(b"\n"):
         os._exit(0)
-    return value_of_syntax(compile(line.decode(), "<pipe>", "eval", ast.PyCF_ONLY_AST).body)
+    return decoded(json.loads(line))
 
 
-def built_in(value):
-    """The same value in plain built-in types, so that its repr says all of it: a Counter becomes a dict."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return str.__str__(value)
+def encoded(value):
+    """A value for JSON. What JSON does not know is a list that begins with the name of its type: ["set", 1, 2]."""
+    if value is None or isinstance(value, (int, float, str)):
+        return value
     if isinstance(value, dict):
-        return {built_in(key): built_in(item) for key, item in value.items()}
-    for kind in (bool, int, float, complex, bytes):
+        return ["dict", *map(encoded, value.items())]
+    for kind in (list, tuple, set, frozenset, bytes):
         if isinstance(value, kind):
-            return kind(value)
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return kind(map(built_in, value))
+            return [kind.__name__, *map(encoded, value)]
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
     raise TypeError(f"a {type(value).__name__} cannot be sent")
 
 
-def value_of_syntax(node):
-    """The value that a syntax tree spells: what ast.literal_eval reads, and inf, nan and frozensets."""
-    match node:
-        case ast.Constant(value):
-            return value
-        case ast.Name("inf" | "nan" as name):
-            return float(name)
-        case ast.UnaryOp(ast.USub(), operand):
-            return -value_of_syntax(operand)
-        case ast.BinOp(left, ast.Add(), right):
-            return value_of_syntax(left) + value_of_syntax(right)
-        case ast.BinOp(left, ast.Sub(), right):
-            return value_of_syntax(left) - value_of_syntax(right)
-        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
-            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-            return kind([value_of_syntax(item) for item in items])
-        case ast.Dict(keys, items):
-            return {value_of_syntax(key): value_of_syntax(item) for key, item in zip(keys, items)}
-        case ast.Call(ast.Name("set" | "frozenset" as name), items):
-            return {"set": set, "frozenset": frozenset}[name](*[value_of_syntax(item) for item in items])
-    raise ValueError("not a plain value")
+def decoded(value):
+    """The value that `encoded` wrote for JSON, in plain built-in types: a Counter has become a dict."""
+    if not isinstance(value, list):
+        return value
+    kind, items = value[0], map(decoded, value[1:])
+    if kind == "complex":
+        return complex(*items)
+    return {"dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}[kind](items)
 
 
 def confine(uid, limits):
@@ -908,9 +890,8 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-INSIDE = "import os, sys, _ast as ast\n" + "\n".join(
-    inspect.getsource(function)
-    for function in (tests_process, program_process, send, receive, built_in, value_of_syntax, confine)
+INSIDE = "import os, sys\n" + "".join(
+    map(inspect.getsource, (tests_process, program_process, send, receive, encoded, decoded, confine))
 )
 
 
@@ -996,6 +977,28 @@ def rewards(completion, problem):
     """Every rule-based reward of a completion that applies to its problem, unweighted: {name: number}."""
     values = {name: function(completion, problem) for name, function in REWARDS.items()}
     return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def score(completions, problems, threads):
+    """The rewards of many completions: {name: one number per completion}, and [why a rule failed], at most one a row.
+
+    Rules run in threads, because programs are slow. A completion on which a rule fails is wrong and has no format.
+    """
+
+    def score_one(completion, problem):
+        try:
+            values, failure = rewards(completion, problem), None
+        except Exception as error:  # a fault in a rule must not end the training
+            values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                values[name], failure = 0.0, failure or f"{name} is {value}"
+        return values, failure and f"{failure} (question: {problem['question']})"
+
+    with ThreadPoolExecutor(threads) as pool:
+        rows, failures = zip(*pool.map(score_one, completions, problems))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, 0.0) for row in rows] for name in names}, list(filter(None, failures))
 
 
 @reward

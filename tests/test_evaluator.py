@@ -1,6 +1,8 @@
 """The rules of evaluator.py: what is the answer, is it right, what is it worth."""
 
 import itertools
+import math
+import pathlib
 import random
 import re
 import subprocess
@@ -11,15 +13,18 @@ from fractions import Fraction  # noqa: F401 (of the text that is evaluated belo
 import pytest
 
 import evaluator
-import main
 import rldatasets
 
 TIDY = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"
 
 
+MAIN = (pathlib.Path(__file__).parent.parent / "main.py").read_text()
+WEIGHTS = {name.lower(): float(weight) for name, weight in re.findall(r"^WEIGHT_(\w+) = ([\d.]+)", MAIN, re.MULTILINE)}
+
+
 def reward(completion, answer="72"):
     """The weighted sum, as main.py makes it."""
-    return main.score_completions([completion], [{"answer": answer}])[0].item()
+    return sum(WEIGHTS[name] * value for name, value in evaluator.rewards(completion, {"answer": answer}).items())
 
 
 @pytest.mark.parametrize(
@@ -188,6 +193,20 @@ def test_a_program_is_run_once_for_all_of_its_rewards(monkeypatch):
     assert len(runs) == 3  # other tests are another run
     assert evaluator.rewards(TIDY.format("so", ""), problem)["tests"] == 0 and len(runs) == 3
     evaluator.run_tests_once.cache_clear()
+
+
+def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monkeypatch):
+    found = {
+        "right": {"correctness": 1.0, "strict_format": 0.5},
+        "program": {"correctness": 1.0, "strict_format": 1.0, "tests": 0.5},
+        "odd": {"correctness": math.nan, "strict_format": math.inf, "tests": 0.25},
+    }
+    monkeypatch.setattr(evaluator, "rewards", lambda completion, problem: dict(found[completion]))  # else a KeyError
+    completions = ["right", "boom", "program", "odd"]
+    values, failures = evaluator.score(completions, [{"question": f"about {one}"} for one in completions], threads=2)
+    assert values == {"correctness": [1, 0, 1, 0], "strict_format": [0.5, 0, 1, 0], "tests": [0, 0, 0.5, 0.25]}
+    assert failures == ["KeyError('boom') (question: about boom)", "correctness is nan (question: about odd)"]
+    assert evaluator.score(["right"], [{}], threads=2) == ({"correctness": [1], "strict_format": [0.5]}, [])
 
 
 def test_very_small_numbers_keep_their_sign():
