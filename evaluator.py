@@ -1094,3 +1094,27 @@ def reflection(completion):
 def overlong(length, limit, buffer):
     """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, down to -1 at the limit."""
     return min(0.0, (limit - buffer - length) / buffer)
+
+
+def score(completions, problems, threads):
+    """The rewards of many completions: {name: one number each}, and why a rule failed, where one did."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    failures = {}
+
+    def judge(i):
+        try:
+            return rewards(completions[i], problems[i])
+        except Exception as error:
+            failures[i] = f"{error!r} (question: {problems[i]['question']})"
+            return {"correctness": 0.0, "strict_format": 0.0}
+
+    with ThreadPoolExecutor(threads) as pool:
+        rows = list(pool.map(judge, range(len(completions))))
+    by_name = {name: [row.get(name, 0.0) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
+    for name, values in by_name.items():
+        for i, value in enumerate(values):
+            if not math.isfinite(value):
+                failures.setdefault(i, f"{name} is {value} (question: {problems[i]['question']})")
+                values[i] = 0.0
+    return by_name, [failures[i] for i in sorted(failures)]

@@ -50,7 +50,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -87,18 +87,18 @@ MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
 MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
 CACHE_TOKENS = 524288  # tokens in the KV cache at once while sampling: lower it when sampling runs out of memory
 # -- Objective, eq. (3) and (4)
-BASELINE = "group"  # an output is compared with the mean of its group (paper), or of the others in it (RLOO)
+BASELINE = "group"  # compare an output with the mean of its group (paper), or of the others in the group (RLOO)
 SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
-RATIO = "token"  # π_θ/π_θold: one per token (paper), or one per sequence (GSPO)
+RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence (GSPO)
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 needs no reference and lets the policy go further; grpo and ppo
-KL = "k3"  # estimator of the KL: k3 is eq. (4); the gradient of k1 is 0 on average, that of k2 is the reverse KL's
-DENOMINATOR = "sequence"  # a token is divided by: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant (Dr. GRPO)
+KL = "k3"  # estimator of the KL: k3 is eq. (4); as a loss, k2 has the gradient of the reverse KL, k1 a mean of 0
+DENOMINATOR = "sequence"  # divide a token by: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant (Dr. GRPO)
 MASK_TRUNCATED = False  # leave outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
 DROP_ZERO_ADVANTAGE = False  # leave outputs with Â = 0 out for β > 0 too, and their KL with them
-# -- Rewards: r_i is the sum of weight × reward, one line per reward; NAME is a function of evaluator.py
-SUPERVISION = "outcome"  # rewards for outputs (outcome, §4.1.2), for steps (process, §4.1.3), or both
+# -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the function x of evaluator.py
+SUPERVISION = "outcome"  # reward outputs (outcome, §4.1.2), steps (process, §4.1.3), or both (departure 5)
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
 WEIGHT_INTEGER = 0.5  # the answer is a whole number
 WEIGHT_STRICT_FORMAT = 0.5  # exactly the form that the prompt asks for
@@ -115,7 +115,7 @@ WEIGHT_STEPS = 0.5  # of the steps' advantages beside the outcome's, where SUPER
 # -- Optimisation
 LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
 WARMUP = 10  # updates over which the learning rate rises from 0
-SCHEDULE = "constant"  # after the warm-up: constant, linear or cosine (the last two fall to 0)
+SCHEDULE = "constant"  # of the learning rate after the warm-up: constant, linear or cosine; the last two fall to 0
 ADAM_BETA1 = 0.9  # decay of AdamW's mean of the gradient
 ADAM_BETA2 = 0.99  # decay of AdamW's mean of the squared gradient: 0.999 remembers longer than most runs last
 WEIGHT_DECAY = 0.0  # of AdamW
@@ -243,7 +243,7 @@ def take_step(state):
         advantages = group_advantages(rewards).flatten().to(rollout.ids.device)  # 9: Â_i, [N]
     else:
         advantages, by_name["steps"] = supervise_steps(state, rollout, problems, rewards)  # 9: Â_{i,t}, [N, T]
-    with timed("update"):
+    with llms.timed("update"):
         updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11
     return record_step(state, problems, rollout, by_name, advantages, updates)
 
@@ -279,7 +279,9 @@ class State:
     critic: torch.nn.Module = None  # V_ψ of PPO
     reward_model: tuple = None  # REWARD_MODEL and its tokenizer
     stream: object = None  # iterator over the training problems
-    memory: llms.Memory = None  # how many tokens fit: less than the constants say after running out of memory
+    memory: llms.Memory = dataclasses.field(  # how many tokens fit: TOKEN_BUDGET and CACHE_TOKENS, or what was found
+        default_factory=lambda: llms.Memory(MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, TOKEN_BUDGET, CACHE_TOKENS)
+    )
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
     step: int = 0  # the counters from here on are over all iterations
     updates: int = 0  # optimizer steps
@@ -289,9 +291,9 @@ class State:
     prompts_skipped: int = 0  # too long
     tokens: int = 0  # of sampled outputs
     failures: int = 0  # steps in a row whose update was not finite
+    began: float = 0.0  # when this step began
 
     def networks(self):
-        """By name; π_θ and V_ψ are trained."""
         networks = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
         return {name: network for name, network in networks.items() if network is not None}
 
@@ -311,10 +313,8 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
     lr = learning_rate(state.updates)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    networks = [
-        network.parameters() for network in (state.policy, state.critic) if network
-    ]  # each is clipped by itself
-    norms = [torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM) for weights in networks]
+    trained = [network.parameters() for network in (state.policy, state.critic) if network is not None]
+    norms = [torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM) for weights in trained]  # each by itself
     norms = [llms.whole(norm).item() for norm in norms]  # as they were before the clipping
     finite = all(map(math.isfinite, [diagnostics["loss"], *norms]))
     if finite:
@@ -414,7 +414,7 @@ def other_step(state, source, coefficients, loss_function):
     logp_old = score(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
     logp_ref = score(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
     GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
-    with timed("update"):
+    with llms.timed("update"):
         updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(MU)]
     return record_step(state, problems, rollout, by_name, GC, updates, extra)
 
@@ -523,19 +523,7 @@ class RunError(RuntimeError):
     """Why a run ended early, in one line."""
 
 
-# ==== Questions, samples, log-probabilities; rewards: line 8; evaluation, records, checkpoints ======================
-
-SECONDS = {}  # of this step: when it began, and the wall-clock seconds of its parts
-
-
-@contextmanager
-def timed(name):
-    """Add the seconds of a block or function to those of the step."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    SECONDS[f"seconds/{name}"] = SECONDS.get(f"seconds/{name}", 0.0) + time.perf_counter() - start
+# ==== What a step needs, what it records ============================================================================
 
 
 def stage_of(step):
@@ -550,8 +538,8 @@ def stage_of(step):
 
 def next_questions(state):
     """Line 5: QUESTIONS_PER_STEP problems whose prompts are short enough. Returns this rank's problems and prompts."""
-    SECONDS.clear()
-    SECONDS["began"] = time.perf_counter()
+    llms.SECONDS.clear()
+    state.began = time.perf_counter()
     stage, dataset = stage_of(state.step)
     if stage != state.stage:
         state.stage, state.position, state.stream = stage, 0, None
@@ -574,7 +562,7 @@ def next_questions(state):
     return map(list, zip(*llms.share(batch)))
 
 
-@timed("sample")
+@llms.timed("sample")
 def sample(state, model, prompts, group_size=None, temperature=None, generator=None):
     """o ~ π(O|q): a rollout of group_size outputs for each prompt; without more arguments as in training."""
     if group_size is None:
@@ -584,7 +572,7 @@ def sample(state, model, prompts, group_size=None, temperature=None, generator=N
     return rollout if model is state.policy else rollout._replace(logp=None, entropy=None)  # those are not π_θ's
 
 
-@timed("logprobs")
+@llms.timed("logprobs")
 def score(state, model, rollout, read=None):
     """log π of every token of a rollout under a model, without gradient: [N, T]. read: what to compute instead."""
     read = read or (lambda model, *batch: llms.token_logprobs(model, *batch, TEMPERATURE))
@@ -593,7 +581,7 @@ def score(state, model, rollout, read=None):
     )
 
 
-@timed("reward")
+@llms.timed("reward")
 def score_outputs(rollout, problems, reward_model=None):
     """Every reward of every output, unweighted: {name: [Q, G]}; by rules, and by a reward model where there is one."""
     group, threads = len(rollout.texts) // len(problems), max(1, os.cpu_count() // llms.LOCAL_WORLD)
@@ -650,25 +638,21 @@ def evaluate(state, problems):
     right = llms.gather(score_outputs(rollout, problems)["correctness"].sum(1).int().tolist())  # of n, for each problem
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):  # paper, Figure 7
         metrics[f"eval/pass@{k}"] = sum(report.pass_at_k(n, c, k) for c in right) / len(right)
+        groups = [(rollout.texts[i * n : i * n + k], problem) for i, problem in enumerate(problems)]
         if all(problem.get("kind") != "program" for problem in problems):  # programs have no answer to vote for
-            winners = [evaluator.majority(rollout.texts[i * n : i * n + k]) for i in range(len(problems))]
-            votes = llms.gather([evaluator.right(winner, problem) for winner, problem in zip(winners, problems)])
+            votes = llms.gather([evaluator.right(evaluator.majority(group), problem) for group, problem in groups])
             metrics[f"eval/maj@{k}"] = sum(votes) / len(votes)
     return metrics, records
 
 
 def output_records(rollout, problems, columns):
     """A dict for each output of all ranks: its problem, text, length, and its value of each column, [Q, G] or [N]."""
-    group, lengths = len(rollout.texts) // len(problems), rollout.mask.sum(1)
-    columns = columns | {"length": lengths, "truncated": rollout.truncated.float()}
-    columns["entropy"] = lengths * math.nan if rollout.entropy is None else rollout.entropy.sum(1)  # over its tokens
+    lengths = rollout.mask.sum(1)  # [N]
+    entropy = lengths * math.nan if rollout.entropy is None else rollout.entropy.sum(1)  # [N], over the tokens
+    columns = columns | {"length": lengths, "truncated": rollout.truncated.float(), "entropy": entropy}
     columns = {name: x.flatten().tolist() for name, x in columns.items()}
     columns["reflection"] = list(map(evaluator.reflection, rollout.texts))
-    records = []
-    for i, text in enumerate(rollout.texts):
-        about = {key: problems[i // group].get(key) for key in ("question", "answer", "task")}
-        records.append(about | {"completion": text} | {name: values[i] for name, values in columns.items()})
-    return llms.gather(records)
+    return llms.gather(report.records(problems, rollout.texts, columns))
 
 
 def record_step(state, problems, rollout, by_name, advantages, updates, extra=None):
@@ -678,28 +662,22 @@ def record_step(state, problems, rollout, by_name, advantages, updates, extra=No
     records = output_records(rollout, problems, columns)
     groups = torch.tensor([record["reward"] for record in records]).view(-1, rewards.shape[1])  # [Q, G], of all ranks
     names = dict.fromkeys(name for of_rank in llms.gather([list(by_name)]) for name in of_rank)
-    diagnostics = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)
-    diagnostics |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
-    for name in updates[0]:
-        values = [one[name] for one in updates]
-        diagnostics[name] = max(values) if name.endswith("max") else sum(values) / len(values)
-    stage = stage_of(state.step)[1]
-    state.step += 1
+    dataset, state.step = stage_of(state.step)[1], state.step + 1
     state.tokens += sum(record["length"] for record in records)
     row = {
         "step": state.step,
-        "stage": stage,
+        "stage": dataset,
         "reward": groups.mean().item(),
         "reward_std": groups.std(1, correction=min(1, groups.shape[1] - 1)).mean().item(),
         "zero_std_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
         **report.step_metrics(records, names),
-        **diagnostics,
+        **report.mean_of_updates(updates),
         **(extra or {}),
         **{name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")},
         **state.memory.limits,
         "memory": llms.peak_memory(),
-        "seconds": time.perf_counter() - SECONDS.pop("began"),
-        **SECONDS,
+        "seconds": time.perf_counter() - state.began,
+        **llms.SECONDS,
     }
     log(state.run, row, [{"split": "train"} | record for record in records[: groups.shape[1]]], TENSORBOARD)
     say(report.step_line(row))
@@ -834,18 +812,17 @@ def choose_settings(actions, flags):
 def check_settings():
     """Refuse what cannot be meant, before anything is loaded."""
     now, longest, dpo = settings(), MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, ALGORITHM == "dpo"
+    one_advantage = ALGORITHM != "ppo" and SUPERVISION == "outcome"  # for all tokens of an output
     weights = {name for name in now if name.startswith("WEIGHT_")} - {"WEIGHT_DECAY"}
     numbers = {name: x for name, x in now.items() if isinstance(x, (int, float)) and name not in weights}
-    from_1 = (
-        "ITERATIONS STEPS GROUP_SIZE MU MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY".split()
-    )
+    from_1 = {"ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "MAX_PROMPT_TOKENS", "CACHE_TOKENS"}
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
     rewards = {*evaluator.REWARDS, "overlong", "reward_model", "steps"}
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
         *((name, name[7:].lower() in rewards, "the weight of a reward of evaluator.py") for name in weights),
         *((name, math.isfinite(x), "finite") for name, x in now.items() if isinstance(x, float)),
-        *((name, now[name] >= 1, "at least 1") for name in from_1),
+        *((name, now[name] >= 1, "at least 1") for name in from_1 | {"EVAL_EVERY", "SAVE_EVERY"}),
         *((name, x >= 0, "at least 0") for name, x in numbers.items()),
         *((name, now[name] > 0, "above 0") for name in above_0),
         *((name, now[name] >= 0.01, "at least 0.01") for name in ("TEMPERATURE", "EVAL_TEMPERATURE")),
@@ -857,16 +834,8 @@ def check_settings():
         ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"at least {llms.WORLD}, one for each rank"),
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
         ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
-        (
-            "REWARD_MODEL",
-            not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"),
-            f"empty for {ALGORITHM}, which uses the rule",
-        ),
-        (
-            "RATIO",
-            RATIO == "token" or ALGORITHM != "ppo" and SUPERVISION == "outcome",
-            "token where Â differs by token",
-        ),
+        ("REWARD_MODEL", not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"), f"empty for {ALGORITHM}: it uses the rule"),
+        ("RATIO", RATIO == "token" or one_advantage, "token where Â differs from token to token"),
         ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
     ]
@@ -888,12 +857,6 @@ def check_data(training=True):
     stages = rldatasets.stages(DATASET)
     tasks = [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
     tasks = tasks if EVAL_DATASET else list(dict.fromkeys(name for name, _ in stages))
-    each, tested = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None, []
-    for task in tasks:
-        tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
-    if len(tested) < llms.WORLD:
-        raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
-    check_sandbox(tested)
     for name, _ in stages if training else ():
         rldatasets.load(name, "train")  # refuses what is for testing only
         if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
@@ -905,23 +868,18 @@ def check_data(training=True):
             raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
         if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
             raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
+    each, tested = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None, []
+    for task in tasks:
+        tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
+    if len(tested) < llms.WORLD:
+        raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
+    check_sandbox(tested)
     return tested
 
 
 def load_model(name):
-    """A policy and its tokenizer. tiny is built when first asked for; a run's folder stands for the model in it."""
-    if name == "tiny":
-        name = llms.tiny_folder(Path("runs"), rldatasets.messy_corpus())
-    elif (Path(name) / "config.json").is_file() and (Path(name) / "metrics.jsonl").is_file():
-        if not (Path(name) / "model").is_dir():
-            raise SettingsError(f"{name} is a run that has no model yet: python main.py --resume {name}")
-        name = f"{name}/model"
-    return llms.load(name)
-
-
-def new_memory():
-    limits = {"token_budget": TOKEN_BUDGET, "cache_tokens": CACHE_TOKENS}
-    return llms.Memory(limits, MAX_PROMPT_TOKENS + MAX_NEW_TOKENS)
+    """A policy and its tokenizer; tiny is built when it is first asked for."""
+    return llms.load(llms.tiny_folder(Path("runs"), rldatasets.messy_corpus()) if name == "tiny" else name)
 
 
 def new_state(policy, tokenizer, run=None):
@@ -931,7 +889,7 @@ def new_state(policy, tokenizer, run=None):
         llms.add_lora(policy, LORA_RANK, LORA_ALPHA)
     if GRADIENT_CHECKPOINTING:
         llms.checkpoint_layers(policy)
-    state = State(policy, tokenizer, run, memory=new_memory())
+    state = State(policy, tokenizer, run)
     state.critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
     networks = map(llms.shard, state.networks().values())
     trained = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
@@ -964,10 +922,9 @@ def ask_to_stop(number, frame):
 def after_step(state, metrics, problems, evaluate_at, notes, bar):
     """Print what is not healthy, evaluate and save when it is time; returns the signal to stop for, or 0."""
     bar.update()
-    for note in report.health_notes(metrics, settings(), torch.cuda.is_available()):
-        if note not in notes:
-            say(f"note: {note}.")
-            notes.append(note)
+    for note in set(report.health_notes(metrics, settings(), torch.cuda.is_available())) - notes:
+        say(f"note: {note}.")
+        notes.add(note)
     state.failures = state.failures + 1 if metrics["skipped_updates"] else 0
     if state.failures == 3:
         raise RunError("three steps in a row were not finite; the last checkpoint is older than they are")
@@ -989,15 +946,21 @@ def record_evaluation(state, problems):
         plot.draw([state.run], state.run)
 
 
+def run_folder(actions):
+    """The folder of a resumed run, or of a new one, which is not made yet: runs/RUN, or the first free number."""
+    if actions.resume:
+        return Path(actions.resume)
+    data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
+    stem = "test" if actions.test else f"{Path(MODEL).name}-{data}"
+    if RUN and (Path("runs") / RUN / "config.json").exists():
+        raise SettingsError(f"runs/{RUN} exists already: choose another --run, or go on with --resume runs/{RUN}")
+    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
+    return Path("runs") / RUN if RUN else next(path for path in numbered if not path.exists())
+
+
 def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
-    data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
-    stem, last = "test" if actions.test else f"{Path(MODEL).name}-{data}", ITERATIONS * STEPS
-    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
-    run = Path(actions.resume or (Path("runs") / RUN if RUN else next(path for path in numbered if not path.exists())))
-    if not actions.resume and (run / "config.json").exists():
-        raise SettingsError(f"{run} exists already: choose another --run, or go on with --resume {run}")
-    problems = check_data()
+    run, problems, last = run_folder(actions), check_data(), ITERATIONS * STEPS
     policy, tokenizer = load_model(MODEL)  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
     lengths = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in problems]
@@ -1010,31 +973,34 @@ def run_training(actions):
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
 
+    with report.only_writer(run) if llms.RANK == 0 else nullcontext():
+        return run_steps(state, problems, {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)})
+
+
+def run_steps(state, problems, evaluate_at):
+    """A run, from wherever its state stands, to its end; returns the program's status."""
+    run, policy, last = state.run, state.policy, ITERATIONS * STEPS
     if llms.RANK == 0:
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
-        about = {"device": device, "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
-        report.open_folder(run, settings() | about, state.step)
-    sizes = [(weight.numel() / 1e6, weight.requires_grad) for weight in policy.parameters()]
-    total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-    say(f"{MODEL}: {total:.1f} M parameters, {trained:.1f} M of them trained")
-    say(f"{ALGORITHM} on {DATASET}; {llms.WORLD} × {policy.device}; everything goes to {run}")
+        about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+        report.begin(run, settings() | about, state.step)
+    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {llms.size(policy)}; {llms.WORLD} × {policy.device}; all goes to {run}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
-    evaluate_at, notes = {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)}, []
     if state.step == 0:
         if 0 in evaluate_at:
             record_evaluation(state, problems)
         save_checkpoint(state)
+    notes = set()
     with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0) as bar:
         stopped = train(state, lambda *step: after_step(*step, problems, evaluate_at, notes, bar))
     if stopped:
         start = "python" if llms.WORLD == 1 else f"torchrun --nproc_per_node {llms.LOCAL_WORLD}"
         say(f"stopped after step {state.step} and saved; go on with: {start} main.py --resume {run}")
         return 128 + stopped
-    llms.save(policy, tokenizer, run / "model")
-    say(f"{report.summary(run)}\n\nthe model is in {run}/model, the curves in {run}/train_score.png and eval_score.png")
+    llms.save(policy, state.tokenizer, run / "model")
+    if llms.RANK == 0:
+        print(report.summary(run))
+        print(f"\nthe model is in {run}/model, the curves in {run}/train_score.png and {run}/eval_score.png")
     return 0
 
 
@@ -1044,7 +1010,7 @@ def run_evaluation(actions):
     names = [name for name in (actions.evaluate, actions.against) if name]
     for name in names:
         policy, tokenizer = load_model(name)
-        state = State(llms.shard(policy), tokenizer, memory=new_memory())
+        state = State(llms.shard(policy), tokenizer)
         metrics, records = evaluate(state, problems)
         right.append([record["correctness"] for record in records])
         say(f"{name}: {report.eval_line(metrics)}")

@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 import textwrap
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +29,15 @@ class FolderError(ValueError):
 # ---- metrics of outputs --------------------------------------------------------------------------------------------
 
 
+def records(problems, texts, columns):
+    """A record for each text: the same number of texts for each problem, and columns {name: a value per text}."""
+    group, made = len(texts) // len(problems), []
+    for i, text in enumerate(texts):
+        about = {key: problems[i // group].get(key) for key in ("question", "answer", "task")}
+        made.append(about | {"completion": text} | {name: values[i] for name, values in columns.items()})
+    return made
+
+
 def mean(records, name):
     """The mean of a number over some records; a record without it counts 0."""
     return statistics.mean(record.get(name, 0.0) for record in records)
@@ -42,6 +52,16 @@ def step_metrics(records, rewards):
         "length_max": max(record["length"] for record in records),
         **{name: mean(records, name) for name in ("length", "truncated", "reflection", "zero_advantage")},
     }
+
+
+def mean_of_updates(updates):
+    """The part of a training row that is about its μ updates: means of their diagnostics, of maxima the largest."""
+    means = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)  # where nothing was learnt from
+    means |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        means[name] = max(values) if name.endswith("max") else sum(values) / len(values)
+    return means
 
 
 def eval_metrics(records):
@@ -83,21 +103,26 @@ def paired_difference(names, right):
 
 # ---- the folder of a run -------------------------------------------------------------------------------------------
 
-LOCKS = {}  # {run: its open lock file}; the system releases a lock when the process ends
 WRITERS = {}  # {run: a writer of TensorBoard's files}
 
 
-def open_folder(run, config, step):
-    """Lock a run's folder, write config.json, and cut the run's files back to the step of its checkpoint."""
+@contextmanager
+def only_writer(run):
+    """A block in which no other process writes to a run's folder; the system forgets its lock with the process."""
     run.mkdir(parents=True, exist_ok=True)
-    LOCKS[run] = open(run / ".lock", "w")  # noqa: SIM115
-    try:
-        if fcntl:
-            fcntl.flock(LOCKS[run], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FolderError(f"{run} is being written by another process") from None
-    except OSError as error:
-        print(f"note: {run} cannot be locked ({error}): let no second process write to it.")
+    with open(run / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"{run} is being written by another process") from None
+        except OSError as error:
+            print(f"note: {run} cannot be locked ({error}): let no second process write to it.")
+        yield
+
+
+def begin(run, config, step):
+    """Write config.json, and cut the files of a run back to the step of its checkpoint."""
     git = subprocess.run(
         "git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

@@ -29,7 +29,8 @@ SEEDS = (0, 1, 2)
 COMMON = "--model tiny --steps 40 --schedule constant --eval_every 10 --save_every 10 --show_every 0"
 RUNS = {  # what each changes; a flag given twice takes its last value
     "grpo": "",
-    "grpo-ps": "--supervision process",
+    "grpo-ps": "--supervision both",
+    "grpo-ps-printed": "--supervision process",
     "rft": "--algorithm rft",
     "online-rft": "--algorithm online_rft",
     "sft": "--algorithm sft",

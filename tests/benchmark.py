@@ -6,10 +6,10 @@ With a GPU the model has the shape of Qwen2.5-1.5B, and shares of the GPU's meas
 """
 
 import argparse
+import copy
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,7 +17,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["TQDM_DISABLE"] = "1"  # no progress bars between the figures
+
+import reference
+import torch
+import transformers
+
+import llms
+import main
+
 SHAPES = {  # hidden size, layers, inner size, heads, key heads, vocabulary
     "small": (384, 8, 1024, 6, 2, 32_000),
     "smaller": (256, 4, 688, 4, 2, 32_000),
@@ -38,32 +45,22 @@ PROMPT = 100  # tokens in each prompt, about GSM8K's with its instruction
 END = 1  # the token that ends an output
 
 
-def peak():
-    """The most memory that this process ever had."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def clock():
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def random_model(hidden, layers, inner, heads, key_heads, vocabulary):
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
+def configuration(hidden, layers, inner, heads, key_heads, vocabulary, tied=True):
     shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner}
     shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
     ends = {"eos_token_id": END, "bos_token_id": None, "pad_token_id": None}
-    config = transformers.Qwen2Config(**shape, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
+    return transformers.Qwen2Config(**shape, **ends, tie_word_embeddings=tied, max_position_embeddings=4096)
+
+
+def random_model(hidden, layers, inner, heads, key_heads, vocabulary):
+    torch.manual_seed(0)
+    config = configuration(hidden, layers, inner, heads, key_heads, vocabulary)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     return model.cuda() if torch.cuda.is_available() else model
 
@@ -79,13 +76,17 @@ class Words:
 
 def end_by(model, longest, ragged):
     """Let outputs end by a law, whoever samples: log-normal, median a fifth of the longest, σ = 0.6; or never."""
-    import torch
-
     cdf = [0.5 * (1 + math.erf(math.log(t / (longest / 5)) / 0.6 / 2**0.5)) for t in range(1, longest + 1)]
     hazard = [(b - a) / (1 - a) for a, b in zip([0.0, *cdf], cdf)] if ragged else [0.0] * longest
     log_odds = torch.tensor([math.log(h / (1 - h)) if h > 1e-9 else -1e4 for h in hazard], device=model.device)
     with torch.no_grad():  # the other tokens of a random model weigh about the same everywhere
-        others = model(torch.arange(64, device=model.device)[None]).logits.float().logsumexp(-1).mean().item()
+        others = (
+            reference.plain(model)(torch.arange(64, device=model.device)[None])
+            .logits.float()
+            .logsumexp(-1)
+            .mean()
+            .item()
+        )
     place = {}
 
     def see(module, inputs, kwargs):
@@ -101,15 +102,11 @@ def end_by(model, longest, ragged):
 
 
 def questions(count, vocabulary):
-    import torch
-
     return torch.randint(2, vocabulary, (count, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def generate(model, prompts, group_size, longest):
     """What the library offers: every row of every group, until the last has ended."""
-    import torch
-
     ids = torch.tensor(prompts, device=model.device).repeat_interleave(group_size, 0)
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": longest}
     with torch.no_grad():
@@ -120,31 +117,23 @@ def generate(model, prompts, group_size, longest):
 
 def library_model(shape):
     """The model as the library runs it fastest: on a GPU in bf16."""
-    import torch
-
     model = random_model(*SHAPES[shape])
     if torch.cuda.is_available():
-        for weight in model.parameters():  # not the buffers, see llms.plain_copy
+        for weight in model.parameters():  # not the buffers, in which RoPE needs fp32
             weight.data = weight.to(torch.bfloat16)
     return model
 
 
 def ours(shape):
-    import llms
-
     model = random_model(*SHAPES[shape])
-    assert llms.attend_by_layout(model)
+    llms.use_packed_attention(model, shape)
     return model
 
 
 def rollout(shape, count, group_size, longest, repeats=3):
     """Tokens per second of llms.sample and of generate, in turns."""
-    import torch
-
-    import llms
-
     mine, theirs, prompts = ours(shape), library_model(shape), questions(count, SHAPES[shape][-1])
-    generator = torch.Generator(mine.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     how = (group_size, longest, 1.0, generator, 10**9)
     print(f"\nrollouts: {count} prompts of {PROMPT} tokens, {group_size} outputs each, up to {longest} tokens")
     print(f"{'lengths':12}{'this program':>18}{'generate':>18}{'ratio':>8}")
@@ -163,13 +152,11 @@ def rollout(shape, count, group_size, longest, repeats=3):
             print(f"  {100 * bandwidth_share(mine, count * group_size, longest, a):.0f} % of the bandwidth limit")
         for hook in hooks:
             hook.remove()
-        llms.COPIES.clear()  # what was recorded has the hooks in it
+        llms.free_copies()  # what was recorded has the hooks in it
 
 
 def bandwidth_share(model, rows, longest, tokens_per_second):
     """Bytes that decoding must read, weights once a step and the cache of every row, over those that could be read."""
-    import torch
-
     config, block = model.config, torch.empty(2**31, dtype=torch.uint8, device="cuda")
     copies, began = 20, clock()
     for _ in range(copies):
@@ -183,17 +170,10 @@ def bandwidth_share(model, rows, longest, tokens_per_second):
 
 def update_share(shape, rows=128, tokens=700):
     """The arithmetic of an update, forward and backward, over that of plain bf16 matrix products in the same time."""
-    import torch
-
-    import llms
-    import main
-
     main.__dict__.update(TOKEN_BUDGET=16_384, BETA=0.0, MAX_PROMPT_TOKENS=PROMPT)
     state = main.new_state(ours(shape), None)
     prompts = [prompt for prompt in questions(rows // 16, SHAPES[shape][-1]) for _ in range(16)]
-    said = torch.randint(2, 9999, (rows, tokens - PROMPT)).tolist()
-    layout = llms.batch(prompts, said, "cuda")
-    rollout = llms.Rollout(*layout, None, None, torch.zeros(rows).bool().cuda(), [""] * rows)
+    rollout = given(prompts, torch.randint(2, 9999, (rows, tokens - PROMPT)).tolist(), state.policy)
     seconds = []
     for _ in range(3):
         began = clock()
@@ -211,45 +191,50 @@ def update_share(shape, rows=128, tokens=700):
     print(f"update of {rows} × {tokens} tokens: {statistics.median(seconds):.2f} s, {100 * share:.0f} % of the limit")
 
 
+def padded_logprobs(model, ids, attention, mask, temperature):
+    """llms.token_logprobs on padded rows, each with its own prompt, by the library's attention."""
+    T, head = mask.shape[1], model.get_output_embeddings().weight
+    with llms.autocast(model):
+        hidden = model.base_model(**reference.padded_inputs(ids, attention)).last_hidden_state[:, -T - 1 : -1][mask]
+    dtype = llms.precision(model.device)
+    logp = llms.HeadLogprobs.apply(hidden, head, None, ids[:, -T:][mask], temperature, dtype)
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+
+
 def packing(shape, group_sizes=(8, 16), count=4, repeats=3):
     """Seconds of an update on prompts read once, without padding, and on padded rows, in turns; the same weights."""
-    import torch
-
-    import llms
-    import main
-
     print(f"\nupdates: {count} prompts of {PROMPT} tokens, outputs of 120 tokens on average")
     print(f"{'G':>4}{'without padding':>18}{'padded rows':>16}{'ratio':>8}")
     main.__dict__.update(BETA=0.0, TOKEN_BUDGET=8192)
     states = [main.new_state(model, None) for model in (ours(shape), random_model(*SHAPES[shape]))]
+    ways = (llms.token_logprobs, padded_logprobs)
     for group_size in group_sizes:
         torch.manual_seed(0)
         lengths = (102 * (0.6 * torch.randn(count * group_size)).exp()).clamp(1, 512).long().tolist()
         prompts = [prompt for prompt in questions(count, SHAPES[shape][-1]) for _ in range(group_size)]
-        said = [torch.randint(2, 9999, (length,)).tolist() for length in lengths]
-        rows = len(prompts)
-        layout = tuple(llms.batch(prompts, said, states[0].policy.device))
-        rollout = llms.Rollout(*layout, None, None, torch.zeros(rows).bool(), [""] * rows)
-        advantages, seconds = torch.randn(rows).to(layout[0].device), []
+        rollout = given(prompts, [torch.randint(2, 9999, (length,)).tolist() for length in lengths], states[0].policy)
+        advantages, seconds = torch.randn(len(prompts)).to(rollout.ids.device), []
         for _ in range(repeats + 1):  # the first is a warm-up
             times = [clock()]
-            for state in states:
+            for state, llms.token_logprobs in zip(states, ways):
                 main.update(state, rollout, advantages, None, None)
                 times.append(clock())
             seconds.append((times[1] - times[0], times[2] - times[1]))
+        llms.token_logprobs = ways[0]
         a, b = (statistics.median(column) for column in zip(*seconds[1:]))
         print(f"{group_size:4}{a:16.2f} s{b:14.2f} s{b / a:8.2f}", flush=True)
 
 
+def given(prompts, completions, model):
+    """A rollout of given tokens that nobody sampled."""
+    rows = len(prompts)
+    truncated = torch.zeros(rows, dtype=torch.bool, device=model.device)
+    return llms.Rollout(*llms.batch(prompts, completions, model.device), None, None, truncated, [""] * rows)
+
+
 def our_step(model, prompts, group_size, longest, cache):
     """A whole GRPO step of this program but for the rules, as main.py makes it: a function to be called."""
-    import torch
-
-    import llms
-    import main
-
     main.__dict__.update(TOKEN_BUDGET=2048, CACHE_TOKENS=cache, GROUP_SIZE=group_size, MAX_NEW_TOKENS=longest)
-    llms.attend_by_layout(model)
     state = main.new_state(model, Words())
     state.reference = llms.frozen_copy(model)
 
@@ -264,11 +249,7 @@ def our_step(model, prompts, group_size, longest, cache):
 
 def plain_step(model, prompts, group_size, longest, rows=8):
     """The same as it is usually written: generate, full logits, micro-batches of so many rows."""
-    import copy
-
-    import torch
-
-    reference = copy.deepcopy(model).requires_grad_(False)
+    frozen = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def log_probabilities(model, ids, attention):
@@ -282,7 +263,7 @@ def plain_step(model, prompts, group_size, longest, rows=8):
         for start in range(0, len(ids), rows):
             part, real = slice(start, start + rows), mask[start : start + rows]
             with torch.no_grad():
-                ref = log_probabilities(reference, ids[part], attention[part])
+                ref = log_probabilities(frozen, ids[part], attention[part])
             logp = log_probabilities(model, ids[part], attention[part])
             ratio, d = (logp - logp.detach()).exp(), ref - logp
             objective = torch.minimum(ratio * advantages[part], ratio.clamp(0.8, 1.2) * advantages[part])
@@ -298,12 +279,9 @@ def plain_step(model, prompts, group_size, longest, rows=8):
 
 def step(how, shape, count, group_size, longest, cache):
     """Seconds and tokens per second of a step, and the peak above the imports: in this process."""
-    import torch
-
-    import main
-
     main.__dict__.update(BETA=0.04, LEARNING_RATE=1e-6)
-    before, model = peak(), random_model(*SHAPES[shape])
+    before = llms.peak_memory()
+    model = ours(shape) if how == "ours" else random_model(*SHAPES[shape])
     end_by(model, longest, True)
     prompts = questions(count, SHAPES[shape][-1])
     one = our_step(model, prompts, group_size, longest, cache) if how == "ours" else None
@@ -315,7 +293,7 @@ def step(how, shape, count, group_size, longest, cache):
         tokens = one()
         seconds.append(clock() - began)
         speeds.append(tokens / seconds[-1])
-    return {"seconds": seconds[1:], "speed": statistics.median(speeds[1:]), "peak": peak() - before}
+    return {"seconds": seconds[1:], "speed": statistics.median(speeds[1:]), "peak": llms.peak_memory() - before}
 
 
 def compare_steps(title, cases, cache):
@@ -325,21 +303,19 @@ def compare_steps(title, cases, cache):
     )
     for shape, *sizes in cases:
         a, b = (child("step", how, shape, *map(str, [*sizes, cache])) for how in ("ours", "usual"))
-        cells = [f"{one['speed']:10.0f} t/s{one['peak'] / 1e9:7.2f} GB" for one in (a, b)]
+        cells = [f"{one['speed']:10.0f} t/s{one['peak']:7.2f} GB" for one in (a, b)]
         about = "".join(f"{size:{width}}" for size, width in zip(sizes, (4, 4, 9))) + f"{SHAPES[shape][-1]:12,}"
         ratios = f"{a['speed'] / b['speed']:9.2f}{a['peak'] / b['peak']:9.2f}"
         print(f"{about}{cells[0]:>24}{cells[1]:>24}{ratios}", flush=True)
 
 
 def score(how, hidden, rows=8, tokens=1024, vocabulary=151_936):
-    """Score 8 × 1,024 tokens forward and backward; the process's peak memory in bytes."""
-    import torch
-
-    import llms
-
-    before, model = peak(), random_model(hidden, 2, 2 * hidden, 4, 2, vocabulary)
-    said = torch.randint(0, vocabulary, (rows, 32 + tokens)).tolist()
-    ids, attention, mask = llms.batch([row[:32] for row in said], [row[32:] for row in said], "cpu")
+    """Score 8 × 1,024 tokens forward and backward; the process's peak memory."""
+    before, model = llms.peak_memory(), random_model(hidden, 2, 2 * hidden, 4, 2, vocabulary)
+    if how == "chunks":
+        llms.use_packed_attention(model, "random")
+    lines = torch.randint(0, vocabulary, (rows, 32 + tokens)).tolist()
+    ids, attention, mask = llms.batch([row[:32] for row in lines], [row[32:] for row in lines], "cpu")
     model.get_output_embeddings().weight.grad = torch.zeros(vocabulary, hidden)  # the weights' gradient counts for all
     model.get_output_embeddings().weight.grad += 1e-9  # touched, so that it is resident
     if how == "trunk":  # the model without its head: weights, gradients and the trunk's activations
@@ -350,30 +326,23 @@ def score(how, hidden, rows=8, tokens=1024, vocabulary=151_936):
         log_pi = torch.log_softmax(model(input_ids=ids, attention_mask=attention, use_cache=False).logits, -1)
         loss = log_pi[:, :-1].gather(2, ids[:, 1:, None]).sum()
     loss.backward()
-    return {"peak": peak() - before}
+    return {"peak": llms.peak_memory() - before}
 
 
 def lora(how):
     """Two updates with a reference, as main.py makes them, and what main.py estimates."""
-    import torch
-
-    import llms
-    import main
-
     main.__dict__.update(LORA[how] | {"TOKEN_BUDGET": 768, "LEARNING_RATE": 1e-4, "BETA": 0.04})
-    before, model = peak(), random_model(*SHAPES["200 M"])
-    llms.attend_by_layout(model)
+    before, model = llms.peak_memory(), ours("200 M")
     numbers = sum(weight.numel() for weight in model.parameters())
     state = main.new_state(model, None)
     state.reference = llms.frozen_copy(model)
-    said = torch.randint(0, 32_000, (8, 96)).tolist()
-    layout = llms.batch([row[:32] for row in said], [row[32:] for row in said], "cpu")
-    rollout = llms.Rollout(*layout, None, None, torch.zeros(8).bool(), [""] * 8)
+    tokens = torch.randint(0, 32_000, (8, 96)).tolist()
+    rollout = given([row[:32] for row in tokens], [row[32:] for row in tokens], model)
     for _ in range(2):
         main.update(state, rollout, torch.randn(8), None, main.score(state.reference, rollout))
     copies = (not main.LORA_RANK, False)
-    parts = llms.memory(model, copies, 0, main.TOKEN_BUDGET, main.GRADIENT_CHECKPOINTING, False)
-    return {"peak": peak() - before, "estimate": sum(parts.values()), "numbers": numbers}
+    estimate = memory(model, copies, 0, main.TOKEN_BUDGET, main.GRADIENT_CHECKPOINTING, False)
+    return {"peak": llms.peak_memory() - before, "estimate": estimate, "numbers": numbers}
 
 
 def child(*what):
@@ -393,9 +362,9 @@ def measure_memory():
     head = ("hidden size", "without head", "by chunks adds", "all at once adds", "of it", "in all")
     print("".join(f"{title:>{width}}" for title, width in zip(head, (12, 16, 18, 20, 8, 8))))
     for hidden in (64, 896):
-        trunk, chunks, whole = (child("score", how, str(hidden))["peak"] / 1e6 for how in ("trunk", "chunks", "whole"))
-        adds = f"{chunks - trunk:15.0f} MB{whole - trunk:17.0f} MB{(chunks - trunk) / (whole - trunk):8.2f}"
-        print(f"{hidden:12}{trunk:13.0f} MB{adds}{chunks / whole:8.2f}", flush=True)
+        trunk, chunks, at_once = (child("score", how, str(hidden))["peak"] for how in ("trunk", "chunks", "at once"))
+        adds = f"{chunks - trunk:15.2f} GB{at_once - trunk:17.2f} GB{(chunks - trunk) / (at_once - trunk):8.2f}"
+        print(f"{hidden:12}{trunk:13.2f} GB{adds}{chunks / at_once:8.2f}", flush=True)
 
 
 def measure_lora():
@@ -405,43 +374,64 @@ def measure_lora():
     print(f"{'':22}{'measured':>12}{'share of full':>16}{'estimated':>12}")
     for how, one in found.items():
         share = one["peak"] / found["full"]["peak"]
-        print(f"{how:22}{one['peak'] / 1e9:9.2f} GB{share:16.2f}{one['estimate'] / 1e9:9.2f} GB")
+        print(f"{how:22}{one['peak']:9.2f} GB{share:16.2f}{one['estimate']:9.2f} GB")
+
+
+def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ranks=1):
+    """An estimate of the memory that a run needs at its peak, in GB; of several ranks, what each needs.
+
+    model   as it is trained, with its adapters where it has any
+    copies  (bool, bool): is there a reference with weights of its own, and a critic?
+    """
+    config = model.config
+    total = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    heads, layers, light = config.num_attention_heads, config.num_hidden_layers, trained < total
+    head_size = config.hidden_size // heads
+    key_value = 2 * head_size * config.num_key_value_heads  # numbers a token and layer
+    size = 2 if on_gpu else 4  # bytes of what is computed; weights, gradients and AdamW are in fp32
+    layer = 10 * config.hidden_size + 2 * head_size * heads + key_value + 5 * config.intermediate_size
+    activations = layer + layers * config.hidden_size if checkpointing else layers * layer  # a token's, for backward
+    per_layer = sum(weight.numel() for weight in model.base_model.layers.parameters()) / layers
+    outside = total - layers * per_layer  # embeddings and head
+    # the weights, and gradients, in fp32, of the parts that are gathered at one time
+    gathered = (4 if light else 8) * (outside + 2 * per_layer) if ranks > 1 else 0
+    cast = 2 * (outside + per_layer if checkpointing else total) if on_gpu else 0  # weights in bf16, for backward
+    reference_copy = 4 * total if light else size * trained + (2 * outside if on_gpu else 0)
+    critic = 16 * trained + (4 * (total - trained) if ranks > 1 else 0)
+    sampling = size * cache_tokens * layers * key_value
+    updating = 4 * trained / ranks + gathered + size * token_budget * activations + cast
+    weights_and_adam = (4 * total + 8 * trained + reference_copy * copies[0] + critic * copies[1]) / ranks
+    sampled_from = size * total if on_gpu or ranks > 1 else 0
+    logits = 3 * 4 * llms.LOGITS_AT_ONCE * (8 if on_gpu else 1)
+    work = sampling + updating if on_gpu else max(sampling, updating)
+    return (weights_and_adam + sampled_from + work + logits) / 1e9
 
 
 def fits():
-    """What each GPU needs, by the estimate that a run prints before it loads anything."""
-    import torch
-    import transformers
-
-    import llms
-    import main
-
+    """An estimate of what each GPU needs."""
     groups = {"defaults": {}, "light": {"GROUP_SIZE": 16, "TOKEN_BUDGET": 4096, "CACHE_TOKENS": 131072}}
-    ways, defaults = {"all weights": {}, "LoRA, rank 32": {"LORA_RANK": 32}}, main.settings()
+    ways, defaults = {"all weights": 0, "LoRA, rank 32": 32}, main.settings()
     print("\nGB on each of 1, 8 and 16 GPUs, with --gradient_checkpointing; light: " + ", ".join(
         f"--{name.lower()} {value}" for name, value in groups["light"].items()
     ))  # fmt: skip
     print(f"{'':14}" + "".join(f"{f'{way}, {group}':>28}" for group in groups for way in ways))
     for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B"):
-        hidden, layers, inner, heads, key_heads, vocabulary = SHAPES[name]
-        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner}
-        shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
-        config = transformers.Qwen2Config(**shape, tie_word_embeddings=name != "Qwen2.5-7B")
         cells = []
-        for group, way in ((group, way) for group in groups.values() for way in ways.values()):
-            main.__dict__.update(defaults | {"GRADIENT_CHECKPOINTING": True} | group | way)
+        for changes, rank in ((changes, rank) for changes in groups.values() for rank in ways.values()):
+            settings = defaults | changes
             with torch.device("meta"):
+                config = configuration(*SHAPES[name], tied=name != "Qwen2.5-7B")
                 model = transformers.AutoModelForCausalLM.from_config(config)
-            if main.LORA_RANK:
-                llms.add_lora(model, main.LORA_RANK, main.LORA_ALPHA)
-            needed = [sum(main.memory_parts(model, True, ranks).values()) for ranks in (1, 8, 16)]
-            cells.append(" / ".join(f"{size / 1e9:.0f}" for size in needed))
+            if rank:
+                llms.add_lora(model, rank, settings["LORA_ALPHA"])
+            budgets = settings["CACHE_TOKENS"], settings["TOKEN_BUDGET"]  # an evaluation fills the cache
+            needed = [memory(model, (not (rank and n == 1), False), *budgets, True, True, n) for n in (1, 8, 16)]
+            cells.append(" / ".join(f"{size:.0f}" for size in needed))
         print(f"{name:14}" + "".join(f"{cell:>28}" for cell in cells))
 
 
-def main():
-    import torch
-
+def run():
     sections = ("rollout", "update", "step", "growth", "memory", "lora", "fits")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("section", nargs="*", choices=[[], *sections], help="what to measure; all of it by default")
@@ -484,4 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -12,6 +12,7 @@ import transformers
 import llms
 import main
 import rldatasets
+from plots import report
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
 FAMILIES = {
@@ -75,7 +76,7 @@ PROBLEMS = [
 
 
 @pytest.fixture
-def setup(checkpoint, constants):
+def setup(checkpoint, constants, tmp_path):
     """setup(**constants) -> a state around a small random model, and a rollout of 3 questions with 4 outputs each."""
 
     def make(family="qwen2", optimizer=None, **settings):
@@ -86,7 +87,7 @@ def setup(checkpoint, constants):
         constants(**settings)
         policy, tokenizer = llms.load(checkpoint(family))
         policy.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
-        state = main.new_state(policy, tokenizer)
+        state = main.new_state(policy, tokenizer, tmp_path)
         state.optimizer = optimizer(policy) if optimizer else state.optimizer
         state.reference = llms.frozen_copy(policy, adapter=False) if main.BETA else None
         return state, sample(state)
@@ -95,6 +96,17 @@ def setup(checkpoint, constants):
 
 
 def sample(state):
-    prompts = [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)]
-    how = (main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE, state.generator, main.CACHE_TOKENS)
-    return llms.sample(state.policy, state.tokenizer, prompts, *how)
+    return main.sample(state, state.policy, [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)])
+
+
+def train(state, problems=None, run=None, after_step=lambda state, metrics: 0):
+    """Algorithm 1 on given problems, or those of DATASET; the rows of its metrics."""
+    state.run, state.stream = run or state.run, problems and iter(problems)
+    state.run.mkdir(exist_ok=True)
+    main.train(state, after_step)
+    return report.read_lines(state.run / "metrics.jsonl")
+
+
+def tensors(state):
+    """Everything that a checkpoint holds of a state, by name."""
+    return llms.named_tensors(state.networks(), state.optimizer, state.generator)

@@ -1,19 +1,21 @@
-"""The maths and the loop of main.py. T1 … T46 are the numbers of the project's list of checks."""
+"""The maths and the loop of main.py."""
 
-import json
 import math
 import random
-from collections import namedtuple
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROBLEMS, sample
+from conftest import PROBLEMS, sample, tensors, train
 from torch import tensor
 from torch.testing import assert_close
+from tqdm import tqdm
 
 import evaluator
 import llms
 import main
+from plots import report
 
 A2 = 0.8660254037844386  # the advantages of rewards 1, 0, 0, 1 are ± this, without the 1e-4
 
@@ -34,7 +36,7 @@ def loss_and_gradient(logp, *others):
 # ---- the advantages ------------------------------------------------------------------------------------------------
 
 
-def test_one_right_answer_in_four_is_pushed_three_times_harder():  # T1
+def test_one_right_answer_in_four_is_pushed_three_times_harder():
     advantages = main.group_advantages(tensor([[1.0, 0, 0, 0], [0, 0, 1, 3]], dtype=torch.float64))
     assert_close(advantages[0], tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64), atol=1e-3, rtol=0)
     assert_close(advantages[0, :2].tolist(), [1.4997000599880024, -0.4999000199960008], atol=1e-12, rtol=0)
@@ -42,13 +44,13 @@ def test_one_right_answer_in_four_is_pushed_three_times_harder():  # T1
     assert_close(advantages[1].tolist(), expected, atol=1e-12, rtol=0)
 
 
-def test_a_group_of_equal_rewards_has_advantage_exactly_zero():  # T2
+def test_a_group_of_equal_rewards_has_advantage_exactly_zero():
     for G in range(2, 65):
         rewards = tensor([0.0, 1.0, -3.3, 2.95] + [0.05 * k for k in range(1, 61)])[:, None].expand(-1, G)
         assert (main.group_advantages(rewards) == 0).all()
 
 
-def test_advantages_ignore_a_shift_and_the_order_and_stay_below_their_bound():  # T3
+def test_advantages_ignore_a_shift_and_the_order_and_stay_below_their_bound():
     rewards = torch.randn(7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     advantages = main.group_advantages(rewards)
     assert_close(main.group_advantages(rewards + 5), advantages, atol=1e-12, rtol=0)
@@ -61,13 +63,13 @@ def test_advantages_ignore_a_shift_and_the_order_and_stay_below_their_bound():  
         assert_close(main.group_advantages(one_hot).max().item(), (G - 1) / math.sqrt(G), atol=1e-8, rtol=0)
 
 
-def test_groups_do_not_see_each_other():  # T4
+def test_groups_do_not_see_each_other():
     both = main.group_advantages(tensor([[1.0, 0, 0, 0], [1, 1, 1, 0]]))
     assert_close(both, tensor([[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5]]), atol=1e-3, rtol=0)
     assert torch.equal(both[0], main.group_advantages(tensor([[1.0, 0, 0, 0], [9, 2, 3, 1]]))[0])
 
 
-def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo(constants):  # T5, T6
+def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo(constants):
     constants(SCALE_BY_STD=False)
     advantages = main.group_advantages(tensor([[1.0, 0, 0, 0]]))
     assert advantages.tolist() == [[0.75, -0.25, -0.25, -0.25]]
@@ -79,7 +81,7 @@ STEP_REWARDS = tensor([[[0, 1, 0, 0, 0.0], [0, 0, 1, 1, 0]]], dtype=torch.float6
 STEP_ENDS = tensor([[[0, 1, 0, 0, 1], [1, 0, 1, 1, 0]]]).bool()
 
 
-def test_a_token_gets_the_normalised_rewards_of_the_steps_that_end_with_it_or_later():  # T7
+def test_a_token_gets_the_normalised_rewards_of_the_steps_that_end_with_it_or_later():
     advantages = main.process_advantages(STEP_REWARDS, STEP_ENDS)
     # rewards 1, 0 and 0, 1, 1 together have mean 0.6 and std √0.3; the 1e-4 shrinks them all by this
     shrunk = 0.3**0.5 / (0.3**0.5 + 1e-4)
@@ -88,7 +90,7 @@ def test_a_token_gets_the_normalised_rewards_of_the_steps_that_end_with_it_or_la
     assert_close(advantages[0] / shrunk, tensor([first, second], dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-def test_advantages_by_tokens_are_read_on_the_mask_only(constants):  # T23
+def test_advantages_by_tokens_are_read_on_the_mask_only(constants):
     constants(BETA=0.0)
     logp, mask = ragged([[-1.0, -2.0, -0.5], [-1.5, -0.7]])
     advantages = main.process_advantages(STEP_REWARDS[:, :, :3], STEP_ENDS[:, :, :3])[0]  # [2, 3]
@@ -100,7 +102,7 @@ def test_advantages_by_tokens_are_read_on_the_mask_only(constants):  # T23
     assert_close(clean[1][0], -advantages[0] / 6)
 
 
-def test_one_step_that_ends_with_the_output_is_outcome_supervision():  # T8
+def test_one_step_that_ends_with_the_output_is_outcome_supervision():
     rewards, lengths = tensor([[1.0, 0, 0, 0]]), (3, 1, 4, 2)
     step_rewards, step_ends = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4).bool()
     for i, length in enumerate(lengths):
@@ -136,7 +138,7 @@ def test_advantages_are_at_least_fp32_and_carry_no_gradient():
         (1.1, 1, 1.1, 1.1), (1.1, -1, -1.1, -1.1), (3.5, -1, -3.5, -3.5),
     ],
 )  # fmt: skip
-def test_the_clip_stops_the_gradient_only_where_the_step_would_go_further(constants, ratio, A, J, gradient):  # T9
+def test_the_clip_stops_the_gradient_only_where_the_step_would_go_further(constants, ratio, A, J, gradient):
     constants(BETA=0.0)
     logp = tensor([[math.log(ratio)]], dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.bool)
@@ -144,7 +146,7 @@ def test_the_clip_stops_the_gradient_only_where_the_step_would_go_further(consta
     assert_close([-loss.item(), -grad.item()], [J, float(gradient)], atol=1e-12, rtol=0)
 
 
-def test_clip_higher_frees_only_the_upper_side(constants):  # T20
+def test_clip_higher_frees_only_the_upper_side(constants):
     for high, expected in ((0.2, 0.0), (0.28, 1.25)):
         constants(BETA=0.0, EPSILON_HIGH=high)
         logp = tensor([[math.log(1.25)], [math.log(0.79)]], dtype=torch.float64)
@@ -164,7 +166,7 @@ ON_POLICY = [
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
 def test_where_all_policies_agree_the_gradient_is_reinforce_and_the_kl_adds_nothing(
     constants, denominator, value, first, beta
-):  # T10, T11, T13
+):
     constants(DENOMINATOR=denominator, MAX_NEW_TOKENS=8, BETA=beta)
     logp, mask = ragged([[-1.0] * n for n in (3, 1, 6, 2)])
     A = tensor([A2, -A2, -A2, A2], dtype=torch.float64)
@@ -173,7 +175,7 @@ def test_where_all_policies_agree_the_gradient_is_reinforce_and_the_kl_adds_noth
     assert_close(grad[0].tolist(), [first] * 3 + [0.0] * 3, atol=1e-9, rtol=0)
 
 
-def test_the_gradient_at_the_old_policy_is_equation_21():  # T12
+def test_the_gradient_at_the_old_policy_is_equation_21():
     logp, mask = ragged([[-1.0, -2.0, -0.5]])
     logp_ref = logp + tensor([[math.log(2), -math.log(2), 0.0]])
     A = tensor([A2], dtype=torch.float64)
@@ -181,31 +183,46 @@ def test_the_gradient_at_the_old_policy_is_equation_21():  # T12
     assert_close((-3 * grad[0]).tolist(), [0.9060254038, 0.8460254038, 0.8660254038], atol=1e-9, rtol=0)
 
 
-def test_the_three_estimators_have_the_values_and_gradients_of_their_names(constants):  # T14
+def kl_of(logp, logp_ref):
+    """The KL of one token, as it stands in the loss of an output without advantage."""
+    one = torch.ones(1, 1)
+    return main.grpo_loss(logp.view(1, 1), logp.detach().view(1, 1), logp_ref.view(1, 1), torch.zeros(1), one)
+
+
+def test_the_three_estimators_have_the_values_and_gradients_of_their_names(constants):
     z, z_ref, z_old = (tensor(v, dtype=torch.float64) for v in ([0.2, -0.5, 1.1], [0.9, 0.1, -0.3], [-0.4, 0.6, 0.0]))
 
-    def expected_gradient(estimator):
-        constants(KL=estimator)
+    def expected(estimator, samples_of):
+        """The mean of the KL over samples of a policy, and of its gradient with respect to z."""
+        constants(KL=estimator, BETA=1.0)
         z_theta = z.clone().requires_grad_()
-        kl = main.kl_estimate(torch.log_softmax(z_theta, 0), torch.log_softmax(z_ref, 0))
-        (torch.softmax(z, 0) * kl).sum().backward()  # the samples' distribution is not differentiated
-        return (torch.softmax(z, 0) * kl).sum().item(), z_theta.grad.tolist()
+        logp, logp_ref = torch.log_softmax(z_theta, 0), torch.log_softmax(z_ref, 0)
+        kl = sum(p * kl_of(logp[a], logp_ref[a]) for a, p in enumerate(torch.softmax(samples_of, 0)))
+        kl.backward()  # the samples' distribution is not differentiated
+        return kl.item(), z_theta.grad.tolist()
 
-    value, gradient = expected_gradient("k3")
+    value, gradient = expected("k3", z)
     assert_close(value, 0.5027774185, atol=1e-9, rtol=0)
     assert_close(gradient, [-0.3184892418, -0.1311615248, 0.4496507666], atol=1e-9, rtol=0)
-    assert_close(expected_gradient("k2")[1], [-0.3331852833, -0.1529028005, 0.4860880838], atol=1e-9, rtol=0)
-    assert_close(expected_gradient("k1")[1], [0.0, 0.0, 0.0], atol=1e-9, rtol=0)
-    constants(KL="k3")
-    off_policy = torch.softmax(z_old, 0) * main.kl_estimate(torch.log_softmax(z, 0), torch.log_softmax(z_ref, 0))
-    assert_close(off_policy.sum().item(), 0.4180314514, atol=1e-9, rtol=0)
+    assert_close(expected("k2", z)[1], [-0.3331852833, -0.1529028005, 0.4860880838], atol=1e-9, rtol=0)
+    assert_close(expected("k1", z)[1], [0.0, 0.0, 0.0], atol=1e-9, rtol=0)
+    assert_close(expected("k3", z_old)[0], 0.4180314514, atol=1e-9, rtol=0)
 
 
-def test_the_kl_is_exact_near_zero_and_never_negative():  # T13, T15
-    assert main.kl_estimate(tensor(0.0), tensor(1e-4)).item() == pytest.approx(5.0002e-9, rel=1e-3)
-    assert main.kl_estimate(torch.zeros(20001), torch.linspace(-0.01, 0.01, 20001)).min() >= 0
+def test_the_kl_is_exact_near_zero_and_never_negative(constants):
+    constants(BETA=1.0)
+    assert kl_of(tensor(0.0), tensor(1e-4)).item() == pytest.approx(5.0002e-9, rel=1e-3)
+    narrow = torch.linspace(-0.01, 0.01, 20001)
     wide = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 40 - 20
-    assert main.kl_estimate(torch.zeros_like(wide), wide).min() >= 0
+    for d in (narrow, wide):
+        zeros = torch.zeros(len(d), 1)
+        logp = zeros.clone().requires_grad_()
+        loss = main.grpo_loss(logp, zeros, d[:, None], zeros[:, 0], torch.ones_like(zeros))
+        assert loss >= 0
+        # the gradient of k3 is 1 - exp(d): it points towards the reference
+        (gradient,) = torch.autograd.grad(loss * len(d), logp)
+        assert (gradient[:, 0] * d <= 0).all()
+    assert min(kl_of(tensor(0.0), d).item() for d in narrow[::10]) >= 0
 
 
 WORKED = (
@@ -218,7 +235,7 @@ WORKED_LOSS = [("sequence", 0.1088716802461337), ("token", -0.11877547018030299)
 
 
 @pytest.mark.parametrize("denominator, value", WORKED_LOSS)
-def test_a_worked_example_of_equation_3(constants, denominator, value):  # T16
+def test_a_worked_example_of_equation_3(constants, denominator, value):
     constants(DENOMINATOR=denominator, MAX_NEW_TOKENS=4, BETA=0.1)
     (logp, mask), old, ref, A = WORKED
     loss, grad = loss_and_gradient(logp, old, ref, A, mask)
@@ -256,7 +273,7 @@ DENOMINATORS = ("sequence", "token", "constant")
 @pytest.mark.parametrize(
     "split", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4, 5]], [[i] for i in range(6)], [[0, 3], [1, 2, 4, 5]]]
 )
-def test_any_split_into_micro_batches_adds_up_to_the_whole(constants, denominator, split):  # T32
+def test_any_split_into_micro_batches_adds_up_to_the_whole(constants, denominator, split):
     constants(DENOMINATOR=denominator)
     logp, old, ref, A, mask = noisy()
     whole, gradient = loss_and_gradient(logp, old, ref, A, mask)
@@ -268,7 +285,7 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(constants, denominato
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize("garbage", [float("nan"), 1e30, -1e30, float("inf")])
-def test_what_stands_in_padded_cells_does_not_matter(constants, denominator, garbage):  # T23
+def test_what_stands_in_padded_cells_does_not_matter(constants, denominator, garbage):
     constants(DENOMINATOR=denominator)
     logp, old, ref, A, mask = noisy()
     A = A[:, None].expand(-1, mask.shape[1])
@@ -279,7 +296,7 @@ def test_what_stands_in_padded_cells_does_not_matter(constants, denominator, gar
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_the_order_of_the_rows_does_not_matter(constants, denominator):  # T24
+def test_the_order_of_the_rows_does_not_matter(constants, denominator):
     constants(DENOMINATOR=denominator)
     everything = noisy()
     order = [3, 1, 5, 0, 2, 4]
@@ -289,7 +306,7 @@ def test_the_order_of_the_rows_does_not_matter(constants, denominator):  # T24
     assert_close(turned_gradient, gradient[order], atol=1e-12, rtol=0)
 
 
-def test_the_loss_is_linear_in_the_advantages_and_affine_in_beta(constants):  # T21
+def test_the_loss_is_linear_in_the_advantages_and_affine_in_beta(constants):
     logp, old, ref, A, mask = noisy()
     constants(BETA=0.0)
     loss = main.grpo_loss(logp, old, ref, A, mask)
@@ -307,7 +324,7 @@ def test_the_loss_is_linear_in_the_advantages_and_affine_in_beta(constants):  # 
     assert losses[1] > losses[0]  # the KL is a cost
 
 
-def test_a_row_without_tokens_counts_as_a_sequence_and_not_in_tokens(constants):  # T28
+def test_a_row_without_tokens_counts_as_a_sequence_and_not_in_tokens(constants):
     logp, old, ref, A, mask = noisy()
     emptied = mask.clone()
     emptied[2] = False
@@ -321,7 +338,7 @@ def test_a_row_without_tokens_counts_as_a_sequence_and_not_in_tokens(constants):
         assert loss == 0 and (gradient == 0).all()
 
 
-def test_autograd_equals_central_differences_through_a_transformer(constants):  # T18
+def test_autograd_equals_central_differences_through_a_transformer(constants):
     constants(EPSILON_HIGH=0.28)
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
@@ -378,12 +395,12 @@ SPREAD = tensor([1.5, -0.5, -0.5, -0.5, 0.9, 0.9, -0.9, -0.9, 0.5, 0.5, 0.5, -1.
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denominator):  # T32, T36
+def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denominator):
     results = []
     for budget in (8192, 60, 20):
         state, rollout = setup(TOKEN_BUDGET=budget, DENOMINATOR=denominator, MAX_GRAD_NORM=0.01)
         old = rollout.logp + 0.3 * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(1))
-        results.append(step_gradient(state, rollout, SPREAD, old, main.score(state.reference, rollout)))
+        results.append(step_gradient(state, rollout, SPREAD, old, main.score(state, state.reference, rollout)))
     for gradient, measured in results:
         assert gradient.norm() == pytest.approx(0.01, rel=1e-3)  # clipped once, at the end
         assert measured["grad_norm"] > 0.02 and measured["grad_norm"] == pytest.approx(
@@ -394,31 +411,29 @@ def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denom
             assert measured[name] == pytest.approx(results[0][1][name], rel=1e-4, abs=1e-6)
 
 
-def test_micro_batches_hold_every_row_once_and_keep_the_budget_with_their_padding(constants):
-    constants(TOKEN_BUDGET=100)
+def test_micro_batches_hold_every_row_once_and_keep_the_budget_with_their_padding():
     prompts, completions = [4, 60, 10, 30, 31, 1, 1, 1], [1, 30, 7, 10, 10, 2, 2, 30]
     ids, attention, mask = llms.batch([[7] * n for n in prompts], [[7] * n for n in completions], "cpu")
     rollout = llms.Rollout(ids, attention, mask, None, None, None, None)
-    batches = main.micro_batches(rollout, range(8))
+    batches = rollout.micro_batches(range(8), 1, 100)
     assert sorted(row for rows in batches for row in rows) == list(range(8))
     assert all(rollout.rows(rows)[0].numel() <= 100 for rows in batches)
     assert len(batches) == 4  # 90 | 41 40 | 1 + 30, 10 + 7 | the small ones
-    assert sorted(row for rows in main.micro_batches(rollout, [6, 0]) for row in rows) == [0, 6]
+    assert sorted(row for rows in rollout.micro_batches([6, 0], 1, 100) for row in rows) == [0, 6]
 
 
-def test_the_outputs_of_a_question_stay_together_longest_first(constants):
-    constants(TOKEN_BUDGET=1000)
+def test_the_outputs_of_a_question_stay_together_longest_first():
     lengths = [1, 9, 5, 9, 1, 5]  # two questions with three outputs each
     ids, attention, mask = llms.batch([[7, 7]] * 3 + [[8, 8, 8]] * 3, [[7] * n for n in lengths], "cpu")
     rollout = llms.Rollout(ids, attention, mask, None, None, None, None)
-    assert main.micro_batches(rollout, range(6)) == [[3, 5, 4, 1, 2, 0]]
+    assert rollout.micro_batches(range(6), 3, 1000) == [[3, 5, 4, 1, 2, 0]]
 
 
-def test_outputs_without_advantage_are_left_out_where_that_keeps_the_gradient(setup, monkeypatch):  # T35
+def test_outputs_without_advantage_are_left_out_where_that_keeps_the_gradient(setup, monkeypatch):
     advantages, scored = SPREAD.clone(), []
     advantages[4:8] = 0.0
-    real = main.log_policy
-    monkeypatch.setattr(main, "log_policy", lambda *given: scored.append(len(given[1])) or real(*given))
+    real = llms.token_logprobs
+    monkeypatch.setattr(llms, "token_logprobs", lambda *given: scored.append(len(given[1])) or real(*given))
     for beta, drop, rows, same in ((0.0, False, 8, True), (0.04, False, 12, True), (0.04, True, 8, False)):
         gradients = []
         for left_out in (False, True):
@@ -443,43 +458,43 @@ def test_leaving_out_every_output_is_a_step_on_a_gradient_of_zero(setup):  # Ada
     assert torch.equal(*weights)
 
 
-def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, constants, monkeypatch, capsys):
+def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, monkeypatch, capsys):
     state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9)
     expected, _ = step_gradient(state, rollout, SPREAD)
-    real, seen = main.log_policy, []
+    real, seen = llms.token_logprobs, []
 
-    def limited(model, ids, attention, mask):
+    def limited(model, ids, *others):
         seen.append(ids.numel())
         if len(seen) == 3 or ids.numel() > 100:  # wherever it is too much, and once when some of it is done
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, ids, attention, mask)
+        return real(model, ids, *others)
 
     state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9, TOKEN_BUDGET=200, MAX_PROMPT_TOKENS=5)
-    monkeypatch.setattr(main, "log_policy", limited)
+    monkeypatch.setattr(llms, "token_logprobs", limited)
     gradient, _ = step_gradient(state, rollout, SPREAD)
     assert_close(gradient, expected, atol=1e-6, rtol=0)  # what the broken attempts left behind is gone
-    said = capsys.readouterr().out
-    assert main.TOKEN_BUDGET == 50 and "--token_budget 200; trying again with 100" in said and "with 50" in said
-    constants(TOKEN_BUDGET=17)  # a row of its own needs as much
-    monkeypatch.setattr(main, "log_policy", lambda *given: limited(*[torch.zeros(200)] * 4))
-    with pytest.raises(main.RunError, match="out of memory, and less than --token_budget 17 would not help"):
-        main.score(state.policy, rollout, main.log_policy)
+    printed = capsys.readouterr().out
+    assert "--token_budget 200; trying again with 100" in printed and "with 50" in printed
+    assert state.memory.limits["token_budget"] == 50 and main.TOKEN_BUDGET == 200  # a constant is never changed
+    state.memory.limits["token_budget"] = 17  # a row of its own needs as much
+    monkeypatch.setattr(llms, "token_logprobs", lambda *given: limited(None, torch.zeros(200)))
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory with --token_budget 17"):
+        main.score(state, state.policy, rollout)
 
 
-def test_out_of_memory_while_sampling_halves_the_cache(setup, constants, monkeypatch):
-    state, rollout = setup(CACHE_TOKENS=1000)
+def test_out_of_memory_while_sampling_halves_the_cache(setup, monkeypatch):
+    state, _ = setup(CACHE_TOKENS=1000, MAX_PROMPT_TOKENS=5)
     real, seen = llms.sample, []
 
-    def limited(*how):
-        seen.append(how[-1])
-        if how[-1] > 300:
+    def limited(*inputs):
+        seen.append(inputs[-1])
+        if inputs[-1] > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*how)
+        return real(*inputs)
 
     monkeypatch.setattr(llms, "sample", limited)
-    constants(MAX_PROMPT_TOKENS=5)
-    assert len(main.draw(state.policy, state.tokenizer, [[5, 6, 7]], 4, 1.0, state.generator).texts) == 4
-    assert seen == [1000, 500, 250] and main.CACHE_TOKENS == 250
+    assert len(main.sample(state, state.policy, [[5, 6, 7]]).texts) == 4
+    assert seen == [1000, 500, 250] and state.memory.limits["cache_tokens"] == 250
 
 
 def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
@@ -492,32 +507,32 @@ def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
     state, rollout = setup(MASK_TRUNCATED=True, BETA=0.0)
     everything = rollout._replace(truncated=torch.ones_like(rollout.truncated))
     gradient, measured = step_gradient(state, everything, SPREAD)
-    assert measured["finite"] and measured["loss"] == 0 and (gradient == 0).all()  # T28: nothing left, and no nan
+    assert not measured["skipped_updates"] and measured["loss"] == 0 and (gradient == 0).all()
 
 
-def test_right_after_a_rollout_every_ratio_is_one_and_the_kl_and_the_loss_are_zero(setup):  # T37
+def test_right_after_a_rollout_every_ratio_is_one_and_the_kl_and_the_loss_are_zero(setup):
     state, rollout = setup(MU=2)
-    old, ref = main.score(state.policy, rollout), main.score(state.reference, rollout)
+    old, ref = main.score(state, state.policy, rollout), main.score(state, state.reference, rollout)
     measured = main.update(state, rollout, SPREAD, old, ref)
     assert measured["ratio_max"] == 1.0 and measured["clip_low"] == measured["clip_high"] == 0
     assert measured["kl"] < 1e-6 and abs(measured["loss"]) < 1e-6 and measured["sampler_gap_max"] < 1e-5
     frozen = old.clone(), ref.clone(), rollout.ids.clone()
-    again = main.update(state, rollout, SPREAD, old, ref)  # T38: the second update sees a policy that has moved
+    again = main.update(state, rollout, SPREAD, old, ref)
     assert again["ratio_max"] > 1.0001 and again["kl"] > 0
     assert all(torch.equal(a, b) for a, b in zip(frozen, (old, ref, rollout.ids)))
 
 
-def test_one_step_raises_outputs_with_positive_advantage_and_lowers_the_others(setup):  # T19
+def test_one_step_raises_outputs_with_positive_advantage_and_lowers_the_others(setup):
     for sign in (1.0, -1.0):
         state, rollout = setup(BETA=0.0, optimizer=sgd, LEARNING_RATE=1e-4, MAX_GRAD_NORM=1.0)
         one = torch.zeros(12)
         one[3] = sign
-        before = main.score(state.policy, rollout)[3].sum()
+        before = main.score(state, state.policy, rollout)[3].sum()
         main.update(state, rollout, one, None, None)
-        assert (main.score(state.policy, rollout)[3].sum() - before) * sign > 0
+        assert (main.score(state, state.policy, rollout)[3].sum() - before) * sign > 0
 
 
-def test_without_any_advantage_the_weights_stay_bit_equal(setup):  # T19, T46
+def test_without_any_advantage_the_weights_stay_bit_equal(setup):
     state, rollout = setup(BETA=0.0, optimizer=sgd)
     before = [p.clone() for p in state.policy.parameters()]
     main.update(state, rollout, main.group_advantages(torch.full((3, 4), 2.95)).flatten(), None, None)
@@ -526,15 +541,27 @@ def test_without_any_advantage_the_weights_stay_bit_equal(setup):  # T19, T46
 
 def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_alone(setup):
     state, rollout = setup()
-    ref = main.score(state.reference, rollout)
+    ref = main.score(state, state.reference, rollout)
     main.update(state, rollout, SPREAD, None, ref)
-    before = {name: value.clone() for name, value in state.tensors().items()}
+    before = {name: value.clone() for name, value in tensors(state).items()}
     broken = SPREAD.clone()
     broken[0] = float("nan")
     measured = main.update(state, rollout, broken, None, ref)
-    assert not measured["finite"]
-    assert all(torch.equal(value, before[name]) for name, value in state.tensors().items())
+    assert measured["skipped_updates"]
+    assert all(torch.equal(value, before[name]) for name, value in tensors(state).items())
     assert all(p.grad is None or not p.grad.any() for p in state.policy.parameters())
+
+
+def outputs_of(texts):
+    """A rollout of outputs of which only the texts matter."""
+    nothing = torch.zeros(len(texts), 5)
+    return llms.Rollout(nothing.long(), nothing.long(), nothing.bool(), nothing, nothing, nothing[:, 0].bool(), texts)
+
+
+def rewards_of(texts, problem):
+    """The rewards of some outputs of one question, weighted and summed, [G], and each by name."""
+    by_name = main.score_outputs(outputs_of(texts), [problem])
+    return main.weighted_sum(by_name)[0].tolist(), {name: values[0].tolist() for name, values in by_name.items()}
 
 
 def test_an_output_on_which_a_rule_fails_gets_nothing_for_it_and_the_others_theirs(monkeypatch, capsys):
@@ -547,17 +574,17 @@ def test_an_output_on_which_a_rule_fails_gets_nothing_for_it_and_the_others_thei
 
     monkeypatch.setattr(evaluator, "rewards", surprised)
     problem = {"question": "one and one?", "answer": "2", "kind": "math"}
-    rewards, by_name = main.score_completions(["<answer>2</answer>", "boom", "nan", "three"], [problem])
-    assert rewards.tolist() == [[2.75, 0, 0, 0]]  # 2 + 0.5 + 0.5 · 2/4
+    rewards, by_name = rewards_of(["<answer>2</answer>", "boom", "nan", "three"], problem)
+    assert rewards == [2.75, 0, 0, 0]  # 2 + 0.5 + 0.5 · 2/4
     assert by_name["integer"] == [1, 0, 0, 0]
-    said = capsys.readouterr().err
-    assert "2 × a reward failed" in said and "one of the rules" in said and "one and one?" in said
-    assert main.score_completions(["nan", "three"], [problem])[0].tolist() == [[0, 0]]  # two failures, of one output
+    printed = capsys.readouterr().err
+    assert "2 × a reward failed" in printed and "one of the rules" in printed and "one and one?" in printed
+    assert rewards_of(["nan", "three"], problem)[0] == [0, 0]  # two failures, of one output
     with pytest.raises(main.RunError, match="one of the rules"):
-        main.score_completions(["boom", "boom"], [problem])
+        rewards_of(["boom", "boom"], problem)
 
 
-def test_the_order_of_events_is_algorithm_1(setup, tmp_path, monkeypatch):  # T34, T39, T40
+def test_the_order_of_events_is_algorithm_1(setup, monkeypatch):
     state, _ = setup(ITERATIONS=2, STEPS=2, MU=3)
     state.reference, events, references = None, [], []
 
@@ -574,54 +601,64 @@ def test_the_order_of_events_is_algorithm_1(setup, tmp_path, monkeypatch):  # T3
 
     spy(llms, "frozen_copy", "ref")
     spy(llms, "sample", "sample")
-    spy(main, "score_completions", "reward")
+    spy(main, "score_outputs", "reward")
     spy(main, "group_advantages", "advantage")
     spy(main, "update", "update")
     spy(state.optimizer, "step", "step")
     spy(state.optimizer, "zero_grad", "zero")
-    main.train(state, iter(PROBLEMS * 9), [], tmp_path, set())
-    step = ["sample", "reward", "advantage"] + ["update", "zero", "step", "zero"] * 3
+    rows = train(state, PROBLEMS * 9)
+    step = ["sample", "reward", "advantage"] + ["update", "step", "zero"] * 3
     assert events == (["ref"] + step * 2) * 2
     assert state.updates == 2 * 2 * 3
-    rows = main.read_lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[1]["kl"] > 1e-6  # the policy has left the first reference
     first = [p.clone() for p in references[1].parameters()]
-    main.update(state, sample(state), SPREAD, None, main.score(state.reference, sample(state)))
+    main.update(state, sample(state), SPREAD, None, main.score(state, state.reference, sample(state)))
     assert all(torch.equal(a, b) for a, b in zip(first, references[1].parameters()))  # updates do not reach it
 
 
-def test_beta_0_never_makes_or_runs_a_reference(setup, tmp_path, monkeypatch):
+def test_beta_0_never_makes_or_runs_a_reference(setup, monkeypatch):
     state, _ = setup(BETA=0.0, STEPS=1)
     monkeypatch.setattr(llms, "frozen_copy", lambda *_, **__: pytest.fail("a reference was made"))
-    main.train(state, iter(PROBLEMS), [], tmp_path, set())
-    assert state.reference is None and main.read_lines(tmp_path / "metrics.jsonl")[0]["kl"] is None
+    (row,) = train(state, PROBLEMS)
+    assert state.reference is None and row["kl"] is None
 
 
-def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup, tmp_path):
+def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup):
     state, _ = setup(STEPS=2)
-    main.train(state, iter(PROBLEMS), [], tmp_path, set())
-    row = main.read_lines(tmp_path / "metrics.jsonl")[-1]
+    row = train(state, PROBLEMS)[-1]
     promised = (
         "step reward reward_std accuracy zero_std_groups loss kl entropy ratio_max clip_low clip_high sampler_gap length"
         " length_max truncated grad_norm lr tokens seconds seconds/sample seconds/reward seconds/logprobs seconds/update"
-        " rewards/correctness rewards/integer rewards/strict_format rewards/soft_format rewards/tag_count"
+        " rewards/correctness rewards/integer rewards/strict_format rewards/soft_format rewards/tag_count memory"
+        " token_budget cache_tokens"
     )
     assert set(promised.split()) <= row.keys()
     parts = sum(row[f"seconds/{name}"] for name in ("sample", "reward", "logprobs", "update"))
     assert 0.9 * row["seconds"] < parts <= row["seconds"]
     assert row["tokens"] > 0 and row["lr"] == 1e-3 and 0 <= row["entropy"] < math.log(600)
+    assert 0.1 < row["memory"] < 24  # GB
 
 
-def test_three_steps_that_are_not_finite_end_the_run_with_the_weights_intact(setup, tmp_path, monkeypatch):
-    state, _ = setup(STEPS=5)
+def test_updates_that_are_not_finite_leave_the_weights_intact_and_metrics_without_nan(setup, monkeypatch):
+    state, _ = setup(STEPS=3)
     before = [p.clone() for p in state.policy.parameters()]
     monkeypatch.setattr(main, "WEIGHT_TAG_COUNT", float("nan"))  # nan in every reward
+    rows = train(state, PROBLEMS * 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
+    assert all(row["skipped_updates"] and row["reward"] is None for row in rows)
+    assert "NaN" not in (state.run / "metrics.jsonl").read_text()
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
+    state, _ = setup()
+    row = {"step": 1} | dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
+    row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
+    quiet = [], set(), set(), tqdm(disable=True)
+    for failed in (1, 1, 0, 1, 1):
+        main.after_step(state, row | {"skipped_updates": failed}, *quiet)
     with pytest.raises(main.RunError, match="three steps"):
-        main.train(state, iter(PROBLEMS * 3), [], tmp_path, set())
-    assert state.step == 3 and all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
-    text = (tmp_path / "metrics.jsonl").read_text()
-    assert "NaN" not in text and json.loads(text.splitlines()[0])["reward"] is None
+        main.after_step(state, row | {"skipped_updates": 1}, *quiet)
 
 
 # ---- steps on tokens, curricula, other rewards ---------------------------------------------------------------------
@@ -637,153 +674,168 @@ def written(setup, text, **values):
     return state, llms.Rollout(ids, attention, mask, zeros, zeros, tensor([False, True]), texts)
 
 
-def test_the_reward_of_a_step_is_on_the_token_that_ends_it(setup):
+ONE = {"kind": "math", "question": "?", "answer": "2", "solution": "1 + 1 = 2"}
+
+
+def test_the_reward_of_a_step_is_on_the_token_that_ends_it(setup, monkeypatch):
     text = "<reasoning>\nSo 1 + 1 = 2.\nThen é + 2 * 2 = 5.\n</reasoning>\n<answer>\n2\n</answer>"
-    state, rollout = written(setup, text)
-    problem = {"kind": "math", "question": "?", "answer": "2", "solution": "1 + 1 = 2"}
-    rewards, ends, means = main.reward_steps(state.tokenizer, rollout, [problem])
+    state, rollout = written(setup, text, SUPERVISION="both")
+    seen = []
+    monkeypatch.setattr(main, "process_advantages", lambda *steps: seen.extend(steps) or torch.zeros(steps[0].shape))
+    _, means = main.supervise_steps(state, rollout, [ONE], tensor([[1.0, 0.0]]))
+    rewards, ends = seen  # [1, 2, T]
     at = ends[0, 0].nonzero().flatten().tolist()
     assert len(at) == 2 and rewards[0, 0, at].tolist() == [1.0, 0.0]
     decoded = [state.tokenizer.decode(rollout.ids[0, 3 : 3 + t + 1]) for t in at]
     assert decoded[0].rstrip().endswith("1 + 1 = 2.") and decoded[1].rstrip().endswith("2 * 2 = 5.")
-    assert not ends[0, 1].any() and means == [0.5, 0.0]  # no step: the outcome alone
+    assert not ends[0, 1].any() and means.tolist() == [[0.5, 0.0]]  # no step: the outcome alone
 
 
-def test_a_step_of_training_under_process_supervision_differs_from_one_under_outcome_supervision(
-    setup, tmp_path, monkeypatch
-):
+def test_as_printed_the_answer_is_the_last_step_and_its_reward_is_that_of_the_output(setup):
+    text = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>"
+    state, rollout = written(setup, text, SUPERVISION="process")
+    advantages, _ = main.supervise_steps(state, rollout, [ONE], tensor([[4.0, 0.0]]))
+    # the pool is 1 for the step and 4 for the answer of the first output, 0 for the second: mean 5/3, std √(13/3)
+    std = (13 / 3) ** 0.5 + 1e-4
+    step, answer, other = ((r - 5 / 3) / std for r in (1, 4, 0))
+    end, first = int(rollout.mask[0].sum()) - 1, advantages[0]
+    assert first[0].item() == pytest.approx(step + answer, abs=1e-5)
+    assert first[end].item() == pytest.approx(answer, abs=1e-5) and first[end - 3].item() == pytest.approx(answer)
+    assert advantages[1, :4].tolist() == pytest.approx([other] * 4, abs=1e-5) and not advantages[1, 4:].any()
+
+
+@pytest.mark.parametrize("supervision", ["outcome", "process", "both"])
+def test_a_step_of_training_gives_one_advantage_to_all_tokens_or_one_to_each(setup, monkeypatch, supervision):
     text = "<reasoning>\n1 + 1 = 2\n2 + 2 = 5\n</reasoning>\n<answer>\n2\n</answer>"
-    seen = {}
-    for supervision in ("outcome", "process"):
-        state, rollout = written(setup, text, SUPERVISION=supervision, STEPS=1)
-        monkeypatch.setattr(llms, "sample", lambda *how, rollout=rollout: rollout)
-        real = main.update
-        monkeypatch.setattr(main, "update", lambda *a, real=real, s=supervision: seen.update({s: a[2]}) or real(*a))
-        (tmp_path / supervision).mkdir()
-        main.train(state, iter([PROBLEMS[0] | {"answer": "2"}]), [], tmp_path / supervision, set())
-        monkeypatch.setattr(main, "update", real)
-        (row,) = main.read_lines(tmp_path / supervision / "metrics.jsonl")
-        assert ("rewards/steps" in row) == (supervision == "process") and row["grad_norm"] > 0
-    outcome, process = seen["outcome"], seen["process"]
-    assert outcome.shape == (2,) and process.shape == (2, row["length_max"])  # one for all tokens, one for each
-    assert len(set(process[0].tolist())) == 2  # up to the end of the second step less than behind it
+    state, rollout = written(setup, text, SUPERVISION=supervision, STEPS=1)
+    monkeypatch.setattr(llms, "sample", lambda *inputs: rollout)
+    real, seen = main.update, []
+    monkeypatch.setattr(main, "update", lambda *inputs: seen.append(inputs[2]) or real(*inputs))
+    (row,) = train(state, [ONE])
+    assert ("rewards/steps" in row) == (supervision != "outcome") and row["grad_norm"] > 0
+    (advantages,) = seen
+    if supervision == "outcome":
+        assert advantages.shape == (2,)
+    else:  # one value up to the end of the first step, one up to the second, one after it
+        assert advantages.shape == (2, row["length_max"]) and len(set(advantages[0].tolist())) >= 2
 
 
 def test_a_stage_follows_the_other_at_its_step_and_a_second_iteration_begins_again(constants):
     constants(DATASET="knights:2:2,countdown:3:3", STEPS=5)
-    assert [main.stage_at(step) for step in range(11)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4]
+    assert [main.stage_of(step)[0] for step in range(11)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4]
 
 
-def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup, tmp_path):
+def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
     constants = {"DATASET": "arithmetic:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
     state, _ = setup(**constants)
-    main.train(state, main.questions_of(state), [], tmp_path, set())
-    rows = main.read_lines(tmp_path / "metrics.jsonl")
+    rows = train(state)
     assert [row["stage"] for row in rows] == ["arithmetic"] * 2 + ["knights:1"] * 3
     assert [row["questions"] for row in rows] == [1, 2, 3, 4, 5] and (state.stage, state.position) == (1, 3)
     assert "rewards/integer" in rows[0] and "rewards/integer" not in rows[4]
-    main.save_checkpoint(state, tmp_path)
+    state.step = 4  # within the second stage
+    main.save_checkpoint(state)
     fresh, _ = setup(**constants)
-    main.load_checkpoint(fresh, tmp_path)
-    assert next(main.questions_of(fresh)) == next(main.questions_of(state))
+    main.load_checkpoint(fresh)
+    ours, theirs = (next(main.next_questions(one)) for one in (state, fresh))
+    assert ours == theirs
 
 
 def test_the_questions_of_two_stages_with_one_task_are_not_the_same(setup):
-    state, _ = setup(DATASET="knights:1:2,knights:1:2", STEPS=4)
-    first = next(main.questions_of(state))
-    state.stage = 1
-    assert next(main.questions_of(state)) != first
+    state, _ = setup(DATASET="knights:1:2,knights:1:2", STEPS=4, MAX_PROMPT_TOKENS=400)
+    first, _ = main.next_questions(state)
+    state.step = 2
+    assert next(main.next_questions(state)) != first
 
 
 def test_the_weighted_sum_takes_in_rewards_that_are_no_rules(constants):
     constants(WEIGHT_OVERLONG=4.0, WEIGHT_REWARD_MODEL=0.5)
-    problem = {"kind": "math", "answer": "2"}
-    plain, _ = main.score_completions(["#### 2", "3"], [problem])
-    rewards, by_name = main.score_completions(
-        ["#### 2", "3"], [problem], overlong=[0.0, -0.5], reward_model=[1.0, -1.0]
-    )
-    assert (rewards - plain).tolist() == [[0.5, -2.5]] and by_name["overlong"] == [0.0, -0.5]
+    values = {"correctness": tensor([[1.0, 0.0]]), "overlong": tensor([[0.0, -0.5]])}
+    assert main.weighted_sum(values | {"reward_model": tensor([[1.0, -1.0]])}).tolist() == [[2.5, -2.5]]
 
 
-def test_every_reward_has_a_weight():
-    kinds = [
-        {"kind": "math", "answer": "2"},
-        {"kind": "countdown", "answer": "1 + 1", "numbers": [1, 1], "target": 2},
-        {"kind": "program", "prelude": "", "setup": "", "tests": ["assert f()"], "functions": ["f"]},
-    ]
-    names = {name for problem in kinds for name in evaluator.rewards("no answer", problem)} | {
-        "overlong",
-        "reward_model",
-        "steps",
-    }
-    weights = {name.removeprefix("WEIGHT_").lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {
-        "decay"
-    }
-    assert names == weights
+def test_a_reward_is_one_function_and_its_weight_one_constant(monkeypatch, constants):
+    monkeypatch.setitem(evaluator.REWARDS, "brevity", lambda completion, problem: float(len(completion) < 10))
+    problem = {"question": "?", "answer": "2", "kind": "math"}
+    rewards, by_name = rewards_of(["#### 2", "a longer output"], problem)
+    assert by_name["brevity"] == [1.0, 0.0] and rewards == [2.5, 0.0]  # measured; without a weight it counts 0
+    monkeypatch.setitem(main.CONSTANTS, "WEIGHT_BREVITY", ("Rewards", 3.0, "short"))
+    monkeypatch.setattr(main, "WEIGHT_BREVITY", 3.0, raising=False)
+    assert rewards_of(["#### 2", "a longer output"], problem)[0] == [5.5, 0.0]
+    main.check_settings()
+    monkeypatch.delitem(evaluator.REWARDS, "brevity")
+    with pytest.raises(main.SettingsError, match="weight_brevity must be the weight of a reward of evaluator.py"):
+        main.check_settings()
+
+
+def test_every_rule_has_a_weight_and_every_constant_is_a_flag():
+    weights = {name[7:].lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {"decay"}
+    assert weights == {*evaluator.REWARDS, "overlong", "reward_model", "steps"}
+    source = Path(main.__file__).read_text().split("# -- End of the constants")[0]
+    assert set(re.findall(r"^([A-Z][A-Z0-9_]+) =", source, re.MULTILINE)) == set(main.CONSTANTS)
 
 
 def test_the_test_questions_are_shared_out_over_the_tasks(constants):
     constants(DATASET="knights:1:2,countdown:3:2", EVAL_QUESTIONS=6)
-    assert [problem["task"] for problem in main.test_set()] == ["knights:1"] * 3 + ["countdown:3"] * 3
+    assert [problem["task"] for problem in main.check_data()] == ["knights:1"] * 3 + ["countdown:3"] * 3
     constants(EVAL_DATASET="arithmetic,order:2")
-    assert [problem["task"] for problem in main.test_set()] == ["arithmetic"] * 3 + ["order:2"] * 3
+    assert [problem["task"] for problem in main.check_data()] == ["arithmetic"] * 3 + ["order:2"] * 3
 
 
-def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model, constants):
-    state, rollout = setup()
-    state.reward_model = llms.load_reward_model(reward_model)
+def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model):
+    _, rollout = setup()
+    judge = llms.load_reward_model(reward_model)
     problems = PROBLEMS[:3]
-    scores = tensor(main.other_rewards(state, rollout, problems)["reward_model"])
+    scores = main.score_outputs(rollout, problems, judge)["reward_model"].flatten()
     assert scores.shape == (12,) and scores.mean().abs() < 1e-5 and abs(scores.std() - 1) < 1e-2
     questions = [problem["question"] for problem in problems for _ in range(4)]
-    raw = tensor(llms.reward_scores(*state.reward_model, questions, rollout.texts, rows=5))
-    alone = [llms.reward_scores(*state.reward_model, [q], [text])[0] for q, text in zip(questions, rollout.texts)]
+    raw = tensor(llms.reward_scores(*judge, questions, rollout.texts, rows=5))
+    alone = [llms.reward_scores(*judge, [q], [text])[0] for q, text in zip(questions, rollout.texts)]
     assert_close(raw, tensor(alone), atol=1e-5, rtol=1e-4)
     assert_close(scores, (raw - raw.mean()) / raw.std(), atol=1e-3, rtol=1e-3)
 
 
 def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):
     state, _ = setup(MAX_PROMPT_TOKENS=200, QUESTIONS_PER_STEP=2)
-    stream = iter([PROBLEMS[0], {"question": "why? " * 300, "answer": "1"}, PROBLEMS[1], PROBLEMS[2]])
-    problems, prompts = main.draw_questions(state, stream)
-    assert problems == PROBLEMS[:2] and (state.position, state.skipped) == (3, 1)
+    too_long = {"question": "why? " * 300, "answer": "1", "kind": "math"}
+    state.stream = iter([PROBLEMS[0], too_long, PROBLEMS[1], PROBLEMS[2]])
+    problems, _ = main.next_questions(state)
+    assert problems == PROBLEMS[:2] and (state.position, state.prompts_skipped) == (3, 1)
+    state.stream = iter([too_long] * 2000)
     with pytest.raises(main.SettingsError, match="max_prompt_tokens"):
-        main.draw_questions(state, iter([{"question": "why? " * 300, "answer": "1"}] * 2000))
+        main.next_questions(state)
 
 
-def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup, tmp_path):  # T45
+def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
     state, _ = setup(STEPS=3)
     questions = PROBLEMS * 3
-    main.train(state, iter(questions), [], tmp_path, set())
-    main.save_checkpoint(state, tmp_path)
+    train(state, questions)
+    main.save_checkpoint(state)
     fresh, _ = setup(STEPS=3)
-    main.load_checkpoint(fresh, tmp_path)
+    main.load_checkpoint(fresh)
     for one in (state, fresh):
         one.step = 2  # one more step, by both
-        main.train(one, iter(questions[one.position :]), [], tmp_path, set())
-    ours, theirs = state.tensors(), fresh.tensors()
+        rows = train(one, questions[one.position :])
+    ours, theirs = tensors(state), tensors(fresh)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    last, again = main.read_lines(tmp_path / "metrics.jsonl")[-2:]
-    assert {k: v for k, v in last.items() if "seconds" not in k} == {
-        k: v for k, v in again.items() if "seconds" not in k
-    }
+    last, again = ({k: v for k, v in row.items() if "seconds" not in k and k != "memory"} for row in rows[-2:])
+    assert last == again
 
 
-def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, tmp_path, constants):
+def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, constants):
     state, _ = setup()
-    main.save_checkpoint(state, tmp_path)
-    path = tmp_path / "checkpoint" / "state.safetensors"
+    main.save_checkpoint(state)
+    path = state.run / "checkpoint" / "state.safetensors"
     whole = bytearray(path.read_bytes())
     constants(BETA=0.5)
     with pytest.raises(main.SettingsError, match="BETA"):
-        main.load_checkpoint(state, tmp_path)
+        main.load_checkpoint(state)
     constants(BETA=0.04)
-    main.load_checkpoint(state, tmp_path)
+    main.load_checkpoint(state)
     whole[-100] ^= 1
     for broken in (bytes(whole), bytes(whole[:-50]), b"", b"{}" * 100):
         path.write_bytes(broken)
-        with pytest.raises(main.SettingsError, match="damaged"):
-            main.load_checkpoint(state, tmp_path)
+        with pytest.raises(llms.ModelError, match="damaged"):
+            main.load_checkpoint(state)
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------
@@ -804,7 +856,7 @@ def bandit(rewards_of, steps, rate, seed, arms=10, group=16):
     return torch.softmax(z.detach(), 0)[0].item(), z
 
 
-def test_the_best_of_ten_arms_is_found_and_chance_teaches_nothing(constants):  # T46
+def test_the_best_of_ten_arms_is_found_and_chance_teaches_nothing(constants):
     constants(BETA=0.0)
     for seed in range(3):
         assert bandit(lambda arm, _: (arm == 0).float(), 200, 0.5, seed)[0] > 0.98
@@ -826,25 +878,23 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(constants):
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
-    assert [main.pass_at_k(4, c, 2) for c in range(5)] == pytest.approx([0, 3 / 6, 5 / 6, 1, 1])  # of 6 pairs
-    assert main.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+    assert [report.pass_at_k(4, c, 2) for c in range(5)] == pytest.approx([0, 3 / 6, 5 / 6, 1, 1])  # of 6 pairs
+    assert report.pass_at_k(10, 3, 1) == pytest.approx(0.3)
 
 
 def test_the_interval_is_wilsons():
-    assert main.interval(0, 100) == pytest.approx(0.0185, abs=1e-4)  # 0 to 0.0370
-    assert main.interval(50, 100) == pytest.approx(0.0962, abs=1e-4)  # 0.4038 to 0.5962
+    assert report.wilson(0.0, 100) == pytest.approx(0.0185, abs=1e-4)  # 0 to 0.0370
+    assert report.wilson(0.5, 100) == pytest.approx(0.0962, abs=1e-4)  # 0.4038 to 0.5962
 
 
-def test_an_evaluation_counts_right_answers_votes_and_passes(setup, constants, monkeypatch):
+def test_an_evaluation_counts_right_answers_votes_and_passes(setup, monkeypatch):
     state, _ = setup(EVAL_SAMPLES=3, EVAL_QUESTIONS=0)
-    said = {
+    texts = {
         1: ["<answer>0</answer>", "#### 3", "x"],
         3: ["0", "#### 0", "#### 0", "#### 2", "#### 2", "#### 1", "", "", ""],
     }
-    Texts = namedtuple("Texts", "texts mask truncated")
-    fake = lambda *args: Texts(said[args[3]], torch.ones(len(said[args[3]]), 5), torch.zeros(len(said[args[3]])))  # noqa: E731
-    monkeypatch.setattr(llms, "sample", fake)
-    metrics, records = main.evaluate(state.policy, state.tokenizer, PROBLEMS[:3])  # golds 0, 2, 4
+    monkeypatch.setattr(llms, "sample", lambda *inputs: outputs_of(texts[inputs[3]]))
+    metrics, records = main.evaluate(state, PROBLEMS[:3])  # golds 0, 2, 4
     assert metrics["eval/accuracy"] == pytest.approx(1 / 3) and metrics["eval/n"] == 3
     assert [record["correctness"] for record in records] == [1, 0, 0]
     assert metrics["eval/pass@1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
@@ -853,18 +903,8 @@ def test_an_evaluation_counts_right_answers_votes_and_passes(setup, constants, m
 
 
 def test_the_weights_of_the_rewards_are_the_constants(constants):
-    text, problem = "<answer>72</answer>", {"answer": "72"}
-    assert main.score_completions([text] * 2, [problem])[0].tolist() == [[2.75, 2.75]]  # 2 + 0.5 + 0.5 · 2/4
+    text, problem = "<answer>72</answer>", {"question": "?", "answer": "72"}
+    assert rewards_of([text] * 2, problem)[0] == [2.75, 2.75]  # 2 + 0.5 + 0.5 · 2/4
     constants(WEIGHT_CORRECTNESS=0.0, WEIGHT_TAG_COUNT=4.0)
-    assert main.score_completions([text], [problem])[0].item() == 2.5
+    assert rewards_of([text], problem)[0] == [2.5]
     assert evaluator.rewards(text, problem)["tag_count"] == 0.5  # unweighted by itself
-
-
-def test_a_folder_that_a_kill_left_empty_can_be_taken_for_the_run(constants, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    constants(RUN="first")
-    (tmp_path / "runs" / "first").mkdir(parents=True)
-    assert str(main.new_run_folder("any")) == "runs/first"
-    (tmp_path / "runs" / "first" / "config.json").write_text("{}")
-    with pytest.raises(main.SettingsError, match="exists already"):
-        main.new_run_folder("any")

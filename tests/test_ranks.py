@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import llms
 import main
 import rldatasets
+from plots import report
 
 ROOT = Path(__file__).parent.parent
 ALONE = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -57,7 +58,7 @@ def fresh_state(checkpoint, dtype=torch.float64, **settings):
         assert not any(weight.requires_grad for weight in state.reference.parameters())
     if main.LORA_RANK:
         with torch.no_grad():
-            for layer in llms.adapted(state.policy):
+            for layer in llms.lora_layers(state.policy):
                 llms.fill(layer.lora_B, torch.linspace(-1, 1, layer.lora_B.numel()).view(layer.lora_B.shape).double())
     return state
 
@@ -66,12 +67,12 @@ def gradient(checkpoint, questions, **settings):
     """The gradient of one update, {weight: whole tensor}: ratios other than 1, a reference and a critic where asked."""
     state = fresh_state(checkpoint, QUESTIONS_PER_STEP=len(questions), **settings)
     prompts = [[5 + i] * (3 + i) for i in range(len(questions))]
-    rollout = main.draw(state.policy, state.tokenizer, prompts, 4, 1.0, state.generator)
+    rollout = main.sample(state, state.policy, llms.share(prompts))
     advantages = torch.tensor(llms.share(questions), dtype=torch.float64).flatten()  # [N]
     old = rollout.logp.double() + 0.3 * (rollout.ids[:, -rollout.mask.shape[1] :] % 5 - 2) * rollout.mask  # [N, T]
-    ref = main.score(state.reference, rollout) + 0.1 if state.reference else None
+    ref = main.score(state, state.reference, rollout) + 0.1 if state.reference else None
     targets = (torch.zeros_like(old), old) if state.critic else None
-    measured = main.accumulate(state, rollout, advantages, old, ref, main.grpo_loss, targets)
+    measured = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets, main.TOKEN_BUDGET)
     networks = {"policy": state.policy, "critic": state.critic} if state.critic else {"policy": state.policy}
     gradients = {
         f"{network}.{name}": llms.whole(weight.grad).clone()
@@ -85,12 +86,13 @@ def gradient(checkpoint, questions, **settings):
 def in_bf16(checkpoint):
     """The gradient where everything computes in bf16, as on a GPU: by autocast, with a reference held in bf16."""
     state, questions = fresh_state(checkpoint, torch.float32, QUESTIONS_PER_STEP=3), QUESTIONS["unequal"]
-    rollout = main.draw(state.policy, state.tokenizer, [[5] * 3, [6] * 4, [7] * 5], 4, 1.0, state.generator)
+    rollout = main.sample(state, state.policy, llms.share([[5] * 3, [6] * 4, [7] * 5]))
     before, llms.precision = llms.precision, lambda device: torch.bfloat16
     state.reference = llms.frozen_copy(state.policy)
-    ref = main.score(state.reference, rollout)
+    ref = main.score(state, state.reference, rollout)
     assert {weight.dtype for weight in state.reference.parameters()} == {torch.float32, torch.bfloat16}
-    main.accumulate(state, rollout, torch.tensor(llms.share(questions)).flatten(), None, ref, main.grpo_loss, None)
+    A = torch.tensor(llms.share(questions)).flatten()
+    main.backward(state, rollout, A, None, ref, main.grpo_loss, None, main.TOKEN_BUDGET)
     llms.precision = before
     return {name: llms.whole(weight.grad).clone() for name, weight in state.policy.named_parameters()}
 
@@ -98,23 +100,21 @@ def in_bf16(checkpoint):
 def dpo(checkpoint):
     """DPO's coefficients where only one rank has pairs: Â_i of all outputs."""
     state = fresh_state(checkpoint, ALGORITHM="dpo", QUESTIONS_PER_STEP=3)
-    rollout = main.draw(state.policy, state.tokenizer, [[5] * 3, [6] * 4, [7] * 5], 4, 1.0, state.generator)
+    rollout = main.sample(state, state.policy, llms.share([[5] * 3, [6] * 4, [7] * 5]))
     right = llms.share([[0.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
-    correctness = list(itertools.chain(*right))
-    outputs = main.Outputs(right, rollout, torch.tensor(right), {"correctness": correctness})
-    coefficients = main.preference(state, outputs).tolist()
-    return {"coefficients": torch.tensor(llms.gather(coefficients)), "loss": torch.tensor(outputs.measured["dpo/loss"])}
+    coefficients, _, extra = main.preference(state, rollout, {"correctness": torch.tensor(right)}, None, None)
+    return {"coefficients": torch.tensor(llms.gather(coefficients.tolist())), "loss": torch.tensor(extra["dpo/loss"])}
 
 
 def ten_steps(checkpoint, folder):
     """Ten steps of Algorithm 1: the weights behind them, the metrics of each step, and an evaluation."""
     state = fresh_state(checkpoint, QUESTIONS_PER_STEP=3, EVAL_SAMPLES=2)
-    stream = rldatasets.shuffled("arithmetic", "train", 0)
-    rows = [main.take_step(state, stream, folder) for _ in range(10)]
-    names = [name for name in rows[0] if "seconds" not in name and name != "stage"]
+    state.run = folder
+    rows = [main.take_step(state) for _ in range(10)]
+    names = [name for name in rows[0] if "seconds" not in name and name not in ("stage", "memory")]
     columns = {name: [float(row[name] or 0) for row in rows] for name in names}
     problems = list(itertools.islice(rldatasets.load("arithmetic", "test"), 5))
-    metrics, records = main.evaluate(state.policy, state.tokenizer, problems)
+    metrics, records = main.evaluate(state, problems)
     weights = {name: llms.whole(weight).detach().clone() for name, weight in state.policy.named_parameters()}
     tensors = {f"metrics.{name}": torch.tensor(values).double() for name, values in (columns | metrics).items()}
     asked = torch.tensor([record["question"] == problem["question"] for record, problem in zip(records, problems)])
@@ -223,10 +223,12 @@ def assert_same_run(one, other):
     weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, other))
     assert weights.keys() == others.keys()
     assert max((weights[name] - others[name]).abs().max() for name in weights) < 1e-6
-    samples, other_samples = (main.read_lines(run / "samples.jsonl") for run in (one, other))
+    samples, other_samples = (report.read_lines(run / "samples.jsonl") for run in (one, other))
     assert [row["completion"] for row in samples] == [row["completion"] for row in other_samples]
-    for row, same in zip(main.read_lines(one / "metrics.jsonl"), main.read_lines(other / "metrics.jsonl"), strict=True):
-        for name in (name for name in row.keys() | same.keys() if not name.startswith("seconds")):
+    for row, same in zip(
+        report.read_lines(one / "metrics.jsonl"), report.read_lines(other / "metrics.jsonl"), strict=True
+    ):
+        for name in (name for name in row.keys() | same.keys() if not name.startswith("seconds") and name != "memory"):
             assert row[name] == (
                 same[name] if isinstance(row[name], str | None) else pytest.approx(same[name], abs=1e-5)
             )
@@ -263,7 +265,7 @@ def test_ranks_whose_torchrun_is_killed_end_and_nobody_else_may_write_meanwhile(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.communicate()
-    steps = [row["step"] for row in main.read_lines(folder / "runs" / "orphans" / "metrics.jsonl") if "reward" in row]
+    steps = [row["step"] for row in report.read_lines(folder / "runs" / "orphans" / "metrics.jsonl") if "reward" in row]
     assert steps == list(range(1, len(steps) + 1))
     on_one(folder, "--resume", "runs/orphans", "--steps", str(len(steps) + 1))
 
@@ -278,11 +280,11 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_and_only_one_of_them_speaks(
     assert [line[:11] for line in out.splitlines() if line.startswith("step")] == [
         "step    4 |", "step    4 |", "step    5 |", "step    6 |", "step    6 |"
     ]  # fmt: skip
-    grown = main.read_lines(folder / "runs" / "grown" / "metrics.jsonl")
+    grown = report.read_lines(folder / "runs" / "grown" / "metrics.jsonl")
     assert [row["step"] for row in grown] == [0, 1, 2, 2, 3, 3, 4, 4, 5, 6, 6]  # it was tested after its third step too
     rows = [row for row in grown if not (row["step"] == 3 and "eval/n" in row)]
     (folder / "runs" / "grown" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tests = [row for row in main.read_lines(folder / "runs" / "grown" / "samples.jsonl")]
+    tests = [row for row in report.read_lines(folder / "runs" / "grown" / "samples.jsonl")]
     rows = [row for row in tests if not (row["step"] == 3 and row["split"] == "test")]
     (folder / "runs" / "grown" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_same_run(folder / "runs" / "whole", folder / "runs" / "grown")
@@ -294,11 +296,11 @@ def test_an_error_that_all_ranks_meet_is_told_once(alone):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     errors = [line for line in err.splitlines() if line.startswith("main.py: error")]
-    assert errors == ["main.py: error on rank 0: --questions_per_step 1 is less than one for each of 2 ranks"]
+    assert errors == ["main.py: error on rank 0: --questions_per_step must be at least 2, one for each rank, not 1"]
 
 
 if __name__ == "__main__":
-    with llms.together():
+    with llms.distributed():
         *models, folder = sys.argv[1:]
         tensors = {name: tensor.contiguous() for name, tensor in everything(*models, Path(folder)).items()}
         if llms.RANK == 0:

@@ -12,7 +12,7 @@ import evaluator
 import llms
 import main
 import rldatasets
-from conftest import PROBLEMS
+from conftest import PROBLEMS, tensors, train
 
 # ---- a toy policy: the next of five tokens depends on the last one only --------------------------------------------
 
@@ -45,29 +45,43 @@ class Toy(nn.Module):
         return self.head
 
 
+class Step:
+    """A toy policy, a reference elsewhere, four outputs of one question with their verdicts, and steps on them."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.monkeypatch, self.rows = monkeypatch, []
+        ids, attention, mask = llms.batch([QUESTION] * 4, OUTPUTS, "cpu")
+        self.rollout = llms.Rollout(ids, attention, mask, None, None, torch.zeros(4).bool(), [""] * 4)
+        policy, optimizer = Toy(0), torch.optim.SGD
+        self.state = main.State(policy, None, tmp_path, optimizer(policy.parameters(), lr=1.0), reference=Toy(1))
+        self.state.memory = llms.Memory(1, 100, 100)
+        self.rollout = self.rollout._replace(logp=main.score(self.state, policy, self.rollout))
+        self.rewards = tensor([RIGHT])
+
+    def budget(self, tokens):
+        self.state.memory.limits["token_budget"] = tokens
+
+    def gradient(self, algorithm):
+        """The gradient on W in a whole step of this method, whose outputs and rewards are given."""
+        seen, problems = {}, [{"solution": "worked"}] * len(self.rewards)
+        self.state.optimizer.step = lambda: seen.update(W=self.state.policy.head.weight.grad.clone())
+        self.monkeypatch.setattr(main, "next_questions", lambda state: (problems, [QUESTION] * len(self.rewards)))
+        self.monkeypatch.setattr(main, "sample", lambda *inputs: self.rollout)
+        self.monkeypatch.setattr(llms, "rollout_of", lambda *inputs: self.rollout)
+        self.monkeypatch.setattr(rldatasets, "written_out", lambda problem: "worked")
+        self.monkeypatch.setattr(main, "score_outputs", lambda *inputs: {"correctness": self.rewards})
+        self.monkeypatch.setattr(main, "record_step", lambda *inputs: self.rows.append(inputs))
+        main.TABLE_10[algorithm](self.state)
+        return seen["W"]
+
+
 @pytest.fixture
-def toy(constants, monkeypatch):
-    """A policy, a reference elsewhere, and four outputs of one question with their rewards."""
+def toy(constants, monkeypatch, tmp_path):
     constants(
-        MAX_GRAD_NORM=1e9, TOKEN_BUDGET=100, BETA=0.5, BETA_DPO=0.5, MU=1, DENOMINATOR="sequence", GAMMA=1.0, LAMBDA=1.0
-    )
-    ids, attention, mask = llms.batch([QUESTION] * 4, OUTPUTS, "cpu")
-    rollout = llms.Rollout(ids, attention, mask, None, None, torch.zeros(4).bool(), [""] * 4)
-    policy, reference = Toy(0), Toy(1)
-    state = main.State(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), None, reference=reference)
-    rewards, by_name = tensor([RIGHT], dtype=torch.float64), {"correctness": RIGHT}
-    rollout = rollout._replace(logp=main.score(policy, rollout))
-    logp_ref = main.score(reference, rollout).double()
-    return state, main.Outputs([{}], rollout, rewards, by_name, None, logp_ref)
-
-
-def update_gradient(state, outputs, algorithm):
-    """The gradient on W that one update of a method's row of Table 10 makes."""
-    _, coefficients, loss_function = main.TABLE_10[algorithm]
-    A, seen = coefficients(state, outputs), {}
-    state.optimizer.step = lambda: seen.update(W=state.policy.head.weight.grad.clone())
-    main.update(state, outputs.rollout, A, outputs.logp_old, outputs.logp_ref, loss_function, outputs.targets)
-    return seen["W"]
+        MAX_GRAD_NORM=1e9, BETA=0.5, BETA_DPO=0.5, MU=1, DENOMINATOR="sequence", GAMMA=1.0, LAMBDA=1.0, GROUP_SIZE=4,
+        WEIGHT_CORRECTNESS=1.0,
+    )  # fmt: skip
+    return Step(monkeypatch, tmp_path)
 
 
 def score_function(W, coefficients):
@@ -103,23 +117,22 @@ TABLE = {  # the gradient coefficient of token t of output i, in the words of th
 def test_at_the_old_policy_the_gradient_is_the_coefficient_times_the_score_function(
     toy, constants, algorithm, budget, batches
 ):
-    state, outputs = toy
-    constants(TOKEN_BUDGET=budget)
-    assert len(main.micro_batches(outputs.rollout, range(4))) == batches
-    state.critic = llms.Critic(state.policy) if algorithm == "ppo" else None
+    constants(ALGORITHM=algorithm)
+    toy.budget(budget)
+    assert len(toy.rollout.micro_batches(range(4), 4, budget)) == batches
     if algorithm == "ppo":
-        state.critic.value_head.double()
-    d = log_ratios(state)
+        toy.state.critic = llms.Critic(toy.state.policy)
+        toy.state.critic.value_head.double()
+    d = log_ratios(toy.state)
     coefficients = [[TABLE[algorithm](i, t, d) for t in range(len(output))] for i, output in enumerate(OUTPUTS)]
-    expected = score_function(state.policy.head.weight.detach(), coefficients)
-    assert_close(update_gradient(state, outputs, algorithm), -expected, atol=1e-7, rtol=0)
+    expected = score_function(toy.state.policy.head.weight.detach(), coefficients)
+    assert_close(toy.gradient(algorithm), -expected, atol=1e-7, rtol=0)
 
 
 def test_the_gradient_of_dpo_is_the_derivative_of_equation_12(toy):
-    state, outputs = toy  # right: 0 and 3, wrong: 1 and 2
-    gradient = update_gradient(state, outputs, "dpo")
-    W = state.policy.head.weight.detach().clone().requires_grad_()
-    log_pi, log_ref = torch.log_softmax(W, 0), torch.log_softmax(state.reference.head.weight.detach(), 0)
+    gradient = toy.gradient("dpo")  # right: 0 and 3, wrong: 1 and 2
+    W = toy.state.policy.head.weight.detach().clone().requires_grad_()
+    log_pi, log_ref = torch.log_softmax(W, 0), torch.log_softmax(toy.state.reference.head.weight.detach(), 0)
 
     def mean_log_ratio(output):
         moves = list(zip(output, [QUESTION[-1], *output]))
@@ -130,23 +143,26 @@ def test_the_gradient_of_dpo_is_the_derivative_of_equation_12(toy):
     J = sum(-torch.log(1 + torch.exp(-margin)) for margin in margins) / 2
     J.backward()
     assert_close(gradient, -W.grad, atol=1e-7, rtol=0)
-    assert outputs.measured["dpo/loss"] == pytest.approx(-J.item(), abs=1e-6) and outputs.measured["dpo/pairs"] == 2
+    extra = toy.rows[0][-1]
+    assert extra["dpo/loss"] == pytest.approx(-J.item(), abs=1e-6) and extra["dpo/pairs"] == 2
 
 
 @pytest.mark.parametrize("denominator", ["sequence", "token", "constant"])
 def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_gradient(toy, constants, denominator):
-    state, outputs = toy
-    constants(DENOMINATOR=denominator)
+    constants(DENOMINATOR=denominator, ALGORITHM="ppo")
+    state = toy.state
     state.critic = llms.Critic(state.policy)
     state.critic.value_head.double()
     nn.init.normal_(state.critic.value_head.weight, generator=torch.Generator().manual_seed(2))
+    logp_ref = main.score(state, state.reference, toy.rollout)
     results = []
     for budget in (100, 13, 7):
-        constants(TOKEN_BUDGET=budget)
+        toy.budget(budget)
         seen = {}
         state.optimizer.step = lambda seen=seen: seen.update(V=state.critic.value_head.weight.grad.clone())
-        A = main.ppo_advantages(state, outputs)
-        measured = main.update(state, outputs.rollout, A, None, None, main.ppo_loss, outputs.targets)
+        by_name = {"correctness": toy.rewards}
+        A, targets, _ = main.ppo_advantages(state, toy.rollout, by_name, None, logp_ref)
+        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
         results.append((seen["V"], measured["value_loss"], measured["loss"]))
         state.critic.value_head.weight.grad = None  # the optimizer of this test does not know the critic
     for V, value_loss, loss in results:
@@ -156,51 +172,47 @@ def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_g
 
 
 def test_the_critic_learns_from_outputs_without_advantage_too(toy, constants):
-    state, outputs = toy
     constants(BETA=0.0)
+    state = toy.state
     state.critic = llms.Critic(state.policy)
     state.critic.value_head.double()
     state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
-    values, returns = torch.zeros(outputs.rollout.mask.shape), torch.ones(outputs.rollout.mask.shape)
-    main.update(state, outputs.rollout, torch.zeros(4), None, None, main.ppo_loss, (values, returns))
+    values, returns = torch.zeros(toy.rollout.mask.shape), torch.ones(toy.rollout.mask.shape)
+    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, (values, returns))
     assert state.critic.value_head.bias.item() > 0  # from V = 0 up to the returns, 1
 
 
 def test_dpo_without_a_right_and_a_wrong_output_learns_nothing(toy):
-    state, outputs = toy
     for verdict in ([1.0] * 4, [0.0] * 4):
-        outputs.by_name = {"correctness": verdict}
-        assert not update_gradient(state, outputs, "dpo").any() and outputs.measured["dpo/pairs"] == 0
+        toy.rewards = tensor([verdict])
+        assert not toy.gradient("dpo").any() and toy.rows[-1][-1] == {"dpo/pairs": 0}
 
 
 def test_an_output_that_is_masked_is_in_no_pair_of_dpo(toy, constants):
-    constants(MASK_TRUNCATED=True)
-    state, outputs = toy  # right: 0 and 3, wrong: 1 and 2
-    outputs.rollout = outputs.rollout._replace(truncated=tensor([False, True, False, False]))
-    coefficients = main.preference(state, outputs)
-    assert coefficients[0] > 0 and coefficients[2] == -coefficients[0] and not coefficients[[1, 3]].any()
+    constants(MASK_TRUNCATED=True)  # right: 0 and 3, wrong: 1 and 2
+    truncated = toy.rollout._replace(truncated=tensor([False, True, False, False]))
+    GC, _, _ = main.preference(toy.state, truncated, {"correctness": toy.rewards}, None, None)
+    assert GC[0] > 0 and GC[2] == -GC[0] and not GC[[1, 3]].any()
 
 
-def test_dpo_pairs_outputs_of_the_same_question_only(toy, constants):
-    state, outputs = toy
-    outputs.rewards = outputs.rewards.view(2, 2)  # two questions: rows 0, 1 and rows 2, 3
-    outputs.by_name = {"correctness": [1.0, 1.0, 0.0, 1.0]}
-    coefficients = main.preference(state, outputs)
-    assert coefficients[:2].tolist() == [0.0, 0.0] and coefficients[3] > 0 and coefficients[2] == -coefficients[3]
+def test_dpo_pairs_outputs_of_the_same_question_only(toy):
+    right = tensor([[1.0, 1.0], [0.0, 1.0]])  # two questions: rows 0, 1 and rows 2, 3
+    GC, _, _ = main.preference(toy.state, toy.rollout, {"correctness": right}, None, None)
+    assert GC[:2].tolist() == [0.0, 0.0] and GC[3] > 0 and GC[2] == -GC[3]
 
 
 # ---- by hand -------------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_of_dpo_by_hand(constants):
-    constants(BETA_DPO=0.5)
-    ref = tensor([[-1.0, -2.0], [-1.0, 0.0]])
-    logp = (ref + tensor([[0.4, 0.0], [-0.2, 9.9]])).requires_grad_()  # means over |o⁺| = 2, |o⁻| = 1: 0.2 and -0.2
-    mask = tensor([[True, True], [True, False]])
-    objective, margin = main.dpo_objective(logp, ref, mask, tensor([[0, 1]]))
-    assert margin.item() == pytest.approx(0.2) and -objective.item() == pytest.approx(0.598139, abs=1e-6)
-    objective.backward()  # β σ(-0.2) / |o| = 0.5 · 0.450166 / 2 and / 1
-    assert_close(logp.grad, tensor([[0.1125415, 0.1125415], [-0.225083, 0.0]]), atol=1e-6, rtol=0)
+def test_a_pair_of_dpo_by_hand(toy, monkeypatch):
+    # means of log π_θ/π_ref over |o⁺| = 2 and |o⁻| = 1 tokens: 0.2 and -0.2, so Δ = 0.5 · 0.4 = 0.2
+    rollout = toy.rollout._replace(mask=tensor([[True, True], [True, False]]), truncated=tensor([False, False]))
+    logp = {toy.state.policy: tensor([[0.4, 0.0], [-0.2, 0.0]]), toy.state.reference: torch.zeros(2, 2)}
+    monkeypatch.setattr(main, "score", lambda state, model, rollout: logp[model])
+    GC, _, extra = main.preference(toy.state, rollout, {"correctness": tensor([[1.0, 0.0]])}, None, None)
+    assert extra["dpo/margin"] == pytest.approx(0.2) and extra["dpo/loss"] == pytest.approx(0.598139, abs=1e-6)
+    # β σ(-0.2) = 0.5 · 0.450166, times N/P = 2
+    assert GC.tolist() == pytest.approx([0.450166, -0.450166], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -218,16 +230,14 @@ def test_gae_by_hand(constants, gamma, discount, expected):
     assert_close(main.gae(rewards, values, mask), tensor(expected))
 
 
-def test_with_no_values_and_one_reward_at_the_end_ppos_advantage_is_the_reward(toy, constants):  # GRPO.md 1.5
+def test_with_no_values_and_one_reward_at_the_end_ppos_advantage_is_the_reward(toy, constants):
     constants(BETA=0.0)
-    state, outputs = toy
-    state.critic = llms.Critic(state.policy)
-    state.critic.value_head.double()
-    outputs.rewards = tensor([[3.0, -1.0, 0.5, 2.0]], dtype=torch.float64)
-    advantages = main.ppo_advantages(state, outputs)
-    assert_close(advantages, outputs.rewards.view(4, 1) * outputs.rollout.mask)
-    values, returns = outputs.targets
-    assert not values.any() and torch.equal(returns, advantages)
+    toy.state.critic = llms.Critic(toy.state.policy)
+    toy.state.critic.value_head.double()
+    rewards = tensor([[3.0, -1.0, 0.5, 2.0]])
+    A, (values, returns), _ = main.ppo_advantages(toy.state, toy.rollout, {"correctness": rewards}, None, None)
+    assert_close(A, (rewards.view(4, 1) * toy.rollout.mask).to(A))
+    assert not values.any() and torch.equal(returns, A)
 
 
 def test_ppos_value_loss_by_hand(constants):  # arXiv 1707.06347: from 0 a value may go to ± 0.2
@@ -250,7 +260,7 @@ def test_ppo_clips_as_grpo_does_and_has_no_kl_in_its_loss(constants):
     assert_close(logp.grad, tensor([[0.0, 0.0, -2.2 / 3]]))
 
 
-def test_against_the_others_an_output_is_measured_as_rloo_does(constants):  # T6: 1 - 0, and 0 - 1/3
+def test_against_the_others_an_output_is_measured_as_rloo_does(constants):  # 1 - 0, and 0 - 1/3
     constants(BASELINE="others", SCALE_BY_STD=False)
     assert_close(main.group_advantages(tensor([[1.0, 0, 0, 0]])), tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
 
@@ -267,17 +277,15 @@ def judged(monkeypatch):
 
 
 def test_the_data_source_is_that_of_the_table(setup, judged, tmp_path, monkeypatch):
-    asked = []
+    sampled = []
     real = llms.sample
-    monkeypatch.setattr(llms, "sample", lambda model, *how: asked.append(model) or real(model, *how))
+    monkeypatch.setattr(llms, "sample", lambda model, *inputs: sampled.append(model) or real(model, *inputs))
     sources = {"sft": None, "rft": "reference", "dpo": "reference", "online_rft": "policy", "ppo": "policy"}
     for algorithm, source in (sources | {"grpo": "policy"}).items():
         state, _ = setup(ALGORITHM=algorithm, STEPS=2)
-        asked.clear()
-        (tmp_path / algorithm).mkdir()
-        main.train(state, main.questions_of(state), [], tmp_path / algorithm, set())
-        assert asked == [getattr(state, source)] * 2 if source else not asked
-        first, second = main.read_lines(tmp_path / algorithm / "metrics.jsonl")
+        sampled.clear()
+        first, second = train(state, run=tmp_path / algorithm)
+        assert sampled == [getattr(state, source)] * 2 if source else not sampled
         assert (first["sampler_gap"] is None) == (source != "policy")
         assert first["grad_norm"] > 0 and second["skipped_updates"] == 0
         if source == "policy":  # nowhere else can the KL of the policy be estimated
@@ -287,51 +295,55 @@ def test_the_data_source_is_that_of_the_table(setup, judged, tmp_path, monkeypat
         assert ("value_loss" in first) == (algorithm == "ppo")
 
 
-def test_sft_learns_the_worked_solution_with_its_end_token(setup, tmp_path):
+def test_sft_learns_the_worked_solution_with_its_end_token(setup):
     state, _ = setup(ALGORITHM="sft", STEPS=8, LEARNING_RATE=5e-3, MAX_NEW_TOKENS=64, QUESTIONS_PER_STEP=1)
     problem = {"kind": "math", "question": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}
     prompt = llms.encode(state.tokenizer, rldatasets.prompt(problem))
-    rollout = main.dataset_outputs(state, [problem], [prompt])
+    solution = [rldatasets.written_out(problem)]
+    rollout = llms.rollout_of(state.policy, state.tokenizer, [prompt], solution, main.MAX_NEW_TOKENS)
     ids = rollout.ids[0, len(prompt) :].tolist()
-    assert state.tokenizer.decode(ids[:-1]) == rldatasets.written_out(problem)
+    assert state.tokenizer.decode(ids[:-1]) == solution[0]
     assert ids[-1] == state.tokenizer.eos_token_id and rollout.mask.all() and not rollout.truncated.any()
-    before = main.score(state.policy, rollout).sum()
-    main.train(state, iter([problem] * 8), [], tmp_path, set())
-    rows = main.read_lines(tmp_path / "metrics.jsonl")
+    before = main.score(state, state.policy, rollout).sum()
+    rows = train(state, [problem] * 8)
     assert rows[0]["loss"] == pytest.approx(-before.item() / len(ids), rel=1e-4)  # the mean of - log π
     assert rows[-1]["loss"] < rows[0]["loss"] - 2 and rows[0]["accuracy"] == 1.0
-    main.MAX_NEW_TOKENS = 5
-    cut = main.dataset_outputs(state, [problem], [prompt])
+    cut = llms.rollout_of(state.policy, state.tokenizer, [prompt], solution, 5)
     assert cut.mask.sum() == 5 and cut.truncated.all() and cut.ids[0, len(prompt) :].tolist() == ids[:5]
+    state.step = 0
+    with pytest.raises(main.RunError, match="no worked solution"):
+        train(state, [problem | {"solution": ""}])
 
 
 @pytest.mark.parametrize("algorithm, rank", [("ppo", 0), ("ppo", 2), ("grpo", 2), ("rft", 0), ("dpo", 2)])
-def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tmp_path, monkeypatch, algorithm, rank):
-    how = {"ALGORITHM": algorithm, "LORA_RANK": rank, "STEPS": 2, "ITERATIONS": 2, "SAVE_EVERY": 3}
-    real = main.save_checkpoint  # each in a folder of its own: that of step 3 is from within the second iteration
-    monkeypatch.setattr(main, "save_checkpoint", lambda state, run: real(state, run / str(state.step)))
-    for step in (0, 3, 4):
-        (tmp_path / str(step)).mkdir()
-    (whole, _), (resumed, _) = setup(**how), setup(**how)
-    main.train(whole, iter(PROBLEMS * 20), [], tmp_path, set())
-    main.load_checkpoint(resumed, tmp_path / "3")
+def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tmp_path, algorithm, rank):
+    settings = {"ALGORITHM": algorithm, "LORA_RANK": rank, "STEPS": 2, "ITERATIONS": 2}
+    (whole, _), (resumed, _) = setup(**settings), setup(**settings)
+
+    def save_step_3(state, metrics):  # from within the second iteration
+        if state.step == 3:
+            main.save_checkpoint(state)
+        return 0
+
+    train(whole, PROBLEMS * 20, after_step=save_step_3)
+    main.load_checkpoint(resumed)
     assert resumed.step == 3
-    main.train(resumed, iter((PROBLEMS * 20)[resumed.position :]), [], tmp_path, set())
-    assert main.read_lines(tmp_path / "metrics.jsonl")[-1]["grad_norm"] > 0
-    ours, theirs = whole.tensors(), resumed.tensors()
+    rows = train(resumed, (PROBLEMS * 20)[resumed.position :])
+    assert rows[-1]["grad_norm"] > 0
+    ours, theirs = tensors(whole), tensors(resumed)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     state, rollout = setup(ALGORITHM="ppo", LORA_RANK=2)
-    for layer in llms.adapted(state.policy):
+    for layer in llms.lora_layers(state.policy):
         nn.init.normal_(layer.lora_B, std=0.1)
     nn.init.normal_(state.critic.value_head.weight)
-    before = main.score(state.critic, rollout, llms.Critic.token_values)
-    old, state.reference = main.score(state.reference, rollout), llms.frozen_copy(state.policy)
-    assert torch.equal(main.score(state.reference, rollout), main.score(state.policy, rollout))
-    assert (main.score(state.reference, rollout) - old).abs().max() > 1e-3
-    assert torch.equal(main.score(state.critic, rollout, llms.Critic.token_values), before) and before.any()
+    before = main.score(state, state.critic, rollout, llms.Critic.token_values)
+    old, state.reference = main.score(state, state.reference, rollout), llms.frozen_copy(state.policy)
+    assert torch.equal(main.score(state, state.reference, rollout), main.score(state, state.policy, rollout))
+    assert (main.score(state, state.reference, rollout) - old).abs().max() > 1e-3
+    assert torch.equal(main.score(state, state.critic, rollout, llms.Critic.token_values), before) and before.any()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -340,4 +352,4 @@ def test_the_critic_has_no_trained_weight_in_common_with_the_policy(setup, rank)
     ours = {id(weight) for weight in state.policy.parameters() if weight.requires_grad}
     theirs = {id(weight) for weight in state.critic.parameters() if weight.requires_grad}
     assert ours and theirs and not ours & theirs
-    assert {id(weight) for weight in state.trained()} == ours | theirs
+    assert {id(weight) for group in state.optimizer.param_groups for weight in group["params"]} == ours | theirs
