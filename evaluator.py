@@ -21,11 +21,11 @@ The rewards here are unweighted. To add one, write a function under `@reward` (l
 import ast
 import cmath
 import functools
-import hashlib
 import inspect
 import itertools
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -96,15 +96,16 @@ def boxed(text):
 LONGEST = 500  # characters of an answer that is read as mathematics
 LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and after it some: x is not |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and at -2, -3, -4 some: x is not |x|
 
+nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
 SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
-COMMANDS = "sqrt pi theta infty le ge ne pm mp cup in approx emptyset degrees degrees".split()
-SIGNS |= {sign: f"\\{command} " for sign, command in zip("√πθ∞≤≥≠±∓∪∈≈∅°º", COMMANDS)}
-SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-WORDS = {word: value for value, word in enumerate((ONES + " eighteen nineteen").split())}
-WORDS |= {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
+SIGNS |= {pair[0]: f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
+SIGNS |= {sign: "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
+WORDS = dict(zip(WORDS, [*range(20), *range(20, 100, 10)]))
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -119,8 +120,8 @@ def matrix(match):
     rows = re.split(r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", match[1].strip().removesuffix("\\\\"))
     rows = [row.split("&") for row in rows]
     if len(rows) == 1 or all(len(row) == 1 for row in rows):
-        return "(" + ",".join(cell for row in rows for cell in row) + ")"
-    return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
+        return "(" + ",".join(sum(rows, [])) + ")"
+    return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
 DENIED = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
@@ -128,9 +129,10 @@ TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|bolds
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 WORD_NUMBER = rf"({'|'.join(WORDS)})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
+    (r"[₀-₉]+", lambda run: "_{" + nfkc(run[0]) + "}"),  # NFKC alone turns x₂ into x2, and 10² into 102
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + nfkc(run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
+    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0])),
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
@@ -159,8 +161,11 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)",
         lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
+    (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
+        lambda part: f"{part[1]} {LETTER_UNITS[part[2]]}"),
+    (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
+        + text[1].replace("\\pm", "-").replace("\\mp", "+")),
 )]  # fmt: skip
-BEFORE_NFKC = 3  # the first rules are for signs that NFKC would spoil: it turns 10² into 102
 
 
 def tidy(text):
@@ -168,8 +173,8 @@ def tidy(text):
     text = boxed(text) or text
     if len(text) > LONGEST:
         return " ".join(text.split())
-    for rule, (pattern, new) in enumerate(REWRITES):
-        text = pattern.sub(new, unicodedata.normalize("NFKC", text) if rule == BEFORE_NFKC else text)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
 
@@ -177,25 +182,24 @@ UNITS = dict(short.split("=") for short in """
     cm=centimeter mm=millimeter km=kilometer ft=foot feet=foot in=inch inches=inch yd=yard mi=mile kg=kilogram gm=gram
     mg=milligram ml=milliliter lb=pound lbs=pound oz=ounce mph=mile/hour kph=kilometer/hour hr=hour hrs=hour min=minute
     mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
-    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
+    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/
 """.split())  # fmt: skip
-SHORT = "|".join(sorted((short for short in UNITS if short.isalpha() and len(short) > 1), key=len, reverse=True))
-UNIT = rf"(?:\s?(?:{SHORT}|[A-Za-z]{{4,}}+)|\s(?=[a-z]*[aeiou])[a-z]{{3}})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
+LETTER_UNITS = {"m": "meter", "h": "hour"}  # only in `5 m` and `km/h`, for m and h are variables as well
+WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"  # shorter ones are variables: 2xy
+UNIT = rf"(?:\s?(?:{'|'.join(filter(str.isalpha, UNITS))})|\s?{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
 TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
-    r"|(?<=\d) [mh](?:\s?\^\s?\{?[23]\}?)?$"
 )
-ONLY_NUMBER = re.compile(r"(?:\w+ ?= ?)?[-+\d.,/ ]+(?= [mh]\b)")  # 5 m is a length, but 2m + 1 and r^2 h are not
 
 
 def split_units(text):
     """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
-    if re.search(r" [mh]\b", text) and not ONLY_NUMBER.match(text):
-        return text, set()
     words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(TRAILING_UNITS.findall(text))))
-    names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
+    names = [
+        name for word in words for name in (UNITS | LETTER_UNITS).get(word, word.lower().removesuffix("s")).split("/")
+    ]
     return TRAILING_UNITS.sub("", text), set(names) - {""}
 
 
@@ -203,8 +207,9 @@ UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
 TOKEN = (
-    rf"\s*(?:(?P<number>{{}})|(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|{{{{\w+}}}})|\\(?:{GREEK})(?![a-z]))"
-    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
+    rf"(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|\{{\w+\}})|\\(?:{GREEK})(?![a-z])"
+    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])"  # AB is one name
+    rf"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
 )
 SPELLINGS = {
     "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
@@ -213,19 +218,14 @@ SPELLINGS = {
     "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
 }  # fmt: skip
 COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
-WORD = re.compile(r"\s*[A-Za-z]{4,}|\s+(?=[a-z]*[aeiou])[a-z]{3}")  # other letters are variables: 2xy
 
 
 def tokenize(text, number_pattern):
     """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
-    tokens, text = [], COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
-    for match in re.finditer(TOKEN.format(number_pattern), text):
-        kind, token = match.lastgroup, match[match.lastgroup]
-        if kind == "word" and not token.isupper() and not WORD.fullmatch(match[0]):
-            tokens += [("letter", letter) for letter in token]
-        else:  # ABC is one name
-            tokens.append(("letter" if kind == "word" and token.isupper() else kind, SPELLINGS.get(token, token)))
-    return [*tokens, ("end", "")]
+    text = COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
+    matches = re.finditer(rf"\s*(?:(?P<number>{number_pattern})|{TOKEN})", text)
+    tokens = [(match.lastgroup, match[match.lastgroup]) for match in matches]
+    return [*((kind, SPELLINGS.get(token, token)) for kind, token in tokens), ("end", "")]
 
 
 Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"
@@ -376,9 +376,9 @@ class Reader:
     def variable(self, name):
         """A random number that depends on the name and the point; its size is between 0.1 and 30."""
         self.variables += 1
-        digest = hashlib.blake2b(f"{name} {self.point}".encode(errors="replace"), digest_size=6).digest()
-        size = 10 ** (2.5 * (self.point % 4 + int.from_bytes(digest) / 2**48) / 4 - 1)
-        negative = self.point == -1 or self.point < -1 and ord(name[-1]) >> (-2 - self.point) & 1
+        rng = random.Random(f"{name} {self.point}")
+        size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
+        negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
         return -size if negative else size
 
     def argument(self, one_digit=True):
@@ -432,8 +432,7 @@ class Reader:
 
 def as_interval(sides, names, signs):
     """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
-    if not {"<", "\\le"} & set(signs):
-        flipped = {">": "<", "\\ge": "\\le"}
+    if signs[0] in (flipped := {">": "<", "\\ge": "\\le"}):
         sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
     unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
     if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
@@ -451,18 +450,11 @@ def readings(text):
     if len(text) > LONGEST:
         return []
     text, units = split_units(text)
-    if "\\pm" in text:
-        other = text.replace("\\pm", "-").replace("\\mp", "+")
-        text = text.replace("\\pm", "+").replace("\\mp", "-") + ", " + other
     grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
     listed = grouped != ungrouped and not any(re.match(r"0\d", token) for _, token in ungrouped)  # 10,080 is no list
-    found = []
-    for tokens in (grouped, ungrouped)[: 1 + listed]:
-        constant = not any(kind in ("letter", "word") for kind, _ in tokens)
-        values = [value_at(tokens, point) for point in (POINTS[:1] if constant else POINTS)]
-        if all(value is not None for value, point in zip(values, POINTS) if point >= 0):
-            found.append((values * len(POINTS) if constant else values, units))
-    return found
+    points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
+    found = [[value_at(tokens, point) for point in points] for tokens in (grouped, ungrouped)[: 1 + listed]]
+    return [(values, units) for values in found if None not in values[:4]]
 
 
 def value_at(tokens, point):
@@ -490,12 +482,11 @@ def math_equal(prediction, gold):
         first, second = first[:1], second[:1]
     if any(agree(a, b) for a in first for b in second):
         return True
-    # the last chance: a sentence that states the right number
-    if not second or value_of(second[0]) is None or any(value_of(reading) is not None for reading in first):
+    target = value_of(second[0]) if second else None
+    if target is None or any(value_of(reading) is not None for reading in first):
         return False
-    if any(unit not in left for unit in second[0][1]):
-        return False
-    return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])
+    sentence = not first or re.search("[A-Za-z]{4}", left)  # it may state the right number
+    return bool(sentence) and all(unit in left for unit in second[0][1]) and stated(left) == target
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
@@ -566,9 +557,8 @@ def value_of(reading):
     return value if isinstance(value, Fraction) else None
 
 
-STATED = re.compile(  # digits with or without thousands separators, with a sign, decimals or a denominator
-    r"(?<![\w.^/*+-])[+-]?(?:\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(?:\.\d{0,40}+)?+"
-    r"(?:\s?/\s?\d{1,40}+)?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
+STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
+    rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
 )
 DOUBTFUL = re.compile(  # a sentence with one of these states nothing
     r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
@@ -584,11 +574,10 @@ def stated(text):
     """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
     if len(text) > LONGEST or DOUBTFUL.search(text):
         return None
-    text = re.sub(r"^([+-])\s+", r"\1", text.rpartition("=")[2].strip())
-    found = STATED.findall(text)
-    if INEXACT.search(text) or len(found) != 1 or re.search(r"\d", text.replace(found[0], "", 1)):
-        return None  # no number, or several
-    found = readings(found[0])
+    text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
+    words = [word for word in text.split() if re.search(r"\d", word)]
+    match = STATED.fullmatch(words[0]) if len(words) == 1 and not INEXACT.search(text) else None
+    found = readings(match[1]) if match else []
     return value_of(found[0]) if found else None
 
 
@@ -991,14 +980,15 @@ def score(completions, problems, threads):
         except Exception as error:  # a fault in a rule must not end the training
             values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
         for name, value in values.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value or 0.0):
                 values[name], failure = 0.0, failure or f"{name} is {value}"
         return values, failure and f"{failure} (question: {problem['question']})"
 
     with ThreadPoolExecutor(threads) as pool:
-        rows, failures = zip(*pool.map(score_one, completions, problems))
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name, 0.0) for row in rows] for name in names}, list(filter(None, failures))
+        scored = list(pool.map(score_one, completions, problems))
+    names = dict.fromkeys(name for values, _ in scored for name in values)  # without a reward of its kind: 0
+    by_name = {name: [values.get(name) or 0.0 for values, _ in scored] for name in names}
+    return by_name, [failure for _, failure in scored if failure]
 
 
 @reward
@@ -1094,27 +1084,3 @@ def reflection(completion):
 def overlong(length, limit, buffer):
     """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, down to -1 at the limit."""
     return min(0.0, (limit - buffer - length) / buffer)
-
-
-def score(completions, problems, threads):
-    """The rewards of many completions: {name: one number each}, and why a rule failed, where one did."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    failures = {}
-
-    def judge(i):
-        try:
-            return rewards(completions[i], problems[i])
-        except Exception as error:
-            failures[i] = f"{error!r} (question: {problems[i]['question']})"
-            return {"correctness": 0.0, "strict_format": 0.0}
-
-    with ThreadPoolExecutor(threads) as pool:
-        rows = list(pool.map(judge, range(len(completions))))
-    by_name = {name: [row.get(name, 0.0) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
-    for name, values in by_name.items():
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                failures.setdefault(i, f"{name} is {value} (question: {problems[i]['question']})")
-                values[i] = 0.0
-    return by_name, [failures[i] for i in sorted(failures)]
