@@ -1,21 +1,8 @@
 """The rules: what a completion answers, whether that is right, and every reward.
 
 Completions and problems are plain text and dicts. The rules never raise an exception, whatever a model writes.
-The rewards here are unweighted. To add one, write a function under `@reward` (last section) and its weight in main.py.
-
-    extract_answer(completion)          the answer that a completion gives, or None
-    grade(completion, gold)             is that answer right?
-    math_equal(prediction, gold)        do two answers mean the same?
-    number(text)                        the one number that an answer states, or None
-    right(answer, problem)              is an answer right, by the rules of the kind of its problem?
-    majority(completions)               the answer that most completions give
-    run_tests(code, problem)            which share of its tests a program passes, in a sandbox
-    sandbox_problem()                   why programs cannot run on this machine, or None
-    step_rewards(completion, problem)   the reward of each reasoning step, for process supervision
-    rewards(completion, problem)        {name: number} of every reward in the table REWARDS
-    score(completions, problems, threads)  the same for many completions, and why a rule failed
-    reflection(completion)              how many words of doubt a completion has (a metric, not a reward)
-    overlong(length, limit, buffer)     DAPO's penalty for long completions
+`rewards` gives every reward of one completion, and `score` those of many. They are unweighted. To add one, write a
+function under `@reward` (last section) and its weight in main.py.
 """
 
 import ast
@@ -162,7 +149,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
         lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
     (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
-        lambda part: f"{part[1]} {LETTER_UNITS[part[2]]}"),
+        lambda part: f"{part[1]} {UNITS[part[2]]}"),
     (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
         + text[1].replace("\\pm", "-").replace("\\mp", "+")),
 )]  # fmt: skip
@@ -182,11 +169,11 @@ UNITS = dict(short.split("=") for short in """
     cm=centimeter mm=millimeter km=kilometer ft=foot feet=foot in=inch inches=inch yd=yard mi=mile kg=kilogram gm=gram
     mg=milligram ml=milliliter lb=pound lbs=pound oz=ounce mph=mile/hour kph=kilometer/hour hr=hour hrs=hour min=minute
     mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
-    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/
+    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
 """.split())  # fmt: skip
-LETTER_UNITS = {"m": "meter", "h": "hour"}  # only in `5 m` and `km/h`, for m and h are variables as well
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"  # shorter ones are variables: 2xy
-UNIT = rf"(?:\s?(?:{'|'.join(filter(str.isalpha, UNITS))})|\s?{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
+SHORT = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
+UNIT = rf"\s?(?:{SHORT}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
 TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
@@ -197,9 +184,7 @@ TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the
 def split_units(text):
     """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
     words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(TRAILING_UNITS.findall(text))))
-    names = [
-        name for word in words for name in (UNITS | LETTER_UNITS).get(word, word.lower().removesuffix("s")).split("/")
-    ]
+    names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
     return TRAILING_UNITS.sub("", text), set(names) - {""}
 
 
@@ -275,7 +260,7 @@ class Reader:
 
     def __init__(self, tokens, point):
         self.tokens, self.point, self.position = tokens.copy(), point, 0
-        self.variables = self.open_bars = 0  # variables met so far; | that are open
+        self.open_bars = 0  # | that are open
 
     def take(self, *texts):
         """The next token, if it is one of these; otherwise None."""
@@ -297,10 +282,11 @@ class Reader:
         """A value, an equation, or an inequality (as an interval)."""
         sides, names, signs = [], [], []
         while not signs or signs[-1]:
-            start, variables = self.position, self.variables
+            start = self.position
             sides.append(self.sum())
-            written = "".join(text for _, text in self.tokens[start : self.position])
-            names.append(written if self.variables > variables else "")  # only for a side with variables
+            side = self.tokens[start : self.position]
+            variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
+            names.append("".join(text for _, text in side) if variable else "")
             signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in"))
         if set(signs) & {"<", ">", "\\le", "\\ge"}:
             return as_interval(sides, names, signs[:-1])
@@ -375,7 +361,6 @@ class Reader:
 
     def variable(self, name):
         """A random number that depends on the name and the point; its size is between 0.1 and 30."""
-        self.variables += 1
         rng = random.Random(f"{name} {self.point}")
         size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
@@ -396,15 +381,13 @@ class Reader:
         return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
 
     def bracket(self, opening):
-        start = self.position
         self.open_bars += opening == "|"
         empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
         value = Group("list", []) if empty else self.answer()
         closing = self.take(*BRACKETS[opening])
         self.open_bars -= opening == "|"
-        grouped = any(re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.position])
-        if closing is None or grouped and opening in "([":
-            raise ValueError("(12,102) is a pair")
+        if closing is None:
+            raise ValueError("never closed")
         if opening in ("|", "\\lfloor", "\\lceil"):
             value = bounded(value)
             return abs(value) if opening == "|" else Fraction((math.floor if "floor" in opening else math.ceil)(value))
@@ -450,10 +433,13 @@ def readings(text):
     if len(text) > LONGEST:
         return []
     text, units = split_units(text)
-    grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
-    listed = grouped != ungrouped and not any(re.match(r"0\d", token) for _, token in ungrouped)  # 10,080 is no list
-    points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
-    found = [[value_at(tokens, point) for point in points] for tokens in (grouped, ungrouped)[: 1 + listed]]
+    ways = [tokenize(text, UNGROUPED)]
+    if not re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):  # (12,102) is a pair
+        ways.insert(0, tokenize(text, f"{GROUPED}|{UNGROUPED}"))
+    if ways[0] == ways[-1] or any(re.match(r"0\d", token) for _, token in ways[-1]):
+        del ways[1:]  # 10,080 is no list
+    points = POINTS if any(kind in ("letter", "word") for kind, _ in ways[0]) else POINTS[:1]
+    found = [[value_at(tokens, point) for point in points] for tokens in ways]
     return [(values, units) for values in found if None not in values[:4]]
 
 
@@ -655,9 +641,10 @@ def order_equal(answer, problem):
         if kind == "name":
             names.append(word)
         elif kind == "place":
-            from_end = len(gold) - word.startswith("second") if word.endswith("last") else 0
-            ordinal = ORDINALS.index(word) + 1 if word in ORDINALS else 0
-            places.append(from_end or ordinal or int(re.match(r"\d+", word)[0]))
+            if word.endswith("last"):
+                places.append(len(gold) - word.startswith("second"))
+            else:
+                places.append(ORDINALS.index(word) + 1 if word in ORDINALS else int(re.match(r"\d+", word)[0]))
             names_before.append(len(names))
     if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):  # 2: Ada, 1: Ben, or Ada: 2, Ben: 1
         return len(names) == len(gold) and sorted(zip(places, names)) == list(enumerate(gold, 1))
@@ -969,15 +956,15 @@ def rewards(completion, problem):
 
 
 def score(completions, problems, threads):
-    """The rewards of many completions: {name: one number per completion}, and [why a rule failed], at most one a row.
+    """The rewards of many completions: ({name: one number per completion}, [why a rule failed, if one did]).
 
-    Rules run in threads, because programs are slow. A completion on which a rule fails is wrong and has no format.
+    Where a rule fails, its completion counts as wrong. The rules run in threads, because programs are slow.
     """
 
     def score_one(completion, problem):
         try:
             values, failure = rewards(completion, problem), None
-        except Exception as error:  # a fault in a rule must not end the training
+        except Exception as error:  # a fault in one rule must not end the training
             values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
         for name, value in values.items():
             if not math.isfinite(value or 0.0):
@@ -986,7 +973,7 @@ def score(completions, problems, threads):
 
     with ThreadPoolExecutor(threads) as pool:
         scored = list(pool.map(score_one, completions, problems))
-    names = dict.fromkeys(name for values, _ in scored for name in values)  # without a reward of its kind: 0
+    names = dict.fromkeys(name for values, _ in scored for name in values)  # a reward of another kind of problem is 0
     by_name = {name: [values.get(name) or 0.0 for values, _ in scored] for name in names}
     return by_name, [failure for _, failure in scored if failure]
 
