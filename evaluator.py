@@ -301,8 +301,7 @@ class Reader:
     def sum(self):
         value = self.product()
         while sign := self.take("+", "-"):
-            right = self.product()
-            value = bounded(value + right if sign == "+" else value - right)
+            value = bounded(value + self.product() if sign == "+" else value - self.product())
         return value
 
     def product(self):
@@ -401,8 +400,6 @@ class Reader:
         exponent = self.argument() if self.take("^") else Fraction(1)
         if exponent == -1:
             name, exponent = "\\arc" + name[1:], Fraction(1)
-        if name not in FUNCTIONS:
-            raise ValueError("not mathematics")
         if self.tokens[self.position][1] in ("(", "{"):
             argument = self.atom()  # \\cos(x)^2 is (cos x)^2
         else:
@@ -433,12 +430,13 @@ def readings(text):
     if len(text) > LONGEST:
         return []
     text, units = split_units(text)
-    ways = [tokenize(text, UNGROUPED)]
-    if not re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):  # (12,102) is a pair
-        ways.insert(0, tokenize(text, f"{GROUPED}|{UNGROUPED}"))
-    if ways[0] == ways[-1] or any(re.match(r"0\d", token) for _, token in ways[-1]):
-        del ways[1:]  # 10,080 is no list
-    points = POINTS if any(kind in ("letter", "word") for kind, _ in ways[0]) else POINTS[:1]
+    grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
+    ways = [grouped] if grouped == ungrouped else [grouped, ungrouped]
+    if re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):
+        ways = [ungrouped]  # (12,102) is a pair
+    elif any(re.match(r"0\d", token) for _, token in ungrouped):
+        ways = [grouped]  # 10,080 is no list
+    points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
     found = [[value_at(tokens, point) for point in points] for tokens in ways]
     return [(values, units) for values in found if None not in values[:4]]
 
@@ -449,7 +447,7 @@ def value_at(tokens, point):
     try:
         value = reader.answer()
         return value if reader.tokens[reader.position][0] == "end" else None
-    except (ValueError, ArithmeticError, TypeError, RecursionError):
+    except (ValueError, ArithmeticError, TypeError, LookupError, RecursionError):
         return None
 
 
@@ -546,23 +544,21 @@ def value_of(reading):
 STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
     rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
 )
-DOUBTFUL = re.compile(  # a sentence with one of these states nothing
-    r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
+UNCLEAR = re.compile(  # words and signs of doubt; and, after the last =, what changes a number, LaTeX and code
+    r"(?is)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
     r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e"
-)
-INEXACT = re.compile(  # and what changes a number, or is no sentence: LaTeX, code
-    r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
-    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
+    r"|(?:\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
+    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\()(?!.*=)"
 )
 
 
 def stated(text):
     """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
-    if len(text) > LONGEST or DOUBTFUL.search(text):
+    if len(text) > LONGEST or UNCLEAR.search(text):
         return None
     text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
     words = [word for word in text.split() if re.search(r"\d", word)]
-    match = STATED.fullmatch(words[0]) if len(words) == 1 and not INEXACT.search(text) else None
+    match = STATED.fullmatch(words[0]) if len(words) == 1 else None
     found = readings(match[1]) if match else []
     return value_of(found[0]) if found else None
 
