@@ -10,6 +10,7 @@ import cmath
 import functools
 import inspect
 import itertools
+import json
 import math
 import os
 import random
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import unicodedata
+import warnings
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -111,7 +113,7 @@ def matrix(match):
     return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-DENIED = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # is kept
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 WORD_NUMBER = rf"({'|'.join(WORDS)})"
@@ -135,8 +137,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
     (r"^\((\d+)\)(?=_)", r"\1"),
     (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),
-    (rf"^(?!.*{DENIED})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
-    (rf" \((?!{DENIED})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
+    (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
+    (rf" \((?!{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
     (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
     (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda part:  # 0.1\overline{6} is (16-1)/90
         f"((0{part[1]}{part[2]}{part[3]}-0{part[1]}{part[2]})/{'9' * len(part[3])}{'0' * len(part[2])})"),
@@ -218,7 +220,7 @@ Equation = namedtuple("Equation", "name value difference")  # what it defines or
 
 
 def bounded(value):
-    """A number; ValueError if it is no number or too large."""
+    """A number, real where it can be; ValueError if it is no number or too large."""
     exact = isinstance(value, Fraction)
     if isinstance(value, tuple) or value != value or exact and max(abs(value.numerator), value.denominator) >> LARGEST:
         raise ValueError("no number, or too large")
@@ -477,7 +479,7 @@ BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
 
 
 def as_text(text):
-    """A text without spaces, the capitals of words and the brackets of (C). R and r are different letters."""
+    """A text without spaces, with words in lower case, and C for (C). Single letters stay: R is not r."""
     text = re.sub(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])", lambda m: m[0].lower(), text)
     return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text))
 
@@ -565,9 +567,9 @@ def stated(text):
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
 
-HEDGES = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
+DOUBT = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
 KNIGHTS_WORDS = {
-    "hedge": HEDGES,
+    "doubt": DOUBT,
     "rest": "the rest|the others?|every(?:one|body) else|all others",
     "none": "no ?one|nobody|none|neither",
     "all": "every(?:one|body)|all|both|each",
@@ -577,7 +579,7 @@ KNIGHTS_WORDS = {
 }
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 ORDER_WORDS = {
-    "hedge": HEDGES + "|not|after|behind|reversed?",
+    "doubt": DOUBT + "|not|after|behind|reversed?",
     "heading": "first to last|1st to last",
     "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
 }
@@ -602,7 +604,7 @@ def knights_equal(answer, problem):
     claims, waiting = set(), []  # (name, role) so far; names that wait for their role
     heading, last_role, negated = None, None, False  # heading: the role of the names that follow it
     for kind, word, verb_follows in words_that_matter(answer, names, KNIGHTS_WORDS):
-        if kind == "hedge":
+        if kind == "doubt":
             return False
         if kind == "none" and heading:
             continue  # Knights: none
@@ -630,9 +632,10 @@ def knights_equal(answer, problem):
 
 def order_equal(answer, problem):
     """Does an answer have every name once, in the right order as written, or else each with its right place?"""
-    gold, names, places, names_before = problem["answer"].lower().split(", "), [], [], []
+    gold, names = problem["answer"].lower().split(", "), []
+    places, names_before = [], []  # how many names stand before each place
     for kind, word, _ in words_that_matter(answer, gold, ORDER_WORDS):
-        if kind == "hedge":
+        if kind == "doubt":
             return False
         if kind == "name":
             names.append(word)
@@ -728,12 +731,11 @@ def sandboxed(entry):
     processes does not count for root: each sandbox switches to a new user id without rights.
     """
     uid = 0 if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
+    options = "--unshare-all --unshare-user --disable-userns"
     if uid:
-        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --cap-drop ALL"
+        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
         options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
-    else:
-        options = "--unshare-all --unshare-user --disable-userns --cap-drop ALL"
-    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", *options.split()]
+    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", "--cap-drop", "ALL", *options.split()]
     command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in filter(os.path.exists, ("/lib", "/lib64")):
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
@@ -745,44 +747,39 @@ def sandboxed(entry):
     return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-# The next seven functions are sent into the sandboxes as source text.
+# The source text of the next seven functions runs in the sandboxes (INSIDE).
 
 
-def tests_process(requests, replies, most):
-    """Run the tests. Write 1 or 0 for `it compiles`, then for each counted test as soon as it has run."""
+def tests_process(requests, replies, limit):
+    """Run the tests. Write 1 or 0 for `it compiles`, then 1 or 0 after each test that has an assert."""
     verdict, requests, replies = os.dup(1), open(requests, "wb"), open(replies, "rb")
     os.dup2(2, 1)  # what the tests print is no verdict
     source, setup, functions, tests = receive(sys.stdin.buffer)
 
-    def remote(name):
-        def call(*args, **kwargs):
-            send(requests, (name, args, kwargs))
-            returned, result = receive(replies, most)
-            if not returned:
-                raise RuntimeError(f"{name} raised an exception")
-            return result
-
-        return call
+    def call(name, /, *args, **kwargs):
+        send(requests, (name, args, kwargs))
+        returned, result = receive(replies, limit)
+        if not returned:
+            raise RuntimeError(f"{name} raised an exception")
+        return result
 
     send(requests, source)
-    os.write(verdict, b"1" if receive(replies, most) is True else b"0")
+    os.write(verdict, b"1" if receive(replies, limit) is True else b"0")
     namespace = {}
     exec(setup, namespace)
-    namespace |= {name: remote(name) for name in functions}
-    for test, counted in tests:
+    namespace |= {name: functools.partial(call, name) for name in functions}
+    for test, has_assert in tests:
         try:
             exec(test, namespace)
             passed = b"1"
         except Exception:
             passed = b"0"
-        if counted:
+        if has_assert:
             os.write(verdict, passed)
 
 
 def program_process():
     """Reply whether the program compiles without a warning, run it, and then answer calls of its functions."""
-    import warnings
-
     requests, replies = open(os.dup(0), "rb"), open(os.dup(1), "wb")
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     os.dup2(0, 1)  # what the program prints is no reply
@@ -806,8 +803,6 @@ def program_process():
 
 def send(pipe, value):
     """Write one value as one line of JSON. Where nobody reads any more, this process ends."""
-    import json
-
     line = json.dumps(encoded(value)).encode() + b"\n"
     try:
         pipe.write(line)
@@ -816,11 +811,9 @@ def send(pipe, value):
         os._exit(0)
 
 
-def receive(pipe, most=-1):
-    """Read the next value. At the end of the pipe, or where a line is longer than `most`, this process ends."""
-    import json
-
-    line = pipe.readline(most)
+def receive(pipe, limit=-1):
+    """Read the next value. At the end of the pipe, or where a line is longer than the limit, this process ends."""
+    line = pipe.readline(limit)
     if not line.endswith(b"\n"):
         os._exit(0)
     return decoded(json.loads(line))
@@ -862,7 +855,7 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-INSIDE = "import os, sys\n" + "".join(
+INSIDE = "import functools, json, os, sys, warnings\n" + "".join(
     map(inspect.getsource, (tests_process, program_process, send, receive, encoded, decoded, confine))
 )
 
@@ -1043,13 +1036,12 @@ def test_results(completion, problem):
     source = program_source(completion)
     if not source.strip():
         return 0.0, False
-    functions, tests = tuple(problem["functions"]), tuple(problem["tests"])
-    return run_tests_once(source, problem["prelude"], problem["setup"], functions, tests)
+    return run_tests_once(source, json.dumps(problem))
 
 
 @functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
-def run_tests_once(source, prelude, setup, functions, tests):
-    return run_tests(source, {"prelude": prelude, "setup": setup, "functions": functions, "tests": tests})
+def run_tests_once(source, problem):
+    return run_tests(source, json.loads(problem))
 
 
 def program_source(completion):
