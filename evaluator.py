@@ -203,6 +203,7 @@ SPELLINGS = {
     "\\cdot": "*", "\\times": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\langle": "(",
     "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",", "\\and": ",", "\\or": ",",
     "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
+    "\\inf": "\\infty", "\\infinity": "\\infty",
 }  # fmt: skip
 COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
 
@@ -244,7 +245,7 @@ def power(base, exponent):
     return bounded(base ** int(exponent))
 
 
-CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "\\infinity": math.inf, "\\inf": math.inf, "e": math.e, "i": 1j}
+CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "e": math.e, "i": 1j, "\\emptyset": Group("list", [])}
 FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")}
 FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
@@ -273,11 +274,9 @@ class Reader:
     def answer(self):
         """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
-        while self.take(","):
+        while len(items) < LONGEST_LIST and self.take(","):
             self.take(",")  # `, and`
             items.append(self.relation())
-        if len(items) > LONGEST_LIST:
-            raise ValueError("too long")
         return items[0] if len(items) == 1 else Group("list", items)
 
     def relation(self):
@@ -310,10 +309,8 @@ class Reader:
         value = self.signed()
         while True:
             kind, text = self.tokens[self.position]
-            if self.take("*"):
-                value = bounded(value * self.signed())
-            elif self.take("/"):
-                value = bounded(value / self.signed())
+            if sign := self.take("*", "/"):
+                value = bounded(value * self.signed() if sign == "*" else value / self.signed())
             elif kind == "letter" or text in FACTORS or text in BRACKETS and (text != "|" or not self.open_bars):
                 value = bounded(value * self.raised())
             else:
@@ -356,8 +353,6 @@ class Reader:
             return self.root()
         if text == "\\binom":
             return Fraction(math.comb(natural(self.argument(), 1000), natural(self.argument(), 1000)))
-        if text == "\\emptyset":
-            return Group("list", [])
         raise ValueError("not mathematics")
 
     def variable(self, name):
@@ -468,8 +463,8 @@ def math_equal(prediction, gold):
         first, second = first[:1], second[:1]
     if any(agree(a, b) for a in first for b in second):
         return True
-    target = value_of(second[0]) if second else None
-    if target is None or any(value_of(reading) is not None for reading in first):
+    target = exact_number(second)
+    if target is None or exact_number(first) is not None:
         return False
     sentence = not first or re.search("[A-Za-z]{4}", left)  # it may state the right number
     return bool(sentence) and all(unit in left for unit in second[0][1]) and stated(left) == target
@@ -533,14 +528,16 @@ def number(text):
     """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7  seventy-two."""
     text = tidy(text)
     found = readings(text)
-    return next((value for value in map(value_of, found) if value is not None), None) if found else stated(text)
+    return exact_number(found) if found else stated(text)
 
 
-def value_of(reading):
-    """The exact number that a reading states, or None."""
-    value = reading[0][0]
-    value = value.value if isinstance(value, Equation) and value.name else value
-    return value if isinstance(value, Fraction) else None
+def exact_number(found):
+    """The first exact number among some readings, or None; 5 for x = 5."""
+    for values, _ in found:
+        value = values[0].value if isinstance(values[0], Equation) and values[0].name else values[0]
+        if isinstance(value, Fraction):
+            return value
+    return None
 
 
 STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
@@ -561,8 +558,7 @@ def stated(text):
     text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
     words = [word for word in text.split() if re.search(r"\d", word)]
     match = STATED.fullmatch(words[0]) if len(words) == 1 else None
-    found = readings(match[1]) if match else []
-    return value_of(found[0]) if found else None
+    return exact_number(readings(match[1])) if match else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
@@ -896,8 +892,7 @@ def step_rewards(completion, problem):
     `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong, else 0.5,
     and 1 if one of its results is a result in the worked solution too.
     """
-    lines = problem.get("solution", "").split("\n")
-    known = {result for line in lines for result, _ in calculations(line)}
+    known = {result for line in problem.get("solution", "").split("\n") for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
     end = completion.find("</reasoning>", start)
     end = end if end >= 0 else len(completion)
