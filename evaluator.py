@@ -92,9 +92,9 @@ SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromke
 COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
 SIGNS |= {pair[0]: f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
 SIGNS |= {sign: "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
-WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-WORDS = dict(zip(WORDS, [*range(20), *range(20, 100, 10)]))
+WORDS = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -109,11 +109,13 @@ def matrix(match):
     rows = re.split(r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", match[1].strip().removesuffix("\\\\"))
     rows = [row.split("&") for row in rows]
     if len(rows) == 1 or all(len(row) == 1 for row in rows):
-        return "(" + ",".join(sum(rows, [])) + ")"
+        return "(" + ",".join(cell for row in rows for cell in row) + ")"
     return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # is kept
+MEANINGFUL = (
+    r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # a label with one of these stays
+)
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 WORD_NUMBER = rf"({'|'.join(WORDS)})"
@@ -160,9 +162,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
 def tidy(text):
     """An answer without its box, in one notation, and without markup that means nothing."""
     text = boxed(text) or text
-    if len(text) > LONGEST:
-        return " ".join(text.split())
-    for pattern, new in REWRITES:
+    for pattern, new in REWRITES if len(text) <= LONGEST else []:
         text = pattern.sub(new, text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
@@ -259,11 +259,14 @@ DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (
 
 
 class Reader:
-    """Recursive descent through the tokens of an answer, evaluated at one point."""
+    """Recursive descent through the tokens of an answer, evaluated at one point.
+
+    One method for each level: answer (1, 2), relation (x = 1), sum, product, signed (-1), raised (2^3), atom.
+    """
 
     def __init__(self, tokens, point):
         self.tokens, self.point, self.position = tokens.copy(), point, 0
-        self.open_bars = 0  # | that are open
+        self.open_bars = 0  # how many | are open: the next one closes
 
     def take(self, *texts):
         """The next token, if it is one of these; otherwise None."""
@@ -894,8 +897,7 @@ def step_rewards(completion, problem):
     """
     known = {result for line in problem.get("solution", "").split("\n") for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
-    end = completion.find("</reasoning>", start)
-    end = end if end >= 0 else len(completion)
+    end = start + len(completion[start:].partition("</reasoning>")[0])
     steps = []
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         found = list(calculations(match[0]))
@@ -910,7 +912,7 @@ def calculations(step):
     annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
     for text in annotated or [step]:
         parts = text.split("=")[:9]
-        for left, right_side in zip(parts, parts[1:]):
+        for left, right_side in itertools.pairwise(parts):
             left, right_side = left[-80:], right_side[:80]
             left = left[len(left.rstrip(CALCULATION)) :]
             written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
