@@ -4,6 +4,7 @@ Completions and problems are plain text and dicts. The rules never raise an exce
 `rewards` gives every reward of one completion, and `score` those of many. They are unweighted. To add one, write a
 function under `@reward` (last section) and its weight in main.py.
 """
+# ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
 import ast
 import cmath

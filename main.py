@@ -186,6 +186,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
     num_sequences, num_tokens                N and Σ|o_i| of the whole update, if these rows are a micro-batch of it
     """
     mask = mask.bool()
+    num_sequences, num_tokens = num_sequences or len(mask), num_tokens or mask.sum().clamp(min=1)
     A = advantages[:, None] if advantages.dim() == 1 else advantages  # [N, 1] or [N, T]
     # padding may hold anything, even nan, and 0 · nan is nan
     logp, logp_old, A = (torch.where(mask, x, 0.0) for x in (logp, logp_old, A))  # [N, T]
@@ -217,13 +218,13 @@ def importance_ratio(logp, logp_old, mask):
     return log_ratio.exp()
 
 
-def mean_over_outputs(x, mask, num_sequences=None, num_tokens=None):
-    """1/N Σ_i 1/|o_i| Σ_t x_{i,t}, a scalar; with another DENOMINATOR each token is divided by that."""
-    divisor = (len(mask) if num_sequences is None else num_sequences) * mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
+def mean_over_outputs(x, mask, num_sequences, num_tokens):
+    """1/N Σ_i 1/|o_i| Σ_t x_{i,t}, a scalar; or with another DENOMINATOR in the place of N |o_i|."""
+    divisor = num_sequences * mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  N |o_i|
     if DENOMINATOR == "token":  # DAPO
-        divisor = mask.sum().clamp(min=1) if num_tokens is None else num_tokens
+        divisor = num_tokens
     elif DENOMINATOR == "constant":  # Dr. GRPO
-        divisor = (len(mask) if num_sequences is None else num_sequences) * MAX_NEW_TOKENS
+        divisor = num_sequences * MAX_NEW_TOKENS
     return (x * mask / divisor).sum()
 
 
@@ -240,7 +241,7 @@ def take_step(state):
     logp_old = score(state, state.policy, rollout) if MU > 1 else None  # [N, T]
     logp_ref = score(state, state.reference, rollout) if BETA else None  # [N, T]
     if SUPERVISION == "outcome":
-        advantages = group_advantages(rewards).flatten().to(rollout.ids.device)  # 9: Â_i, [N]
+        advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
     else:
         advantages, by_name["steps"] = supervise_steps(state, rollout, problems, rewards)  # 9: Â_{i,t}, [N, T]
     with llms.timed("update"):
@@ -332,7 +333,8 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     """
     for weight in (weight for group in state.optimizer.param_groups for weight in group["params"]):
         weight.grad = torch.zeros_like(weight)  # not None, with which AdamW would not apply its momentum
-    N, lengths, A = len(rollout.mask), rollout.mask.sum(1), advantages.view(len(rollout.mask), -1)  # A [N, 1] or [N, T]
+    N, lengths = len(rollout.mask), rollout.mask.sum(1)  # [N]
+    A = advantages.view(N, -1).to(lengths.device)  # [N, 1] or [N, T]
     rows = [row for row, truncated in enumerate(rollout.truncated.tolist()) if not (MASK_TRUNCATED and truncated)]
     num_tokens = int(lengths[rows].sum())
     if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # then only Â gives a gradient
@@ -545,7 +547,7 @@ def next_questions(state):
         state.stage, state.position, state.stream = stage, 0, None
     if state.stream is None:
         state.stream = rldatasets.shuffled(dataset, "train", f"{SEED} {stage}" if stage else SEED, state.position)
-    batch, too_long = [], 0
+    batch, skipped = [], state.prompts_skipped
     while len(batch) < QUESTIONS_PER_STEP:
         problem = next(state.stream)
         prompt = llms.encode(state.tokenizer, rldatasets.prompt(problem))
@@ -553,11 +555,10 @@ def next_questions(state):
         if len(prompt) <= state.prompt_limit:
             batch.append((problem, prompt))
         else:
-            too_long += 1
-        if too_long == 1000:
+            state.prompts_skipped += 1
+        if state.prompts_skipped - skipped == 1000:
             raise SettingsError(f"1000 prompts of one step are over {state.prompt_limit} tokens: --max_prompt_tokens")
     check_sandbox(problem for problem, _ in batch)
-    state.prompts_skipped += too_long
     state.questions += len(batch)
     return map(list, zip(*llms.share(batch)))
 
@@ -622,7 +623,7 @@ def supervise_steps(state, rollout, problems, rewards):
     advantages = process_advantages(*(x.view(*rewards.shape, -1) for x in (step_rewards, step_ends))).flatten(0, 1)
     if SUPERVISION == "both":
         advantages = group_advantages(rewards).flatten()[:, None] + WEIGHT_STEPS * advantages
-    return advantages.to(rollout.ids.device), means
+    return advantages, means
 
 
 def evaluate(state, problems):
@@ -783,17 +784,12 @@ def parse(argv):
 
 def choose_settings(actions, flags):
     """Write the constants, here and nowhere else: defaults, over them TINY or those of a run, over those the flags."""
-    run, known = Path(actions.resume or actions.evaluate or ""), {}
-    if actions.resume or (run / "metrics.jsonl").exists():
-        try:
-            config = json.loads((run / "config.json").read_text())
-            known = {name: type(CONSTANTS[name][1])(config[name]) for name in CONSTANTS}
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise SettingsError(f"{run} is no run that can be read: {error!r}") from None
+    run, defaults = Path(actions.resume or actions.evaluate or ""), {name: CONSTANTS[name][1] for name in CONSTANTS}
+    known = report.read_config(run, defaults) if actions.resume or (run / "metrics.jsonl").exists() else {}
     for name, value in flags.items() if actions.resume else ():
         if value != known[name] and (name not in RESUMABLE or name == "STEPS" and known["ITERATIONS"] > 1):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
-    values = {name: default for name, (_, default, _) in CONSTANTS.items()} | known | flags
+    values = defaults | known | flags
     if actions.evaluate:
         values["MODEL"] = actions.evaluate
     if values["MODEL"] == "tiny" and not known:
@@ -946,21 +942,10 @@ def record_evaluation(state, problems):
         plot.draw([state.run], state.run)
 
 
-def run_folder(actions):
-    """The folder of a resumed run, or of a new one, which is not made yet: runs/RUN, or the first free number."""
-    if actions.resume:
-        return Path(actions.resume)
-    data = "curriculum" if "," in DATASET else Path(DATASET).stem.partition(":")[0]
-    stem = "test" if actions.test else f"{Path(MODEL).name}-{data}"
-    if RUN and (Path("runs") / RUN / "config.json").exists():
-        raise SettingsError(f"runs/{RUN} exists already: choose another --run, or go on with --resume runs/{RUN}")
-    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
-    return Path("runs") / RUN if RUN else next(path for path in numbered if not path.exists())
-
-
 def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
-    run, problems, last = run_folder(actions), check_data(), ITERATIONS * STEPS
+    run = Path(actions.resume) if actions.resume else report.new_folder(RUN, MODEL, DATASET, actions.test)
+    problems, last = check_data(), ITERATIONS * STEPS
     policy, tokenizer = load_model(MODEL)  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
     lengths = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in problems]

@@ -106,6 +106,25 @@ def paired_difference(names, right):
 WRITERS = {}  # {run: a writer of TensorBoard's files}
 
 
+def new_folder(run, model, dataset, test):
+    """The folder of a new run, which is not made yet: runs/RUN, or one with the first free number."""
+    if run and (Path("runs") / run / "config.json").exists():
+        raise FolderError(f"runs/{run} exists already: choose another --run, or go on with --resume runs/{run}")
+    data = "curriculum" if "," in dataset else Path(dataset).stem.partition(":")[0]
+    stem = "test" if test else f"{Path(model).name}-{data}"
+    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
+    return Path("runs") / run if run else next(path for path in numbered if not path.exists())
+
+
+def read_config(run, defaults):
+    """The constants that a run was made with, of the types of the defaults."""
+    try:
+        config = json.loads((Path(run) / "config.json").read_text())
+        return {name: type(default)(config[name]) for name, default in defaults.items()}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise FolderError(f"{run} is no run that can be read: {error!r}") from None
+
+
 @contextmanager
 def only_writer(run):
     """A block in which no other process writes to a run's folder; the system forgets its lock with the process."""
@@ -249,7 +268,9 @@ def summary(run):
     if not evaluations:
         return ""
     base, trained = evaluations[0], evaluations[-1]
-    first, last = f"base (step {base['step']})", f"trained (step {trained['step']})"
+    if base["step"]:  # --test evaluates once, at its end
+        return ""
+    first, last = "base (step 0)", f"trained (step {trained['step']})"
     lines = [f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}"]
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
         cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]

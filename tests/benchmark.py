@@ -1,4 +1,4 @@
-"""What the README claims of speed and memory: python tests/benchmark.py [rollout update step growth memory lora fits]
+"""What tests/README.md says of speed and memory: python tests/benchmark.py [rollout update step growth memory lora fits]
 
 Everything is measured beside what a user of the library would write, on the same random weights, questions and lengths,
 in turns, and given as medians and ratios. Peaks of memory are those of processes of their own, above the imports.

@@ -34,7 +34,6 @@ import torch
 import transformers
 
 import llms
-import main
 import rldatasets
 
 SMALL = "--questions_per_step 2 --group_size 4 --max_new_tokens 8 --learning_rate 1e-3 --steps 12 --save_every 2"
@@ -136,7 +135,8 @@ def last_line(text):
 def rows(path):
     """The whole lines of a file of JSON lines, times left out."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [{key: x for key, x in json.loads(line).items() if not key.startswith("seconds")} for line in lines]
+    same = lambda key: not key.startswith("seconds") and key != "memory"  # whatever happened to the run
+    return [{key: x for key, x in json.loads(line).items() if same(key)} for line in lines]
 
 
 def trained(run):
@@ -380,7 +380,7 @@ def bad_checkpoints(good, work):
     others = {"a wider model": ("model.norm.weight", 64), "a deeper model": ("model.layers.2.mlp.bias", 32)}
     for name, (weight, size) in others.items():  # each whole in itself, as if the folder MODEL had been changed
         tensors = safetensors.torch.load(good) | {f"policy/{weight}": torch.ones(size)}
-        about["checksum"] = main.checksum(tensors.get, tensors, about["counters"], about["settings"])
+        about["checksum"] = llms.checksum(tensors.get, tensors, about["about"])
         bad[name] = safetensors.torch.save(tensors, about)
     return bad
 
@@ -409,9 +409,11 @@ evaluator.rewards = rewards
 """
 BAD_LOSS = """
 import itertools, main
-*others, loss = main.TABLE_10["grpo"]
-steps = itertools.count(1)
-main.TABLE_10["grpo"] = (*others, lambda *what: loss(*what) * (float("nan") if next(steps) in WRONG else 1.0))
+backward, steps = main.backward, itertools.count(1)
+def bad_backward(state, rollout, advantages, logp_old, logp_ref, loss, *others):
+    bad_loss = lambda *inputs: loss(*inputs) * (float("nan") if next(steps) in WRONG else 1.0)
+    return backward(state, rollout, advantages, logp_old, logp_ref, bad_loss, *others)
+main.backward = bad_backward
 """
 BAD_GRADIENT = """
 import itertools, llms

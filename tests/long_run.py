@@ -75,11 +75,11 @@ def watch(steps):
     take_step, ends, notes = main.take_step, [], []
     torch.set_num_threads(1)  # so small a model gains nothing by more
 
-    def watched(state, stream, run):
-        row = take_step(state, stream, run)
+    def watched(state):
+        row = take_step(state)
         ends.append((time.perf_counter(), time.process_time(), yardstick()))
         if state.step % (steps // 5) == 0:
-            notes.append(held(run))
+            notes.append(held(state.run))
         return row
 
     main.take_step = watched

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import pathlib
 import random
 import re
 import subprocess
@@ -18,13 +17,9 @@ import rldatasets
 TIDY = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"
 
 
-MAIN = (pathlib.Path(__file__).parent.parent / "main.py").read_text()
-WEIGHTS = {name.lower(): float(weight) for name, weight in re.findall(r"^WEIGHT_(\w+) = ([\d.]+)", MAIN, re.MULTILINE)}
-
-
 def reward(completion, answer="72"):
     """The weighted sum, as main.py makes it."""
-    return sum(WEIGHTS[name] * value for name, value in evaluator.rewards(completion, {"answer": answer}).items())
+    return main.weighted_sum(evaluator.rewards(completion, {"answer": answer}))
 
 
 @pytest.mark.parametrize(

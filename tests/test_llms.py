@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import transformers
-from conftest import SHAPE
+from conftest import SHAPE, tensors
 
 import llms
 import main
@@ -643,14 +643,18 @@ def test_a_lora_model_is_saved_merged_as_a_plain_checkpoint(checkpoint, tmp_path
 
 def test_only_adapters_are_trained_and_without_a_rank_there_are_none(setup):
     plain, _ = setup(LORA_RANK=0)
-    assert not any("lora" in name for name in plain.tensors())
-    assert len(plain.trained()) == len(list(plain.policy.parameters())) and not llms.lora_layers(plain.policy)
+    assert not any("lora" in name for name in tensors(plain))
+    assert len(plain.optimizer.param_groups[0]["params"]) == len(
+        list(plain.policy.parameters())
+    ) and not llms.lora_layers(plain.policy)
     state, rollout = setup(LORA_RANK=4, STEPS=1)
-    trained = {id(weight) for weight in state.trained()}
+    trained = {
+        id(weight) for weight in [weight for group in state.optimizer.param_groups for weight in group["params"]]
+    }
     assert trained == {id(weight) for name, weight in state.policy.named_parameters() if ".lora_" in name}
-    before = {name: weight.clone() for name, weight in state.tensors().items()}
-    main.update(state, rollout, torch.linspace(-1, 1, 12), None, main.score(state.reference, rollout))
-    moved = {name for name, weight in state.tensors().items() if name not in before or not weight.equal(before[name])}
+    before = {name: weight.clone() for name, weight in tensors(state).items()}
+    main.update(state, rollout, torch.linspace(-1, 1, 12), None, main.score(state, state.reference, rollout))
+    moved = {name for name, weight in tensors(state).items() if name not in before or not weight.equal(before[name])}
     assert moved and all(".lora_" in name for name in moved)
     assert not any(name.startswith("reference/") for name in before)  # not written twice either
 

@@ -635,7 +635,7 @@ def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup):
     )
     assert set(promised.split()) <= row.keys()
     parts = sum(row[f"seconds/{name}"] for name in ("sample", "reward", "logprobs", "update"))
-    assert 0.9 * row["seconds"] < parts <= row["seconds"]
+    assert 0 <= row["seconds"] - parts < 0.1 * row["seconds"] + 0.05
     assert row["tokens"] > 0 and row["lr"] == 1e-3 and 0 <= row["entropy"] < math.log(600)
     assert 0.1 < row["memory"] < 24  # GB
 

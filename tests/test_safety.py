@@ -28,6 +28,7 @@ import evaluator
 import llms
 import main
 import rldatasets
+from plots import report
 
 ROW = {"question": "What is 1 + 1?", "answer": "So <<1+1=2>>2. #### 2"}
 TOKEN = "hf_SECRETsecretSECRETsecret"
@@ -267,7 +268,7 @@ def test_a_new_run_lies_in_runs_whatever_the_model_and_the_data_are_called(tmp_p
     for test in (["--test"], []):
         actions, flags = main.parse([*test, "--model", model, "--dataset", dataset, "--steps", "1"])
         main.choose_settings(actions, flags)
-        run = main.run_folder(actions)
+        run = report.new_folder(main.RUN, main.MODEL, main.DATASET, actions.test)
         assert run.resolve().parent == tmp_path / "a" / "b" / "runs"
 
 
