@@ -12,6 +12,7 @@ from fractions import Fraction  # noqa: F401 (of the text that is evaluated belo
 import pytest
 
 import evaluator
+import main
 import rldatasets
 
 TIDY = "<reasoning>\n{}\n</reasoning>\n<answer>\n{}\n</answer>"
