@@ -1,30 +1,20 @@
 """The rules: what a completion answers, whether that is right, and every reward.
 
 Completions and problems are plain text and dicts. The rules never raise an exception, whatever a model writes.
-The rewards here are unweighted. To add one, write a function under `@reward` (last section) and its weight in main.py.
-
-    extract_answer(completion)          the answer that a completion gives, or None
-    grade(completion, gold)             is that answer right?
-    math_equal(prediction, gold)        do two answers mean the same?
-    number(text)                        the one number that an answer states, or None
-    right(answer, problem)              is an answer right, by the rules of the kind of its problem?
-    majority(completions)               the answer that most completions give
-    run_tests(code, problem)            which share of its tests a program passes, in a sandbox
-    sandbox_problem()                   why programs cannot run on this machine, or None
-    step_rewards(completion, problem)   the reward of each reasoning step, for process supervision
-    rewards(completion, problem)        {name: number} of every reward in the table REWARDS
-    reflection(completion)              how many words of doubt a completion has (a metric, not a reward)
-    overlong(length, limit, buffer)     DAPO's penalty for long completions
+`rewards` gives every reward of one completion, and `score` those of many. They are unweighted. To add one, write a
+function under `@reward` (last section) and its weight in main.py.
 """
+# ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
 import ast
 import cmath
 import functools
-import hashlib
 import inspect
 import itertools
+import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -32,7 +22,9 @@ import sys
 import tempfile
 import threading
 import unicodedata
+import warnings
 from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -62,34 +54,27 @@ def outside_reasoning(completion):
     return outside + before + "".join(unclosed.partition("<answer>")[1:])
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
+for _ in range(9):
+    BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
+BARE = r"(?!\{)(?:(?!\\f?box)[^$\n]){0,500}"  # what follows a box without braces
+BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|(?=({BARE})))?", re.DOTALL)
 BETWEEN_BOXES = re.compile(r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?")
-BRACE = re.compile(r"[{}](?<!(?<!\\)\\.)")  # \{ and \} are part of an answer
 
 
 def boxed(text):
-    r"""What the last box holds, or "": `\boxed{…}` with balanced braces, `\fbox{…}` or `\boxed 5`.
+    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}` or `\boxed 5`.
 
     Boxes with only `and`, `or` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
     """
-    contents, end, depth = [], 0, 0
+    contents, end = [], 0
     for box in BOX.finditer(text):
-        if box.start() < end:
-            continue  # a box inside the box before
+        if box.lastindex is None:  # a box that is never closed
+            return ""
         if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
             contents.clear()
-        start = end = box.end()
-        if not text.startswith("{", start):
-            contents.append(re.split(r"[$\n]|\\f?box", text[start : start + LONGEST], maxsplit=1)[0].strip(" ."))
-            continue
-        for brace in BRACE.finditer(text, start):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                break
-        else:
-            return ""  # a box that is never closed
-        end = brace.end()
-        contents.append(text[start + 1 : end - 1].strip())
+        contents.append(box[box.lastindex].strip())
+        end = box.end()
     return ", ".join(contents)
 
 
@@ -101,15 +86,16 @@ def boxed(text):
 LONGEST = 500  # characters of an answer that is read as mathematics
 LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and after it some: x is not |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and at -2, -3, -4 some: x is not |x|
 
+nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
 SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
-COMMANDS = "sqrt pi theta infty le ge ne pm mp cup in approx emptyset degrees degrees".split()
-SIGNS |= {sign: f"\\{command} " for sign, command in zip("√πθ∞≤≥≠±∓∪∈≈∅°º", COMMANDS)}
-SIGNS |= {sign: "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-WORDS = {word: value for value, word in enumerate((ONES + " eighteen nineteen").split())}
-WORDS |= {"twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90}
+COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
+SIGNS |= {pair[0]: f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
+SIGNS |= {sign: "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
+WORDS = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -125,17 +111,20 @@ def matrix(match):
     rows = [row.split("&") for row in rows]
     if len(rows) == 1 or all(len(row) == 1 for row in rows):
         return "(" + ",".join(cell for row in rows for cell in row) + ")"
-    return "[" + ",".join("[" + ",".join(row) + "]" for row in rows) + "]"
+    return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-DENIED = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
+MEANINGFUL = (
+    r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # a label with one of these stays
+)
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 WORD_NUMBER = rf"({'|'.join(WORDS)})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"[₀-₉]+", lambda run: "_{" + unicodedata.normalize("NFKC", run[0]) + "}"),
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + unicodedata.normalize("NFKC", run[0]).replace("−", "-") + "}"),
+    (r"[₀-₉]+", lambda run: "_{" + nfkc(run[0]) + "}"),  # NFKC alone turns x₂ into x2, and 10² into 102
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + nfkc(run[0]).replace("−", "-") + "}"),
     (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
+    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0])),
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
@@ -151,8 +140,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
     (r"^\((\d+)\)(?=_)", r"\1"),
     (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),
-    (rf"^(?!.*{DENIED})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
-    (rf" \((?!{DENIED})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
+    (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
+    (rf" \((?!{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
     (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
     (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda part:  # 0.1\overline{6} is (16-1)/90
         f"((0{part[1]}{part[2]}{part[3]}-0{part[1]}{part[2]})/{'9' * len(part[3])}{'0' * len(part[2])})"),
@@ -164,17 +153,18 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)",
         lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
+    (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
+        lambda part: f"{part[1]} {UNITS[part[2]]}"),
+    (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
+        + text[1].replace("\\pm", "-").replace("\\mp", "+")),
 )]  # fmt: skip
-BEFORE_NFKC = 3  # the first rules are for signs that NFKC would spoil: it turns 10² into 102
 
 
 def tidy(text):
     """An answer without its box, in one notation, and without markup that means nothing."""
     text = boxed(text) or text
-    if len(text) > LONGEST:
-        return " ".join(text.split())
-    for rule, (pattern, new) in enumerate(REWRITES):
-        text = pattern.sub(new, unicodedata.normalize("NFKC", text) if rule == BEFORE_NFKC else text)
+    for pattern, new in REWRITES if len(text) <= LONGEST else []:
+        text = pattern.sub(new, text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
 
@@ -184,21 +174,18 @@ UNITS = dict(short.split("=") for short in """
     mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
     ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
 """.split())  # fmt: skip
-SHORT = "|".join(sorted((short for short in UNITS if short.isalpha() and len(short) > 1), key=len, reverse=True))
-UNIT = rf"(?:\s?(?:{SHORT}|[A-Za-z]{{4,}}+)|\s(?=[a-z]*[aeiou])[a-z]{{3}})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
+WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"  # shorter ones are variables: 2xy
+SHORT = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
+UNIT = rf"\s?(?:{SHORT}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
 TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
-    r"|(?<=\d) [mh](?:\s?\^\s?\{?[23]\}?)?$"
 )
-ONLY_NUMBER = re.compile(r"(?:\w+ ?= ?)?[-+\d.,/ ]+(?= [mh]\b)")  # 5 m is a length, but 2m + 1 and r^2 h are not
 
 
 def split_units(text):
     """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
-    if re.search(r" [mh]\b", text) and not ONLY_NUMBER.match(text):
-        return text, set()
     words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(TRAILING_UNITS.findall(text))))
     names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
     return TRAILING_UNITS.sub("", text), set(names) - {""}
@@ -208,29 +195,26 @@ UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
 TOKEN = (
-    rf"\s*(?:(?P<number>{{}})|(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|{{{{\w+}}}})|\\(?:{GREEK})(?![a-z]))"
-    r"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>\*\*|[<>]=|\S))"
+    rf"(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|\{{\w+\}})|\\(?:{GREEK})(?![a-z])"
+    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])"  # AB is one name
+    rf"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
 )
 SPELLINGS = {
     "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
     "\\cdot": "*", "\\times": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\langle": "(",
     "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",", "\\and": ",", "\\or": ",",
     "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
+    "\\inf": "\\infty", "\\infinity": "\\infty",
 }  # fmt: skip
 COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
-WORD = re.compile(r"\s*[A-Za-z]{4,}|\s+(?=[a-z]*[aeiou])[a-z]{3}")  # other letters are variables: 2xy
 
 
 def tokenize(text, number_pattern):
     """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
-    tokens, text = [], COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
-    for match in re.finditer(TOKEN.format(number_pattern), text):
-        kind, token = match.lastgroup, match[match.lastgroup]
-        if kind == "word" and not token.isupper() and not WORD.fullmatch(match[0]):
-            tokens += [("letter", letter) for letter in token]
-        else:  # ABC is one name
-            tokens.append(("letter" if kind == "word" and token.isupper() else kind, SPELLINGS.get(token, token)))
-    return [*tokens, ("end", "")]
+    text = COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
+    matches = re.finditer(rf"\s*(?:(?P<number>{number_pattern})|{TOKEN})", text)
+    tokens = [(match.lastgroup, match[match.lastgroup]) for match in matches]
+    return [*((kind, SPELLINGS.get(token, token)) for kind, token in tokens), ("end", "")]
 
 
 Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"
@@ -238,7 +222,7 @@ Equation = namedtuple("Equation", "name value difference")  # what it defines or
 
 
 def bounded(value):
-    """A number; ValueError if it is no number or too large."""
+    """A number, real where it can be; ValueError if it is no number or too large."""
     exact = isinstance(value, Fraction)
     if isinstance(value, tuple) or value != value or exact and max(abs(value.numerator), value.denominator) >> LARGEST:
         raise ValueError("no number, or too large")
@@ -262,7 +246,7 @@ def power(base, exponent):
     return bounded(base ** int(exponent))
 
 
-CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "\\infinity": math.inf, "\\inf": math.inf, "e": math.e, "i": 1j}
+CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "e": math.e, "i": 1j, "\\emptyset": Group("list", [])}
 FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")}
 FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
@@ -276,11 +260,14 @@ DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (
 
 
 class Reader:
-    """Recursive descent through the tokens of an answer, evaluated at one point."""
+    """Recursive descent through the tokens of an answer, evaluated at one point.
+
+    One method for each level: answer (1, 2), relation (x = 1), sum, product, signed (-1), raised (2^3), atom.
+    """
 
     def __init__(self, tokens, point):
         self.tokens, self.point, self.position = tokens.copy(), point, 0
-        self.variables = self.open_bars = 0  # variables met so far; | that are open
+        self.open_bars = 0  # how many | are open: the next one closes
 
     def take(self, *texts):
         """The next token, if it is one of these; otherwise None."""
@@ -291,21 +278,20 @@ class Reader:
     def answer(self):
         """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
-        while self.take(","):
+        while len(items) < LONGEST_LIST and self.take(","):
             self.take(",")  # `, and`
             items.append(self.relation())
-        if len(items) > LONGEST_LIST:
-            raise ValueError("too long")
         return items[0] if len(items) == 1 else Group("list", items)
 
     def relation(self):
         """A value, an equation, or an inequality (as an interval)."""
         sides, names, signs = [], [], []
         while not signs or signs[-1]:
-            start, variables = self.position, self.variables
+            start = self.position
             sides.append(self.sum())
-            written = "".join(text for _, text in self.tokens[start : self.position])
-            names.append(written if self.variables > variables else "")  # only for a side with variables
+            side = self.tokens[start : self.position]
+            variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
+            names.append("".join(text for _, text in side) if variable else "")
             signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in"))
         if set(signs) & {"<", ">", "\\le", "\\ge"}:
             return as_interval(sides, names, signs[:-1])
@@ -320,18 +306,15 @@ class Reader:
     def sum(self):
         value = self.product()
         while sign := self.take("+", "-"):
-            right = self.product()
-            value = bounded(value + right if sign == "+" else value - right)
+            value = bounded(value + self.product() if sign == "+" else value - self.product())
         return value
 
     def product(self):
         value = self.signed()
         while True:
             kind, text = self.tokens[self.position]
-            if self.take("*"):
-                value = bounded(value * self.signed())
-            elif self.take("/"):
-                value = bounded(value / self.signed())
+            if sign := self.take("*", "/"):
+                value = bounded(value * self.signed() if sign == "*" else value / self.signed())
             elif kind == "letter" or text in FACTORS or text in BRACKETS and (text != "|" or not self.open_bars):
                 value = bounded(value * self.raised())
             else:
@@ -374,16 +357,13 @@ class Reader:
             return self.root()
         if text == "\\binom":
             return Fraction(math.comb(natural(self.argument(), 1000), natural(self.argument(), 1000)))
-        if text == "\\emptyset":
-            return Group("list", [])
         raise ValueError("not mathematics")
 
     def variable(self, name):
         """A random number that depends on the name and the point; its size is between 0.1 and 30."""
-        self.variables += 1
-        digest = hashlib.blake2b(f"{name} {self.point}".encode(errors="replace"), digest_size=6).digest()
-        size = 10 ** (2.5 * (self.point % 4 + int.from_bytes(digest) / 2**48) / 4 - 1)
-        negative = self.point == -1 or self.point < -1 and ord(name[-1]) >> (-2 - self.point) & 1
+        rng = random.Random(f"{name} {self.point}")
+        size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
+        negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
         return -size if negative else size
 
     def argument(self, one_digit=True):
@@ -401,15 +381,13 @@ class Reader:
         return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
 
     def bracket(self, opening):
-        start = self.position
         self.open_bars += opening == "|"
         empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
         value = Group("list", []) if empty else self.answer()
         closing = self.take(*BRACKETS[opening])
         self.open_bars -= opening == "|"
-        grouped = any(re.search(r"\d[, ]\d", text) for _, text in self.tokens[start : self.position])
-        if closing is None or grouped and opening in "([":
-            raise ValueError("(12,102) is a pair")
+        if closing is None:
+            raise ValueError("never closed")
         if opening in ("|", "\\lfloor", "\\lceil"):
             value = bounded(value)
             return abs(value) if opening == "|" else Fraction((math.floor if "floor" in opening else math.ceil)(value))
@@ -423,8 +401,6 @@ class Reader:
         exponent = self.argument() if self.take("^") else Fraction(1)
         if exponent == -1:
             name, exponent = "\\arc" + name[1:], Fraction(1)
-        if name not in FUNCTIONS:
-            raise ValueError("not mathematics")
         if self.tokens[self.position][1] in ("(", "{"):
             argument = self.atom()  # \\cos(x)^2 is (cos x)^2
         else:
@@ -437,8 +413,7 @@ class Reader:
 
 def as_interval(sides, names, signs):
     """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
-    if not {"<", "\\le"} & set(signs):
-        flipped = {">": "<", "\\ge": "\\le"}
+    if signs[0] in (flipped := {">": "<", "\\ge": "\\le"}):
         sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
     unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
     if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
@@ -456,18 +431,15 @@ def readings(text):
     if len(text) > LONGEST:
         return []
     text, units = split_units(text)
-    if "\\pm" in text:
-        other = text.replace("\\pm", "-").replace("\\mp", "+")
-        text = text.replace("\\pm", "+").replace("\\mp", "-") + ", " + other
     grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
-    listed = grouped != ungrouped and not any(re.match(r"0\d", token) for _, token in ungrouped)  # 10,080 is no list
-    found = []
-    for tokens in (grouped, ungrouped)[: 1 + listed]:
-        constant = not any(kind in ("letter", "word") for kind, _ in tokens)
-        values = [value_at(tokens, point) for point in (POINTS[:1] if constant else POINTS)]
-        if all(value is not None for value, point in zip(values, POINTS) if point >= 0):
-            found.append((values * len(POINTS) if constant else values, units))
-    return found
+    ways = [grouped] if grouped == ungrouped else [grouped, ungrouped]
+    if re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):
+        ways = [ungrouped]  # (12,102) is a pair
+    elif any(re.match(r"0\d", token) for _, token in ungrouped):
+        ways = [grouped]  # 10,080 is no list
+    points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
+    found = [[value_at(tokens, point) for point in points] for tokens in ways]
+    return [(values, units) for values in found if None not in values[:4]]
 
 
 def value_at(tokens, point):
@@ -476,7 +448,7 @@ def value_at(tokens, point):
     try:
         value = reader.answer()
         return value if reader.tokens[reader.position][0] == "end" else None
-    except (ValueError, ArithmeticError, TypeError, RecursionError):
+    except (ValueError, ArithmeticError, TypeError, LookupError, RecursionError):
         return None
 
 
@@ -495,19 +467,18 @@ def math_equal(prediction, gold):
         first, second = first[:1], second[:1]
     if any(agree(a, b) for a in first for b in second):
         return True
-    # the last chance: a sentence that states the right number
-    if not second or value_of(second[0]) is None or any(value_of(reading) is not None for reading in first):
+    target = exact_number(second)
+    if target is None or exact_number(first) is not None:
         return False
-    if any(unit not in left for unit in second[0][1]):
-        return False
-    return (not first or bool(re.search("[A-Za-z]{4}", left))) and stated(left) == value_of(second[0])
+    sentence = not first or re.search("[A-Za-z]{4}", left)  # it may state the right number
+    return bool(sentence) and all(unit in left for unit in second[0][1]) and stated(left) == target
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
 
 
 def as_text(text):
-    """A text without spaces, the capitals of words and the brackets of (C). R and r are different letters."""
+    """A text without spaces, with words in lower case, and C for (C). Single letters stay: R is not r."""
     text = re.sub(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])", lambda m: m[0].lower(), text)
     return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text))
 
@@ -561,47 +532,44 @@ def number(text):
     """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7  seventy-two."""
     text = tidy(text)
     found = readings(text)
-    return next((value for value in map(value_of, found) if value is not None), None) if found else stated(text)
+    return exact_number(found) if found else stated(text)
 
 
-def value_of(reading):
-    """The exact number that a reading states, or None."""
-    value = reading[0][0]
-    value = value.value if isinstance(value, Equation) and value.name else value
-    return value if isinstance(value, Fraction) else None
+def exact_number(found):
+    """The first exact number among some readings, or None; 5 for x = 5."""
+    for values, _ in found:
+        value = values[0].value if isinstance(values[0], Equation) and values[0].name else values[0]
+        if isinstance(value, Fraction):
+            return value
+    return None
 
 
-STATED = re.compile(  # digits with or without thousands separators, with a sign, decimals or a denominator
-    r"(?<![\w.^/*+-])[+-]?(?:\d{1,3}(?:,\d{3})++(?![\d,])|\d{1,40}+|(?=\.\d))(?:\.\d{0,40}+)?+"
-    r"(?:\s?/\s?\d{1,40}+)?+(?![\d^*+]|\s?/\s?\d|[eE][+-]?\d|-\d)"
+STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
+    rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
 )
-DOUBTFUL = re.compile(  # a sentence with one of these states nothing
-    r"(?i)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
+UNCLEAR = re.compile(  # words and signs of doubt; and, after the last =, what changes a number, LaTeX and code
+    r"(?is)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
     r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e"
-)
-INEXACT = re.compile(  # and what changes a number, or is no sentence: LaTeX, code
-    r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
-    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
+    r"|(?:\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
+    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\()(?!.*=)"
 )
 
 
 def stated(text):
     """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
-    if len(text) > LONGEST or DOUBTFUL.search(text):
+    if len(text) > LONGEST or UNCLEAR.search(text):
         return None
-    text = re.sub(r"^([+-])\s+", r"\1", text.rpartition("=")[2].strip())
-    found = STATED.findall(text)
-    if INEXACT.search(text) or len(found) != 1 or re.search(r"\d", text.replace(found[0], "", 1)):
-        return None  # no number, or several
-    found = readings(found[0])
-    return value_of(found[0]) if found else None
+    text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
+    words = [word for word in text.split() if re.search(r"\d", word)]
+    match = STATED.fullmatch(words[0]) if len(words) == 1 else None
+    return exact_number(readings(match[1])) if match else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
 
-HEDGES = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
+DOUBT = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
 KNIGHTS_WORDS = {
-    "hedge": HEDGES,
+    "doubt": DOUBT,
     "rest": "the rest|the others?|every(?:one|body) else|all others",
     "none": "no ?one|nobody|none|neither",
     "all": "every(?:one|body)|all|both|each",
@@ -611,7 +579,7 @@ KNIGHTS_WORDS = {
 }
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 ORDER_WORDS = {
-    "hedge": HEDGES + "|not|after|behind|reversed?",
+    "doubt": DOUBT + "|not|after|behind|reversed?",
     "heading": "first to last|1st to last",
     "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
 }
@@ -636,7 +604,7 @@ def knights_equal(answer, problem):
     claims, waiting = set(), []  # (name, role) so far; names that wait for their role
     heading, last_role, negated = None, None, False  # heading: the role of the names that follow it
     for kind, word, verb_follows in words_that_matter(answer, names, KNIGHTS_WORDS):
-        if kind == "hedge":
+        if kind == "doubt":
             return False
         if kind == "none" and heading:
             continue  # Knights: none
@@ -664,16 +632,18 @@ def knights_equal(answer, problem):
 
 def order_equal(answer, problem):
     """Does an answer have every name once, in the right order as written, or else each with its right place?"""
-    gold, names, places, names_before = problem["answer"].lower().split(", "), [], [], []
+    gold, names = problem["answer"].lower().split(", "), []
+    places, names_before = [], []  # how many names stand before each place
     for kind, word, _ in words_that_matter(answer, gold, ORDER_WORDS):
-        if kind == "hedge":
+        if kind == "doubt":
             return False
         if kind == "name":
             names.append(word)
         elif kind == "place":
-            from_end = len(gold) - word.startswith("second") if word.endswith("last") else 0
-            ordinal = ORDINALS.index(word) + 1 if word in ORDINALS else 0
-            places.append(from_end or ordinal or int(re.match(r"\d+", word)[0]))
+            if word.endswith("last"):
+                places.append(len(gold) - word.startswith("second"))
+            else:
+                places.append(ORDINALS.index(word) + 1 if word in ORDINALS else int(re.match(r"\d+", word)[0]))
             names_before.append(len(names))
     if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):  # 2: Ada, 1: Ben, or Ada: 2, Ben: 1
         return len(names) == len(gold) and sorted(zip(places, names)) == list(enumerate(gold, 1))
@@ -761,12 +731,11 @@ def sandboxed(entry):
     processes does not count for root: each sandbox switches to a new user id without rights.
     """
     uid = 0 if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
+    options = "--unshare-all --unshare-user --disable-userns"
     if uid:
-        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try --cap-drop ALL"
+        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
         options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
-    else:
-        options = "--unshare-all --unshare-user --disable-userns --cap-drop ALL"
-    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", *options.split()]
+    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", "--cap-drop", "ALL", *options.split()]
     command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in filter(os.path.exists, ("/lib", "/lib64")):
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
@@ -778,45 +747,39 @@ def sandboxed(entry):
     return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-# The next seven functions are sent into the sandboxes as source text. `ast` is only its C half there, `_ast`: the
-# whole module takes 15 ms to load.
+# The source text of the next seven functions runs in the sandboxes (INSIDE).
 
 
-def tests_process(requests, replies, most):
-    """Run the tests. Write 1 or 0 for `it compiles`, then for each counted test as soon as it has run."""
+def tests_process(requests, replies, limit):
+    """Run the tests. Write 1 or 0 for `it compiles`, then 1 or 0 after each test that has an assert."""
     verdict, requests, replies = os.dup(1), open(requests, "wb"), open(replies, "rb")
     os.dup2(2, 1)  # what the tests print is no verdict
     source, setup, functions, tests = receive(sys.stdin.buffer)
 
-    def remote(name):
-        def call(*args, **kwargs):
-            send(requests, (name, args, kwargs))
-            returned, result = receive(replies, most)
-            if not returned:
-                raise RuntimeError(f"{name} raised an exception")
-            return result
-
-        return call
+    def call(name, /, *args, **kwargs):
+        send(requests, (name, args, kwargs))
+        returned, result = receive(replies, limit)
+        if not returned:
+            raise RuntimeError(f"{name} raised an exception")
+        return result
 
     send(requests, source)
-    os.write(verdict, b"1" if receive(replies, most) is True else b"0")
+    os.write(verdict, b"1" if receive(replies, limit) is True else b"0")
     namespace = {}
     exec(setup, namespace)
-    namespace |= {name: remote(name) for name in functions}
-    for test, counted in tests:
+    namespace |= {name: functools.partial(call, name) for name in functions}
+    for test, has_assert in tests:
         try:
             exec(test, namespace)
             passed = b"1"
         except Exception:
             passed = b"0"
-        if counted:
+        if has_assert:
             os.write(verdict, passed)
 
 
 def program_process():
     """Reply whether the program compiles without a warning, run it, and then answer calls of its functions."""
-    import warnings
-
     requests, replies = open(os.dup(0), "rb"), open(os.dup(1), "wb")
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     os.dup2(0, 1)  # what the program prints is no reply
@@ -839,8 +802,8 @@ def program_process():
 
 
 def send(pipe, value):
-    """Write one value as one line. Where nobody reads any more, this process ends."""
-    line = repr(built_in(value)).encode() + b"\n"
+    """Write one value as one line of JSON. Where nobody reads any more, this process ends."""
+    line = json.dumps(encoded(value)).encode() + b"\n"
     try:
         pipe.write(line)
         pipe.flush()
@@ -848,52 +811,36 @@ def send(pipe, value):
         os._exit(0)
 
 
-def receive(pipe, most=-1):
-    """Read the next value. At the end of the pipe, or where a line is longer than `most`, this process ends."""
-    line = pipe.readline(most)
+def receive(pipe, limit=-1):
+    """Read the next value. At the end of the pipe, or where a line is longer than the limit, this process ends."""
+    line = pipe.readline(limit)
     if not line.endswith(b"\n"):
         os._exit(0)
-    return value_of_syntax(compile(line.decode(), "<pipe>", "eval", ast.PyCF_ONLY_AST).body)
+    return decoded(json.loads(line))
 
 
-def built_in(value):
-    """The same value in plain built-in types, so that its repr says all of it: a Counter becomes a dict."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return str.__str__(value)
+def encoded(value):
+    """A value for JSON. What JSON does not know is a list that begins with the name of its type: ["set", 1, 2]."""
+    if value is None or isinstance(value, (int, float, str)):
+        return value
     if isinstance(value, dict):
-        return {built_in(key): built_in(item) for key, item in value.items()}
-    for kind in (bool, int, float, complex, bytes):
+        return ["dict", *map(encoded, value.items())]
+    for kind in (list, tuple, set, frozenset, bytes):
         if isinstance(value, kind):
-            return kind(value)
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return kind(map(built_in, value))
+            return [kind.__name__, *map(encoded, value)]
+    if isinstance(value, complex):
+        return ["complex", value.real, value.imag]
     raise TypeError(f"a {type(value).__name__} cannot be sent")
 
 
-def value_of_syntax(node):
-    """The value that a syntax tree spells: what ast.literal_eval reads, and inf, nan and frozensets."""
-    match node:
-        case ast.Constant(value):
-            return value
-        case ast.Name("inf" | "nan" as name):
-            return float(name)
-        case ast.UnaryOp(ast.USub(), operand):
-            return -value_of_syntax(operand)
-        case ast.BinOp(left, ast.Add(), right):
-            return value_of_syntax(left) + value_of_syntax(right)
-        case ast.BinOp(left, ast.Sub(), right):
-            return value_of_syntax(left) - value_of_syntax(right)
-        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
-            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-            return kind([value_of_syntax(item) for item in items])
-        case ast.Dict(keys, items):
-            return {value_of_syntax(key): value_of_syntax(item) for key, item in zip(keys, items)}
-        case ast.Call(ast.Name("set" | "frozenset" as name), items):
-            return {"set": set, "frozenset": frozenset}[name](*[value_of_syntax(item) for item in items])
-    raise ValueError("not a plain value")
+def decoded(value):
+    """The value that `encoded` wrote for JSON, in plain built-in types: a Counter has become a dict."""
+    if not isinstance(value, list):
+        return value
+    kind, items = value[0], map(decoded, value[1:])
+    if kind == "complex":
+        return complex(*items)
+    return {"dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}[kind](items)
 
 
 def confine(uid, limits):
@@ -908,9 +855,8 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-INSIDE = "import os, sys, _ast as ast\n" + "\n".join(
-    inspect.getsource(function)
-    for function in (tests_process, program_process, send, receive, built_in, value_of_syntax, confine)
+INSIDE = "import functools, json, os, sys, warnings\n" + "".join(
+    map(inspect.getsource, (tests_process, program_process, send, receive, encoded, decoded, confine))
 )
 
 
@@ -950,11 +896,9 @@ def step_rewards(completion, problem):
     `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong, else 0.5,
     and 1 if one of its results is a result in the worked solution too.
     """
-    lines = problem.get("solution", "").split("\n")
-    known = {result for line in lines for result, _ in calculations(line)}
+    known = {result for line in problem.get("solution", "").split("\n") for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
-    end = completion.find("</reasoning>", start)
-    end = end if end >= 0 else len(completion)
+    end = start + len(completion[start:].partition("</reasoning>")[0])
     steps = []
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         found = list(calculations(match[0]))
@@ -969,7 +913,7 @@ def calculations(step):
     annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
     for text in annotated or [step]:
         parts = text.split("=")[:9]
-        for left, right_side in zip(parts, parts[1:]):
+        for left, right_side in itertools.pairwise(parts):
             left, right_side = left[-80:], right_side[:80]
             left = left[len(left.rstrip(CALCULATION)) :]
             written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
@@ -996,6 +940,29 @@ def rewards(completion, problem):
     """Every rule-based reward of a completion that applies to its problem, unweighted: {name: number}."""
     values = {name: function(completion, problem) for name, function in REWARDS.items()}
     return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def score(completions, problems, threads):
+    """The rewards of many completions: ({name: one number per completion}, [why a rule failed, if one did]).
+
+    Where a rule fails, its completion counts as wrong. The rules run in threads, because programs are slow.
+    """
+
+    def score_one(completion, problem):
+        try:
+            values, failure = rewards(completion, problem), None
+        except Exception as error:  # a fault in one rule must not end the training
+            values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
+        for name, value in values.items():
+            if not math.isfinite(value or 0.0):
+                values[name], failure = 0.0, failure or f"{name} is {value}"
+        return values, failure and f"{failure} (question: {problem['question']})"
+
+    with ThreadPoolExecutor(threads) as pool:
+        scored = list(pool.map(score_one, completions, problems))
+    names = dict.fromkeys(name for values, _ in scored for name in values)  # a reward of another kind of problem is 0
+    by_name = {name: [values.get(name) or 0.0 for values, _ in scored] for name in names}
+    return by_name, [failure for _, failure in scored if failure]
 
 
 @reward
@@ -1067,13 +1034,12 @@ def test_results(completion, problem):
     source = program_source(completion)
     if not source.strip():
         return 0.0, False
-    functions, tests = tuple(problem["functions"]), tuple(problem["tests"])
-    return run_tests_once(source, problem["prelude"], problem["setup"], functions, tests)
+    return run_tests_once(source, json.dumps(problem))
 
 
 @functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
-def run_tests_once(source, prelude, setup, functions, tests):
-    return run_tests(source, {"prelude": prelude, "setup": setup, "functions": functions, "tests": tests})
+def run_tests_once(source, problem):
+    return run_tests(source, json.loads(problem))
 
 
 def program_source(completion):
@@ -1091,27 +1057,3 @@ def reflection(completion):
 def overlong(length, limit, buffer):
     """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, down to -1 at the limit."""
     return min(0.0, (limit - buffer - length) / buffer)
-
-
-def score(completions, problems, threads):
-    """The rewards of many completions: {name: one number each}, and why a rule failed, where one did."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    failures = {}
-
-    def judge(i):
-        try:
-            return rewards(completions[i], problems[i])
-        except Exception as error:
-            failures[i] = f"{error!r} (question: {problems[i]['question']})"
-            return {"correctness": 0.0, "strict_format": 0.0}
-
-    with ThreadPoolExecutor(threads) as pool:
-        rows = list(pool.map(judge, range(len(completions))))
-    by_name = {name: [row.get(name, 0.0) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
-    for name, values in by_name.items():
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                failures.setdefault(i, f"{name} is {value} (question: {problems[i]['question']})")
-                values[i] = 0.0
-    return by_name, [failures[i] for i in sorted(failures)]

@@ -1,6 +1,7 @@
 """The rules of evaluator.py: what is the answer, is it right, what is it worth."""
 
 import itertools
+import math
 import random
 import re
 import subprocess
@@ -188,6 +189,20 @@ def test_a_program_is_run_once_for_all_of_its_rewards(monkeypatch):
     assert len(runs) == 3  # other tests are another run
     assert evaluator.rewards(TIDY.format("so", ""), problem)["tests"] == 0 and len(runs) == 3
     evaluator.run_tests_once.cache_clear()
+
+
+def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monkeypatch):
+    found = {
+        "right": {"correctness": 1.0, "strict_format": 0.5},
+        "program": {"correctness": 1.0, "strict_format": 1.0, "tests": 0.5},
+        "odd": {"correctness": math.nan, "strict_format": math.inf, "tests": 0.25},
+    }
+    monkeypatch.setattr(evaluator, "rewards", lambda completion, problem: dict(found[completion]))  # else a KeyError
+    completions = ["right", "boom", "program", "odd"]
+    values, failures = evaluator.score(completions, [{"question": f"about {one}"} for one in completions], threads=2)
+    assert values == {"correctness": [1, 0, 1, 0], "strict_format": [0.5, 0, 1, 0], "tests": [0, 0, 0.5, 0.25]}
+    assert failures == ["KeyError('boom') (question: about boom)", "correctness is nan (question: about odd)"]
+    assert evaluator.score(["right"], [{}], threads=2) == ({"correctness": [1], "strict_format": [0.5]}, [])
 
 
 def test_very_small_numbers_keep_their_sign():
