@@ -97,7 +97,7 @@ def messy_corpus(count=14000):
 
     All calculations are correct, but often the operation is the wrong one or tags are missing: one solution in three
     is right, so that reinforcement learning has something to reward. A third of the corpus is practice in calculating.
-    The questions are not divided: some of them are also in the test split of `arithmetic`.
+    It is not filtered by split: some of its questions are also in the test split of `arithmetic`, word for word.
     """
     rng, corpus = random.Random("messy corpus"), []
     while len(corpus) < count:
@@ -267,7 +267,7 @@ def answer_after(mark, question, solution):
 BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} are text
 for _ in range(8):  # the same with braces in it
     BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
-BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not an empty one
+BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # with something in it
 
 
 def boxed_part(solution):
@@ -292,7 +292,7 @@ def mathematics(row):
 def program(question, reference, prelude, setup, tests, wanted):
     """A program to write. The prelude goes before the completion, the setup before the tests.
 
-    `functions`: the tested names (`wanted`) that the reference defines. Only tests with an `assert` count.
+    `functions`: the tested names (`wanted`) that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
     """
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
