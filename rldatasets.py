@@ -267,7 +267,7 @@ def answer_after(mark, question, solution):
 BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} are text
 for _ in range(8):  # the same with braces in it
     BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
-BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # with something in it
+BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not empty
 
 
 def boxed_part(solution):
