@@ -45,7 +45,7 @@ THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
 SIZES = {"train": 5000, "test": 1000}  # of the word problems; a fifth of it for each kind and difficulty of puzzles
 
-STORIES = [  # question, right operation, wrong operation, how often the author of the messy corpus takes the wrong one
+STORIES = [  # question, right operation, wrong operation, share of wrong operations in messy_corpus
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "-", 0.2),
     ("{name} found {a} {things} on Monday and {b} on Tuesday. How many {things} is that in all?", "+", "-", 0.2),
     ("{name} has {a} {things} and loses {b}. How many {things} are left?", "-", "+", 0.2),
@@ -61,9 +61,9 @@ STORIES = [  # question, right operation, wrong operation, how often the author 
 ]
 
 
-def in_split(content, split):
-    """Is a generated problem with this content in the split? A checksum puts a fifth of all contents into the test."""
-    return (zlib.crc32(content.encode()) % 5 == 0) == (split == "test")
+def in_split(split_key, split):
+    """Is a generated problem with this key in the split? A checksum puts a fifth of all keys into the test split."""
+    return (zlib.crc32(split_key.encode()) % 5 == 0) == (split == "test")
 
 
 def random_story(rng):
@@ -95,8 +95,9 @@ def arithmetic(split):
 def messy_corpus(count=14000):
     """What the tiny model is trained on before reinforcement learning, [(messages, completion)].
 
-    All calculations are correct, but often the operation is the wrong one or tags are missing: one completion in three
+    All calculations are correct, but often the operation is the wrong one or tags are missing: one solution in three
     is right, so that reinforcement learning has something to reward. A third of the corpus is practice in calculating.
+    It is not filtered by split: some of its questions are also in the test split of `arithmetic`, word for word.
     """
     rng, corpus = random.Random("messy corpus"), []
     while len(corpus) < count:
@@ -104,13 +105,10 @@ def messy_corpus(count=14000):
         _, right, wrong, wrong_share = STORIES[index]
         problem = word_problem(index, a, b, wrong if rng.random() < wrong_share else right, rng)
         solution, answer, tidy = problem["solution"], problem["answer"], written_out(problem)
-        untidy = [
-            tidy.replace("\n", " "),
-            f"{solution}\n<answer>\n{answer}\n</answer>",
-            f"{solution} The answer is {answer}.",
-            f"<reasoning>\n{solution}\n</reasoning>\n{answer}",
-        ]
-        corpus.append((prompt(problem), rng.choices([tidy, *untidy], weights=[42, 8, 8, 21, 21])[0]))
+        readable = [tidy, tidy.replace("\n", " "), f"{solution}\n<answer>\n{answer}\n</answer>"]
+        unreadable = [f"{solution} The answer is {answer}.", f"<reasoning>\n{solution}\n</reasoning>\n{answer}"]
+        completion = rng.choices(readable + unreadable, weights=[42, 8, 8, 21, 21])[0]
+        corpus.append((prompt(problem), completion))
         if rng.random() < 0.5:
             practice = ""
             for _ in range(12):
@@ -146,6 +144,7 @@ CLUES = {  # clues about a race, and when they are true; place[i]: the place of 
     "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
     "{a} and {b} came one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) == 1,
     "exactly {k} came between {a} and {b}": lambda place, a, b, k: abs(place[a] - place[b]) == k + 1,
+    # not with k = 1, which says no more than "came before"
     "{a} came at least {k} places before {b}": lambda place, a, b, k: (place[b] - place[a] >= k) & (k > 1),
     "{a} did not come in place {k}": lambda place, a, b, k: place[a] != k,
     "{a} and {b} did not come one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) > 1,
@@ -158,7 +157,9 @@ PLACES = {n: numpy.array(list(itertools.permutations(range(1, n + 1))), dtype=nu
 def random_clue(rng, forms, n):
     """A random clue about n persons, true or not. If the form has no {b}, b is a; if it has no {k}, k is 0."""
     form, (a, b) = rng.choice(forms), rng.sample(range(n), 2)
-    return form, a, b if "{b}" in form else a, rng.randint(1, n) if "{k}" in form else 0
+    b = b if "{b}" in form else a
+    k = rng.randint(1, n) if "{k}" in form else 0
+    return form, a, b, k
 
 
 def sentence(names, form, a, b, k):
@@ -170,11 +171,12 @@ def sentence(names, form, a, b, k):
 def knights(rng, difficulty):
     """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles fits all of it."""
     n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
-    choices, possible = list(itertools.product([False, True], repeat=n)), []
-    while len(possible) != 1:  # start again until only one choice is possible
+    choices = possible = list(itertools.product([False, True], repeat=n))
+    while len(possible) > 1:  # draw roles and sayings again until only one choice is possible
         knight, clues, possible = rng.choice(choices), [], choices
         while len(clues) < n:
             me, (form, a, b, k) = len(clues), random_clue(rng, forms, n)
+            # what a person says is true exactly if a knight says it
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
                 clues.append((form, a, b, k))
                 possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
@@ -187,25 +189,26 @@ def knights(rng, difficulty):
     question += " Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
     lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
-    # puzzles that differ only in names and in the order of persons have the same content, and so the same split
-    content = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
-    return sorted(content), {"question": question, "answer": answer, "solution": solution, "names": names}
+    # puzzles that differ only in names and in the order of persons have equal keys
+    split_key = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
+    return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
 def order(rng, difficulty):
-    """A race described by clues. Only order 0 agrees with all of them, and no clue can be left out."""
+    """A race told by clues, all needed. Only the order in which person 0 is first, person 1 second, ... agrees."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
-    clues, possible = [], numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with the clues so far
-    while numpy.count_nonzero(possible) > 1:
+    clues = {}  # a clue: [n!] which orders agree with it
+    possible = numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with all clues so far
+    while possible.sum() > 1:
         form, a, b, k = clue = random_clue(rng, forms, n)
         agrees = CLUES[form](PLACES[n], a, b, k)  # [n!]
         if agrees[0] and (possible & ~agrees).any():
-            clues.append(clue)
+            clues[clue] = agrees
             possible &= agrees
-    for clue in clues.copy():
-        others = [other for other in clues if other != clue]
-        if numpy.all([CLUES[form](PLACES[n], a, b, k) for form, a, b, k in others], axis=0).sum() == 1:
-            clues = others
+    for clue in list(clues):
+        others = [agrees for other, agrees in clues.items() if other != clue]
+        if numpy.all(others, axis=0).sum() == 1:
+            del clues[clue]
 
     names = rng.sample(NAMES, n)
     answer, with_places = ", ".join(names), [f"{name} ({place})" for place, name in enumerate(names, 1)]
@@ -214,8 +217,8 @@ def order(rng, difficulty):
     question += " In which order did they come? Answer with all names from first to last, separated by commas."
     lines = [f"{sentence(with_places, *clue)}." for clue in clues]
     solution = "\n".join([f"Try {answer}.", *lines, "No other order agrees with everything told."])
-    content = sorted(f"{form} {sorted([a, b])} {k}" for form, a, b, k in clues)
-    return content, {"question": question, "answer": answer, "solution": solution, "names": sorted(names)}
+    split_key = sorted(f"{form} {sorted([a, b])} {k}" for form, a, b, k in clues)
+    return split_key, {"question": question, "answer": answer, "solution": solution, "names": sorted(names)}
 
 
 def countdown(rng, difficulty):
@@ -223,29 +226,31 @@ def countdown(rng, difficulty):
     target, numbers = 0, []
     while not 10 <= target <= 999 or target in numbers:
         numbers = [rng.randint(1, 10 * difficulty) for _ in range(min(difficulty + 2, 6))]
-        terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value, how it is written
+        terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value and its text
         while len(terms) > 1:
             (a, first), (b, second) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-            sign = rng.choice("+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1))
-            target = OPERATIONS[sign](a, b)
-            lines.append(f"{a} {sign} {b} = {target}")
-            first, second = (term if term.isdecimal() else f"({term})" for term in (first, second))
-            terms.append((target, f"{first} {sign} {second}"))
+            allowed = "+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1)  # the signs for a and b
+            sign = rng.choice(allowed)
+            value = OPERATIONS[sign](a, b)
+            lines.append(f"{a} {sign} {b} = {value}")
+            terms.append((value, f"({first} {sign} {second})"))
+        target, expression = terms[0]
     question = f"Reach {target} with the numbers {', '.join(map(str, numbers))}, each used at most once, "
     question += "and with +, -, *, / and parentheses. Answer with the expression alone, as in: (8 - 2) * 5"
-    problem = {"question": question, "answer": terms[0][1], "solution": "\n".join(lines)}
+    problem = {"question": question, "answer": expression[1:-1], "solution": "\n".join(lines)}
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
 
 
-def puzzles(kinds, split, difficulty):
-    """The puzzles of a split, always the same, the kinds in turn. No puzzle is in both splits under other names."""
-    rngs, questions = {kind: random.Random(f"{kind.__name__} {difficulty} {split}") for kind in kinds}, set()
-    while len(questions) < SIZES[split] // 5 * len(kinds):
-        kind = kinds[len(questions) % len(kinds)]
-        content, problem = kind(rngs[kind], difficulty)
-        if in_split(str(content), split) and problem["question"] not in questions:
+def puzzles(makers, split, difficulty):
+    """The puzzles of a split, always the same. Renaming the persons does not move a puzzle to the other split."""
+    rngs = {make_puzzle: random.Random(f"{make_puzzle.__name__} {difficulty} {split}") for make_puzzle in makers}
+    questions = set()
+    while len(questions) < SIZES[split] // 5 * len(makers):
+        make_puzzle = makers[len(questions) % len(makers)]
+        split_key, problem = make_puzzle(rngs[make_puzzle], difficulty)
+        if in_split(str(split_key), split) and problem["question"] not in questions:
             questions.add(problem["question"])
-            yield problem | {"kind": kind.__name__}
+            yield problem | {"kind": make_puzzle.__name__}
 
 
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
@@ -259,13 +264,19 @@ def answer_after(mark, question, solution):
     return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
+BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} are text
+for _ in range(8):  # the same with braces in it
+    BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
+BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not empty
+
+
 def boxed_part(solution):
-    r"""The text from the first box of the last paragraph that has one to the last brace: `\boxed{2}$ or $\boxed{3}`."""
-    last_box = max(solution.rfind(r"\boxed"), solution.rfind(r"\fbox"))
-    paragraph = max((blank.end() for blank in re.finditer(r"\n\s*\n", solution[:last_box])), default=0)
-    box = r"\\(?:boxed|fbox)(?![a-z])\s*(\{(?!\s*\}).*\}|[^\s{$][^$\n]*)"
-    found = re.search(box, solution[paragraph:], re.DOTALL)
-    return found[0].rstrip(" .") if found else ""  # the grader opens the boxes
+    r"""From the first to the last box of the last paragraph that has boxes, or "": `\boxed{1}$ or $\boxed{-1}`."""
+    for paragraph in reversed(re.split(r"\n\s*\n", solution)):
+        boxes = list(re.finditer(BOX, paragraph, re.DOTALL))
+        if boxes:
+            return paragraph[boxes[0].start() : boxes[-1].end()].rstrip(" .")  # the grader opens the boxes
+    return ""
 
 
 def mathematics(row):
@@ -278,9 +289,12 @@ def mathematics(row):
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
 
 
-def program(question, reference, prelude, setup, tests, names):
-    """A program to write that must pass tests, run after the setup. `functions`: those names that it must define."""
-    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
+def program(question, reference, prelude, setup, tests, wanted):
+    """A program to write. The prelude goes before the completion, the setup before the tests.
+
+    `functions`: the tested names (`wanted`) that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
+    """
+    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     if not functions or not any(isinstance(node, ast.Assert) for node in nodes):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
@@ -291,23 +305,22 @@ def program(question, reference, prelude, setup, tests, names):
 def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
     head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
-    checks = [test for node in nodes if getattr(node, "name", None) == "check" for test in node.body]
+    statements = [statement for node in nodes if getattr(node, "name", None) == "check" for statement in node.body]
     # leave out `assert True`, which many rows have and which tests nothing
-    tests = [ast.unparse(test) for test in checks if not isinstance(getattr(test, "test", None), ast.Constant)]
+    tests = [ast.unparse(node) for node in statements if not isinstance(getattr(node, "test", None), ast.Constant)]
     setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
     reference = head + row["canonical_solution"]
     return program(question, reference, head, "\n".join(setup), [f"candidate = {name}", *tests], {name})
 
 
-def mbpp(row):
+def mbpp(description, row):
     """MBPP: a function to write from a description and its tests, which tell its name."""
     tests, imports, setup = row.get("test_list") or [], row.get("test_imports") or [], row.get("test_setup_code") or ""
     test_code = "\n".join(tests)
-    names = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
-    question = row["prompt" if "prompt" in row else "text"]
-    question += f" Answer with Python code only. It must pass these tests:\n\n{test_code}"
-    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, names)
+    wanted = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
+    question = f"{description} Answer with Python code only. It must pass these tests:\n\n{test_code}"
+    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, wanted)
 
 
 FORMATS = {  # the texts that a row must have: the function that makes a problem of it
@@ -315,23 +328,23 @@ FORMATS = {  # the texts that a row must have: the function that makes a problem
     ("query", "response"): lambda row: answer_after("The answer is:", row["query"], row["response"]),  # MetaMathQA
     ("problem",): mathematics,
     ("prompt", "canonical_solution", "test", "entry_point"): humaneval,
-    ("text", "code"): mbpp,
-    ("prompt", "code"): mbpp,  # its configuration "sanitized"
+    ("text", "code"): lambda row: mbpp(row["text"], row),
+    ("prompt", "code"): lambda row: mbpp(row["prompt"], row),  # MBPP's configuration "sanitized"
 }
 
 
-def problems(name, data_set, split):
+def problems(name, entry, split):
     """The rows of a split as problems. An error names the row, counted from 0."""
-    for index, row in enumerate(rows(name, data_set, split)):
+    for index, row in enumerate(rows(name, entry, split)):
         fields = row.items() if isinstance(row, dict) else []
         try:
-            # encode() raises an error for half a character, which JSON can hold as "\ud800"
+            # encode() raises an error for a lone surrogate, which JSON can hold as "\ud800"
             texts = {field for field, value in fields if isinstance(value, str) and value.strip().encode()}
-            convert = next((convert for needed, convert in FORMATS.items() if texts.issuperset(needed)), None)
-            if convert is None:
+            function = next((function for needed, function in FORMATS.items() if texts.issuperset(needed)), None)
+            if function is None:
                 raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
             with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
-                problem = convert(row)
+                problem = function(row)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             reason = str(error) or "its program is nested too deeply"
             raise DataError(f"{name}, {split} split, row {index}: {reason}") from error
@@ -349,7 +362,7 @@ def files_of(path, split):
     if path.is_file():
         files = [path]
     elif (path / split).is_dir():  # MATH as published: train/algebra/1.json
-        files = (path / split).rglob("*.json")
+        files = (path / split).rglob("*.*")
     else:  # the split is a word of the file's name; repositories of the hub have a folder main or data
         folder = next((path / sub for sub in ("main", "data") if (path / sub).is_dir()), path)
         files = (file for file in folder.glob("*") if split in re.split(r"[^a-z]+", file.stem.lower()))
@@ -357,13 +370,13 @@ def files_of(path, split):
     for suffix in SUFFIXES:
         if found := [file for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
             return suffix, list(map(str, found))
-    raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its name")
+    raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its path")
 
 
 def json_rows(path):
     """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        first = file.readline()
+        first = next(filter(str.strip, file), "")  # the first line that is not blank
         try:
             value = json.loads(first)
         except json.JSONDecodeError:
@@ -372,7 +385,7 @@ def json_rows(path):
         yield from map(json.loads, filter(str.strip, file))
 
 
-def rows(name, data_set, split):
+def rows(name, entry, split):
     """Stream the rows of a split, from the file or folder of that name if there is one, else from the hub."""
     import datasets  # here, because it is slow to import and the generated problems do not need it
 
@@ -388,21 +401,24 @@ def rows(name, data_set, split):
             else:
                 yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
         else:
-            splits, configuration = data_set.get("splits", BOTH), data_set.get("configuration")
-            stream = datasets.load_dataset(data_set["hub"], configuration, split=splits[split], streaming=True)
-            divided = splits.get("train") == splits.get("test")  # one split for both: every fifth row is for the test
-            yield from (row for i, row in enumerate(stream) if not divided or (i % 5 == 0) == (split == "test"))
-    except Exception as error:  # a broken file or connection can raise almost anything, in five libraries
-        reason = (str(error).strip() or "it is empty").splitlines()[0]
-        raise DataError(f"cannot read {name}, {split} split: {reason}{OFFLINE * (not path.exists())}") from error
+            splits, configuration = entry.get("splits", BOTH), entry.get("configuration")
+            stream = datasets.load_dataset(entry["hub"], configuration, split=splits[split], streaming=True)
+            shared = splits.get("train") == splits.get("test")  # one split for both: every fifth row is for the test
+            for index, row in enumerate(stream):
+                wanted = (index % 5 == 0) == (split == "test")
+                if wanted or not shared:
+                    yield row
+    except Exception as error:  # a broken file or connection can raise almost any error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        hint = "" if path.exists() else OFFLINE
+        raise DataError(f"cannot read {name}, {split} split: {reason}{hint}") from error
 
 
-# ---- data sets by name ---------------------------------------------------------------------------------------------
-# To add a data set of your own, add one line to DATASETS:
+# ---- data sets by name: to add one of your own, add one line to DATASETS -------------------------------------------
 #   "mine": {"hub": "owner/name"}          the rows of this repository of the Hugging Face hub have one of the FORMATS
 #   "mine": {"make": make_problems}        make_problems(split) yields problems
-#   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns content and problem, as `knights` does
-# `splits` are the splits of a set, if it does not have both, and their names on the hub.
+#   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns (split_key, problem)
+# Equal puzzles have equal keys. `splits`: our name -> the hub's; the default is BOTH.
 
 BOTH = {"train": "train", "test": "test"}
 DATASETS = {
@@ -421,15 +437,15 @@ DATASETS = {
 }
 
 
-def find(name):
-    """The entry of a data set in DATASETS, such as `gsm8k` or `logic:3`, or one for a path or for `owner/name`."""
+def entry_of(name):
+    """The DATASETS entry of a name such as `gsm8k` or `logic:3`; a new entry for a path or `owner/name`."""
     task, colon, difficulty = name.partition(":")
-    kinds = DATASETS.get(task, {}).get("puzzles")
-    if kinds and colon and difficulty not in tuple("12345"):
+    makers = DATASETS.get(task, {}).get("puzzles")
+    if makers and colon and difficulty not in tuple("12345"):
         raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
-    if kinds:
-        return {"make": lambda split: puzzles(kinds, split, int(difficulty or 1))}
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.endswith(SUFFIXES)
+    if makers:
+        return {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if name not in DATASETS and not on_hub and not os.path.exists(name):
         raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
     return DATASETS.get(name, {"hub": name})
@@ -437,26 +453,26 @@ def find(name):
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
-    data_set = find(name)
-    if split not in data_set.get("splits", BOTH) and not os.path.exists(name):  # a file can be used for any split
+    entry = entry_of(name)
+    if split not in entry.get("splits", BOTH) and not os.path.exists(name):  # a file or folder can be for any split
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
-    return data_set["make"](split) if "make" in data_set else problems(name, data_set, split)
+    return entry["make"](split) if "make" in entry else problems(name, entry, split)
 
 
 def stages(spec):
-    """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k` is for [("logic:3", 100), ("gsm8k", None)]."""
+    """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)]."""
     if os.path.exists(spec):
         return [(spec, None)]
     found = []
     for stage in spec.split(","):
-        name, *numbers = stage.strip().split(":")
-        if numbers and "puzzles" in DATASETS.get(name, {}):
-            name = f"{name}:{numbers.pop(0)}"
-        find(name)
-        if len(numbers) > 1 or numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0]):
+        name, *parts = stage.strip().split(":")
+        if parts and "puzzles" in DATASETS.get(name, {}):
+            name = f"{name}:{parts.pop(0)}"
+        entry_of(name)
+        if len(parts) > 1 or (parts and not re.fullmatch("[1-9][0-9]{0,8}", parts[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
-        found.append((name, int(numbers[0]) if numbers else None))
+        found.append((name, int(parts[0]) if parts else None))
     if len(found) > 1 and any(steps is None for _, steps in found):
         raise DataError(f"{spec}: each of several stages needs its steps, as in logic:3:100,gsm8k:400")
     return found
@@ -465,12 +481,11 @@ def stages(spec):
 def shuffled(name, split, seed, position=0):
     """The problems of a split without end, from number `position` on. The seed gives each epoch its own order."""
     for epoch in itertools.count():
-        rng, stream = random.Random(f"{seed} {epoch}"), iter(load(name, split))
-        block = list(itertools.islice(stream, 10_000))  # shuffled one at a time, as a data set can exceed the memory
-        if not block:
-            raise DataError(f"{name}, {split} split: there is no problem in it")
-        while block:
+        rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
+        while block := list(itertools.islice(stream, 10_000)):  # block by block, as a data set can exceed the memory
+            empty = False
             rng.shuffle(block)
             yield from block[position:]
             position = max(0, position - len(block))
-            block = list(itertools.islice(stream, 10_000))
+        if empty:
+            raise DataError(f"{name}, {split} split: there is no problem in it")

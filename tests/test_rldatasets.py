@@ -152,6 +152,12 @@ def one(tmp_path, row):
         ),
         ({"problem": "2 + 3?", "solution": "Not \\boxed{6}.\n \nSo \\boxed{5}.\n\nIndeed."}, r"\boxed{5}"),
         ({"problem": "2 + 3?", "solution": "So \\boxed{5}.\n\nThat is all."}, r"\boxed{5}"),
+        ({"problem": "2 + 3?", "solution": r"So $\boxed{5}$, not $x^{2}$, for all $x^{2}$."}, r"\boxed{5}"),
+        ({"problem": "2 + 3?", "solution": "\\boxed{5}.\n\nCheck: $\\frac{5}{1}$ is not $\\boxed{}$."}, r"\boxed{5}"),
+        (
+            {"problem": "?", "solution": "$\\boxed{\\sqrt{\\frac{1}{x^{2}}}}$.\n$x^{2}$"},
+            r"\boxed{\sqrt{\frac{1}{x^{2}}}}",
+        ),
         ({"problem": "2 + 3?", "solution": r"We get $\boxed 5$ at last."}, r"\boxed 5"),
         ({"problem": "2 + 3?", "solution": "It is \\boxed 5.\n\nIt is."}, r"\boxed 5"),
         ({"problem": "2 + 3?", "solution": r"We get $\fbox{5}$."}, r"\fbox{5}"),
@@ -203,6 +209,11 @@ def test_a_humaneval_row_becomes_a_program_that_passes_its_tests(tmp_path):
     assert len(problem["tests"]) == 3 and passes(problem)
     answer = evaluator.extract_answer(rldatasets.written_out(problem))
     assert answer == (HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"]).strip()
+
+
+def test_a_description_is_the_first_field_that_is_a_text(tmp_path):
+    assert one(tmp_path, MBPP | {"prompt": None}) == one(tmp_path, MBPP)
+    assert one(tmp_path, MBPP | {"prompt": MBPP["text"], "text": None}) == one(tmp_path, MBPP)
 
 
 def test_a_program_with_an_invalid_escape_is_read_without_a_warning(tmp_path, recwarn):
@@ -274,6 +285,36 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
     assert [problem["answer"] for problem in expected] == ["12", "-3", "1,125"]
     for ending in ("parquet", "csv", "json", "jsonl.gz"):
         assert list(rldatasets.load(str(tmp_path / f"rows.{ending}"), "test")) == expected
+
+
+@pytest.mark.parametrize("start", ["\n", " \n\n"])
+def test_blank_lines_before_the_first_row_are_left_out(tmp_path, start):
+    for name, text in (("rows.jsonl", "\n".join(map(json.dumps, ROWS))), ("rows.json", json.dumps(ROWS, indent=2))):
+        (tmp_path / name).write_text(start + text)
+        assert len(list(rldatasets.load(str(tmp_path / name), "test"))) == 3
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_the_folder_of_a_split_can_hold_any_kind_of_file(tmp_path, ending):
+    import datasets
+
+    (tmp_path / "train" / "part").mkdir(parents=True)
+    path = tmp_path / "train" / "part" / f"x.{ending}"
+    if ending in ("csv", "parquet"):
+        getattr(datasets.Dataset.from_list(ROWS), f"to_{ending}")(path)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in ROWS)
+        path.write_bytes(gzip.compress(text.encode()) if ending == "jsonl.gz" else text.encode())
+    (tmp_path / "train" / "README.md").write_text("# rows")
+    assert [problem["answer"] for problem in rldatasets.load(str(tmp_path), "train")] == ["12", "-3", "1,125"]
+    with pytest.raises(rldatasets.DataError, match="'test' in its path"):
+        list(rldatasets.load(str(tmp_path), "test"))
+
+
+@pytest.mark.parametrize("ending", ["json", "json.gz", "parquet", "csv.gz"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(ending):
+    with pytest.raises(rldatasets.DataError, match="unknown data set"):
+        rldatasets.load(f"owner/x.{ending}", "train")
 
 
 def test_maths_own_folder_is_read_in_natural_order(tmp_path):
@@ -566,6 +607,11 @@ def test_a_curriculum_is_a_list_of_names_with_their_steps(tmp_path):
     path = write(tmp_path / "a,b:3.jsonl", ROWS)
     assert rldatasets.stages(path) == [(path, None)]
     assert rldatasets.stages(f"{tmp_path}:7") == [(str(tmp_path), 7)]
+
+
+def test_the_example_of_stages_is_what_it_returns():
+    spec, expected = re.search(r"`(\S+)` is (\[.*\])", rldatasets.stages.__doc__).groups()
+    assert rldatasets.stages(spec) == ast.literal_eval(expected)
 
 
 @pytest.mark.parametrize(
