@@ -8,8 +8,8 @@ what an advantage is, what β and ε are, is not known here.
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
-    Memory, without_gradient              how many tokens are computed at once; scoring in micro-batches
-    tokens_at                             which tokens write given characters
+    Memory, score_all              how many tokens are computed at once; scoring in micro-batches
+    at_tokens                             numbers at places of a text, on the tokens that write it
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     load_reward_model, reward_scores      a learned reward model
     tiny_folder                           the model that needs no download, trained on the spot
@@ -327,12 +327,19 @@ def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):
     return Rollout(*tensors, None, None, truncated, texts)
 
 
-def tokens_at(tokenizer, rollout, row, characters):
-    """For each character position in an output's text: the index of the token that completes the text up to it."""
-    ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
-    text_length = lambda count: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
-    counts = range(1, len(ids) + 1)  # search for the smallest number of tokens whose text reaches the place
-    return [min(bisect.bisect_left(counts, place, key=text_length), len(ids) - 1) for place in characters]
+def at_tokens(tokenizer, rollout, marks):
+    """Numbers that belong to places in the outputs' texts, on the tokens that complete the texts up to there.
+
+    marks: for each output [(position in its text, number)] -> numbers [N, T], and True where there is one [N, T].
+    """
+    numbers, marked = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape, dtype=torch.bool)
+    for row, pairs in enumerate(marks):
+        ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
+        length = lambda count, ids=ids: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
+        for place, number in pairs:  # search for the smallest number of tokens whose text reaches the place
+            token = min(bisect.bisect_left(range(1, len(ids) + 1), place, key=length), len(ids) - 1)
+            numbers[row, token], marked[row, token] = number, True
+    return numbers, marked
 
 
 # ---- attention over packed sequences -------------------------------------------------------------------------------
@@ -880,10 +887,10 @@ class Memory:
 
 
 @torch.no_grad()
-def without_gradient(read, model, rollout, group_size, token_budget):
-    """read(model, ids, attention, mask) for all rows of a rollout, in micro-batches: [N, T]."""
+def score_all(score, model, rollout, group_size, token_budget):
+    """score(model, ids, attention, mask) of all rows of a rollout, in micro-batches and without gradient: [N, T]."""
     batches = rollout.micro_batches(range(len(rollout.mask)), group_size, token_budget)
-    parts = [read(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
+    parts = [score(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
     result = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
     for rows, part in zip(batches, parts):
         result[rows, : part.shape[1]] = part
@@ -962,6 +969,12 @@ def reward_scores(model, tokenizer, questions, completions, rows=16):
         others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
         scores += (logits[:, -1] - others).tolist()
     return scores
+
+
+def standardised(scores):
+    """Scores less the mean over all ranks' outputs, divided by their std."""
+    of_all, scores = torch.tensor(gather(scores)), torch.tensor(scores)
+    return ((scores - of_all.mean()) / (of_all.std(correction=min(1, len(of_all) - 1)) + 1e-4)).tolist()
 
 
 # ---- the tiny model ------------------------------------------------------------------------------------------------

@@ -558,7 +558,6 @@ def next_questions(state):
             state.prompts_skipped += 1
         if state.prompts_skipped - skipped == 1000:
             raise SettingsError(f"1000 prompts of one step are over {state.prompt_limit} tokens: --max_prompt_tokens")
-    check_sandbox(problem for problem, _ in batch)
     state.questions += len(batch)
     return map(list, zip(*llms.share(batch)))
 
@@ -577,9 +576,7 @@ def sample(state, model, prompts, group_size=None, temperature=None, generator=N
 def score(state, model, rollout, read=None):
     """log π of every token of a rollout under a model, without gradient: [N, T]. read: what to compute instead."""
     read = read or (lambda model, *batch: llms.token_logprobs(model, *batch, TEMPERATURE))
-    return state.memory.fit(
-        "token_budget", lambda budget: llms.without_gradient(read, model, rollout, GROUP_SIZE, budget)
-    )
+    return state.memory.fit("token_budget", lambda n: llms.score_all(read, model, rollout, GROUP_SIZE, n))
 
 
 @llms.timed("reward")
@@ -596,10 +593,8 @@ def score_outputs(rollout, problems, reward_model=None):
     overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
     by_name["overlong"] = list(map(overlong, rollout.mask.sum(1).tolist()))
     if reward_model:
-        scores = llms.reward_scores(*reward_model, [problem["question"] for problem in problems], rollout.texts)
-        of_all = torch.tensor(llms.gather(scores))  # of all ranks
-        std = of_all.std(correction=min(1, len(of_all) - 1))
-        by_name["reward_model"] = ((torch.tensor(scores) - of_all.mean()) / (std + 1e-4)).tolist()
+        questions = [problem["question"] for problem in problems]
+        by_name["reward_model"] = llms.standardised(llms.reward_scores(*reward_model, questions, rollout.texts))
     return {name: torch.tensor(values).view(-1, group) for name, values in by_name.items()}
 
 
@@ -611,11 +606,8 @@ def weighted_sum(by_name):
 
 def supervise_steps(state, rollout, problems, rewards):
     """Process supervision by a rule: Â_{i,t} [N, T], and the mean reward of each output's steps [Q, G]."""
-    step_rewards, step_ends = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape, dtype=torch.bool)
-    for i, text in enumerate(rollout.texts):
-        steps = evaluator.step_rewards(text, problems[i // GROUP_SIZE])  # [(its end in the text, its reward)]
-        for t, (_, reward) in zip(llms.tokens_at(state.tokenizer, rollout, i, [end for end, _ in steps]), steps):
-            step_rewards[i, t], step_ends[i, t] = reward, True
+    steps = [evaluator.step_rewards(text, problems[i // GROUP_SIZE]) for i, text in enumerate(rollout.texts)]
+    step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, steps)  # [N, T]
     means = (step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)).view(rewards.shape)
     if SUPERVISION == "process":  # as printed: the answer is the last step, ends with the output and is rewarded r_i
         end_tokens = torch.arange(len(step_ends)), rollout.mask.sum(1).cpu() - 1
@@ -842,23 +834,18 @@ def check_settings():
         raise SettingsError("--tensorboard needs TensorBoard: pip install tensorboard")
 
 
-def check_sandbox(problems):
-    """Refuse programs where there is no sandbox to run them in."""
-    if any(problem["kind"] == "program" for problem in problems) and (reason := evaluator.sandbox_problem()):
-        raise SettingsError(f"programs are run in a sandbox only: {reason}")
-
-
 def check_data(training=True):
     """The first test questions in the official order, EVAL_QUESTIONS over all tasks. Refuses data that do not fit."""
     stages = rldatasets.stages(DATASET)
     tasks = [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
     tasks = tasks if EVAL_DATASET else list(dict.fromkeys(name for name, _ in stages))
+    programs = False
     for name, _ in stages if training else ():
         rldatasets.load(name, "train")  # refuses what is for testing only
         if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
             raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
         problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
-        check_sandbox(problems)
+        programs |= any(problem["kind"] == "program" for problem in problems)
         solutions = [problem.get("solution", "") for problem in problems]
         if ALGORITHM == "sft" and not all(solutions):
             raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
@@ -869,7 +856,9 @@ def check_data(training=True):
         tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
     if len(tested) < llms.WORLD:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
-    check_sandbox(tested)
+    programs |= any(problem["kind"] == "program" for problem in tested)
+    if programs and (reason := evaluator.sandbox_problem()):
+        raise SettingsError(f"programs are run in a sandbox only: {reason}")
     return tested
 
 
@@ -1011,17 +1000,16 @@ def main(argv=None):
             choose_settings(actions, flags)
             return run_evaluation(actions) if actions.evaluate else run_training(actions)
     except (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError, OSError) as error:
-        status, reason = 2, str(error)
+        status, reason = 2, str(error) or repr(error)
     except KeyboardInterrupt:
-        status, reason = 130, "interrupted"
+        print("main.py: interrupted", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         lost = llms.lost_another_rank(error)
         if not lost and not isinstance(error, (RunError, torch.OutOfMemoryError)):
             raise
-        status, reason = (
-            1,
-            "lost the other ranks, one of which may say why; --resume goes on: " * lost + str(error).strip(),
-        )
+        prefix = "lost the other ranks, one of which may say why; --resume goes on: " if lost else ""
+        status, reason = 1, prefix + str(error).strip()
     if llms.RANK:  # rank 0's error appears first, and torchrun ends the others
         time.sleep(3)
     rank = f" on rank {llms.RANK}" if llms.WORLD > 1 else ""
