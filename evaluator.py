@@ -175,7 +175,8 @@ UNITS = dict(short.split("=") for short in """
     mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
     ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
 """.split())  # fmt: skip
-WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"  # 4 letters, or 3 with a vowel after a space
+# a word has 4 letters, or 3 with a vowel after a space; other letters are variables: 2xy
+WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
 UNIT_NAMES = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
@@ -1042,7 +1043,7 @@ def run_tests_once(source, problem):
 
 
 def program_source(completion):
-    """The program in a completion's answer tag, or its whole text if it has none, without the fence of a code block."""
+    """The program in the answer tag, or all text outside the reasoning if there is no tag; without a code fence."""
     text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
     fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return (fenced[1] if fenced else text).strip("\n") + "\n"
