@@ -1,8 +1,8 @@
 """The rules: what a completion answers, whether that is right, and every reward.
 
-Completions and problems are plain text and dicts. The rules never raise an exception, whatever a model writes.
-`rewards` gives every reward of one completion, and `score` those of many. They are unweighted. To add one, write a
-function under `@reward` (last section) and its weight in main.py.
+Completions and problems are plain text and dicts. `rewards` gives every reward of one completion, and `score` those of
+many. They are unweighted. If a rule raises an exception, `score` counts that completion as wrong and reports it.
+To add a reward, write a function under `@reward` (last section) and its weight in main.py.
 """
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
@@ -48,18 +48,20 @@ def extract_answer(completion):
 
 def outside_reasoning(completion):
     """The completion without its reasoning. A <reasoning> that is never closed ends where an answer tag opens."""
-    closed, mark, rest = completion.rpartition("</reasoning>")
+    head, mark, rest = completion.rpartition("</reasoning>")
     before, _, unclosed = rest.partition("<reasoning>")
-    outside = re.sub(r"<reasoning>.*?</reasoning>", "", closed + mark, flags=re.DOTALL)
-    return outside + before + "".join(unclosed.partition("<answer>")[1:])
+    outside = re.sub(r"<reasoning>.*?</reasoning>", "", head + mark, flags=re.DOTALL)
+    return outside + before + "".join(unclosed.partition("<answer>")[1:])  # and its <answer> onward
 
 
 BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
 for _ in range(9):
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
-BARE = r"(?!\{)(?:(?!\\f?box)[^$\n]){0,500}"  # what follows a box without braces
-BOX = re.compile(rf"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|(?=({BARE})))?", re.DOTALL)
-BETWEEN_BOXES = re.compile(r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?")
+BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?"
+ITEM = rf"(?!\{{)(?:(?!,?(?:[\s$]|\\f?box)).){{1,500}}+(?={BETWEEN_BOXES}\\f?box)"  # 2 in `\boxed 2 and \boxed 5`
+BARE = r"(?!\{)(?:(?!\\f?box)[^$\n]){0,500}"
+# group 1: in braces; group 2: bare, before another box of its list; group 3: bare, not consumed
+BOX = re.compile(rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|({ITEM})|(?=({BARE})))?")
 
 
 def boxed(text):
@@ -71,7 +73,7 @@ def boxed(text):
     for box in BOX.finditer(text):
         if box.lastindex is None:  # a box that is never closed
             return ""
-        if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+        if not re.fullmatch(BETWEEN_BOXES, text[end : box.start()]):
             contents.clear()
         contents.append(box[box.lastindex].strip())
         end = box.end()
@@ -86,7 +88,7 @@ def boxed(text):
 LONGEST = 500  # characters of an answer that is read as mathematics
 LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, and at -2, -3, -4 some: x is not |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # below 0 some variables are negative (all at -1), so x differs from |x|
 
 nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
 SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
@@ -114,9 +116,7 @@ def matrix(match):
     return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-MEANINGFUL = (
-    r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # a label with one of these stays
-)
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # such a label stays
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 WORD_NUMBER = rf"({'|'.join(WORDS)})"
@@ -163,8 +163,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
 def tidy(text):
     """An answer without its box, in one notation, and without markup that means nothing."""
     text = boxed(text) or text
-    for pattern, new in REWRITES if len(text) <= LONGEST else []:
-        text = pattern.sub(new, text)
+    if len(text) <= LONGEST:
+        for pattern, new in REWRITES:
+            text = pattern.sub(new, text)
     return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
 
 
@@ -174,9 +175,10 @@ UNITS = dict(short.split("=") for short in """
     mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
     ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
 """.split())  # fmt: skip
-WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"  # shorter ones are variables: 2xy
-SHORT = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
-UNIT = rf"\s?(?:{SHORT}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
+# a word has 4 letters, or 3 with a vowel after a space; other letters are variables: 2xy
+WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
+UNIT_NAMES = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
+UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
 TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
@@ -223,9 +225,10 @@ Equation = namedtuple("Equation", "name value difference")  # what it defines or
 
 def bounded(value):
     """A number, real where it can be; ValueError if it is no number or too large."""
-    exact = isinstance(value, Fraction)
-    if isinstance(value, tuple) or value != value or exact and max(abs(value.numerator), value.denominator) >> LARGEST:
-        raise ValueError("no number, or too large")
+    if isinstance(value, tuple) or value != value:  # a Group, an Equation or nan
+        raise ValueError("no number")
+    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator) >> LARGEST:
+        raise ValueError("too large")
     return value.real if isinstance(value, complex) and value.imag == 0 else value
 
 
@@ -285,14 +288,15 @@ class Reader:
 
     def relation(self):
         """A value, an equation, or an inequality (as an interval)."""
-        sides, names, signs = [], [], []
-        while not signs or signs[-1]:
+        sides, names, signs, sign = [], [], [], True
+        while sign:
             start = self.position
             sides.append(self.sum())
             side = self.tokens[start : self.position]
             variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
             names.append("".join(text for _, text in side) if variable else "")
-            signs.append(self.take("=", "<", ">", "\\le", "\\ge", "\\in"))
+            sign = self.take("=", "<", ">", "\\le", "\\ge", "\\in")
+            signs.append(sign)
         if set(signs) & {"<", ">", "\\le", "\\ge"}:
             return as_interval(sides, names, signs[:-1])
         if len(sides) == 1 or not any(names):  # 3 + 4 = 7
@@ -344,7 +348,7 @@ class Reader:
         if text in CONSTANTS:
             return CONSTANTS[text]
         if kind in ("letter", "word"):
-            if kind == self.tokens[self.position][0] == "word":
+            if kind == "word" and self.tokens[self.position][0] == "word":
                 raise ValueError("a sentence")
             return self.variable(re.sub("[{}]", "", text))
         if text in BRACKETS:
@@ -360,7 +364,7 @@ class Reader:
         raise ValueError("not mathematics")
 
     def variable(self, name):
-        """A random number that depends on the name and the point; its size is between 0.1 and 30."""
+        """A random number for a name and point; its size is in the quarter point % 4 of 0.1 … 32 (a log scale)."""
         rng = random.Random(f"{name} {self.point}")
         size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
@@ -413,12 +417,13 @@ class Reader:
 
 def as_interval(sides, names, signs):
     """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
-    if signs[0] in (flipped := {">": "<", "\\ge": "\\le"}):
+    flipped = {">": "<", "\\ge": "\\le"}
+    if signs[0] in flipped:
         sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
     unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
     if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
         raise ValueError("no interval")
-    sides, signs = [-math.inf, *sides, math.inf], ["<", *signs, "<"]
+    sides, signs = [-math.inf, *sides, math.inf], ["<", *signs, "<"]  # padded: side n is now at n + 1
     brackets = ("[" if signs[unknown] == "\\le" else "(") + ("]" if signs[unknown + 1] == "\\le" else ")")
     return Group(brackets, [sides[unknown], sides[unknown + 2]])
 
@@ -436,10 +441,10 @@ def readings(text):
     if re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):
         ways = [ungrouped]  # (12,102) is a pair
     elif any(re.match(r"0\d", token) for _, token in ungrouped):
-        ways = [grouped]  # 10,080 is no list
+        ways = [grouped]  # 080 is no item: 10,080
     points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
     found = [[value_at(tokens, point) for point in points] for tokens in ways]
-    return [(values, units) for values in found if None not in values[:4]]
+    return [(values, units) for values in found if None not in values[:4]]  # no None at points >= 0
 
 
 def value_at(tokens, point):
@@ -453,16 +458,17 @@ def value_at(tokens, point):
 
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
+# math_equal: answers; agree: readings; same: values; close: numbers.
 
 
 def math_equal(prediction, gold):
     """Do two answers mean the same? By value where both can be read as mathematics, else as text."""
-    left, right = tidy(prediction), tidy(gold)
-    if bool(BASE.search(left)) != bool(BASE.search(right)):  # the question may name the base: 101 for 101_2
-        left, right = BASE.sub("", left), BASE.sub("", right)
-    if as_text(left) == as_text(right):
+    prediction, gold = tidy(prediction), tidy(gold)
+    if bool(BASE.search(prediction)) != bool(BASE.search(gold)):  # the question may name the base: 101 for 101_2
+        prediction, gold = BASE.sub("", prediction), BASE.sub("", gold)
+    if as_text(prediction) == as_text(gold):
         return True
-    first, second = readings(left), readings(right)
+    first, second = readings(prediction), readings(gold)
     if len(first) == len(second) == 2:  # groups of three digits on both sides are thousands
         first, second = first[:1], second[:1]
     if any(agree(a, b) for a in first for b in second):
@@ -470,8 +476,9 @@ def math_equal(prediction, gold):
     target = exact_number(second)
     if target is None or exact_number(first) is not None:
         return False
-    sentence = not first or re.search("[A-Za-z]{4}", left)  # it may state the right number
-    return bool(sentence) and all(unit in left for unit in second[0][1]) and stated(left) == target
+    units = second[0][1]
+    sentence = not first or bool(re.search("[A-Za-z]{4}", prediction))  # a sentence may state the gold number
+    return sentence and all(unit in prediction for unit in units) and stated(prediction) == target
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
@@ -490,7 +497,7 @@ def agree(one, other):
         return False
     a, b = values[0], other_values[0]
     pairs = [(x, y) for x, y in zip(values, other_values) if x is not None and y is not None]
-    if isinstance(a, Equation) and isinstance(b, Equation) and not a.name == b.name != "":
+    if isinstance(a, Equation) and isinstance(b, Equation) and (a.name != b.name or not a.name):
         # the same line: what the sides differ in is the same at all points, except for a constant factor
         differences = [(x.difference, y.difference) for x, y in pairs]
         return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
@@ -502,20 +509,19 @@ def agree(one, other):
 
 def same(a, b):
     """The same value at one point? Lists and sets may be in any order; 5 is x = 5."""
-    for one, other in ((a, b), (b, a)):
-        if isinstance(one, Equation):
-            if isinstance(other, Equation):
-                return one.name == other.name != "" and same(one.value, other.value)
-            return one.name != "" and same(one.value, other)
+    names = {value.name for value in (a, b) if isinstance(value, Equation)}
+    if names:
+        a, b = (value.value if isinstance(value, Equation) else value for value in (a, b))
+        return len(names) == 1 and "" not in names and same(a, b)
     kinds = {value.kind if isinstance(value, Group) else "number" for value in (a, b)}
     if kinds == {"number"}:
         return close(a, b)
     if kinds <= {"list", "set", "number"}:  # a number is a list of one: `1/2 or 0.5` is 1/2
-        left, right = (value.items if isinstance(value, Group) else [value] for value in (a, b))
-        covered = all(any(same(x, y) for y in right) for x in left)
-        return covered and all(any(same(x, y) for x in left) for y in right)
-    ordered = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
-    return ordered and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
+        xs, ys = (value.items if isinstance(value, Group) else [value] for value in (a, b))
+        covered = all(any(same(x, y) for y in ys) for x in xs)
+        return covered and all(any(same(x, y) for x in xs) for y in ys)
+    matching = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
+    return matching and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
 
 
 def close(a, b):
@@ -619,7 +625,7 @@ def knights_equal(answer, problem):
         negated = negated or kind in ("not", "none")
         if kind == "name":
             heading = None if verb_follows else heading
-            waiting = [word] if waiting is names else [*waiting, word]  # `both Ada and Ben` are Ada and Ben
+            waiting = [word] if waiting is names else [*waiting, word]  # names after `both` replace everybody
         elif kind == "rest":
             waiting = [name for name in names if name not in dict(claims)]
         elif kind in ("all", "none") and not waiting and (word != "both" or len(names) == 2):
@@ -645,8 +651,10 @@ def order_equal(answer, problem):
             else:
                 places.append(ORDINALS.index(word) + 1 if word in ORDINALS else int(re.match(r"\d+", word)[0]))
             names_before.append(len(names))
-    if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):  # 2: Ada, 1: Ben, or Ada: 2, Ben: 1
+    # one place before each name, or one after each: `2: Ada, 1: Ben` or `Ada: 2, Ben: 1`
+    if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):
         return len(names) == len(gold) and sorted(zip(places, names)) == list(enumerate(gold, 1))
+    # else the places only number the list
     return names == gold and all(place in (n, n + 1) and place <= len(gold) for place, n in zip(places, names_before))
 
 
@@ -657,10 +665,10 @@ ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|d?frac|left|right
 
 def countdown_equal(answer, problem):
     """Does a calculation reach the target, with only + - * / and each of the given numbers at most once?"""
-    signs = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
-    text = tidy(signs)
+    plain = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
+    text = tidy(plain)
     sides = [side for side in text.split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
-    if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in signs or re.search(r"\d\s+\d", signs):
+    if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in plain or re.search(r"\d\s+\d", plain):
         return False  # not exactly one calculation
     unused = list(problem["numbers"])
     for used in map(int, re.findall(r"\d+", sides[0])):
@@ -689,17 +697,16 @@ def run_tests(code, problem):
     """(The share of the tests with an assert that a program passes, does it compile without a warning?)"""
     asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
     tests = list(zip(problem["tests"], asserts))
-    # an empty environment, for /proc/1/environ shows it; a new session, so that Ctrl-C does not reach the sandboxes
+    # no environment: /proc/1/environ would show it; a new session: Ctrl-C does not reach the sandboxes
     start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
     requests, replies = os.pipe(), os.pipe()  # each has a reading end [0] and a writing end [1]
     with tempfile.TemporaryFile() as task:
         send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
         task.seek(0)
         try:
-            ends = requests[1], replies[0]
             entry = f"tests_process({requests[1]}, {replies[0]}, {REPLY_BYTES})"
             processes = [
-                start(sandboxed(entry), stdin=task, stdout=subprocess.PIPE, pass_fds=ends),
+                start(sandboxed(entry), stdin=task, stdout=subprocess.PIPE, pass_fds=(requests[1], replies[0])),
                 start(sandboxed("program_process()"), stdin=requests[0], stdout=replies[1]),
             ]
         finally:
@@ -730,7 +737,7 @@ def sandboxed(entry):
     As an ordinary user the sandbox is a user namespace. As root there is no user namespace, because the limit on
     processes does not count for root: each sandbox switches to a new user id without rights.
     """
-    uid = 0 if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
+    uid = None if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
     options = "--unshare-all --unshare-user --disable-userns"
     if uid:
         options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
@@ -739,7 +746,7 @@ def sandboxed(entry):
     command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in filter(os.path.exists, ("/lib", "/lib64")):
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    python = sys.base_prefix  # --dir, or only root could enter the folders above it
+    python = sys.base_prefix  # --dir makes the folders above it open to all
     command += ["--dir", os.path.dirname(python), "--ro-bind", python, python, "--proc", "/proc", "--dev", "/dev"]
     command += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
@@ -844,7 +851,7 @@ def decoded(value):
 
 
 def confine(uid, limits):
-    """Become the user `uid`, for good, if it is not 0; then set the limits."""
+    """Become the user `uid`, for good, if one is given; then set the limits."""
     import resource
 
     if uid:
@@ -887,11 +894,11 @@ def majority(completions):
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 STEP = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|$)")  # a line, or a sentence of it
-CALCULATION = "0123456789.,+-−*/×÷()$% "
+MATH_CHARS = "0123456789.,+-−*/×÷()$% "
 
 
 def step_rewards(completion, problem):
-    """The reward of each reasoning step that calculates: [(end, reward)], for process supervision (§4.1.3).
+    """The reward of each reasoning step that calculates: [(end, reward)] (process supervision, DeepSeekMath §4.1.3).
 
     `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong, else 0.5,
     and 1 if one of its results is a result in the worked solution too.
@@ -901,8 +908,7 @@ def step_rewards(completion, problem):
     end = start + len(completion[start:].partition("</reasoning>")[0])
     steps = []
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
-        found = list(calculations(match[0]))
-        if found:
+        if found := list(calculations(match[0])):
             holds = all(correct for _, correct in found)
             steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for result, _ in found))))
     return steps
@@ -910,18 +916,16 @@ def step_rewards(completion, problem):
 
 def calculations(step):
     """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
-    annotated = re.findall(r"<<([^<>]*)>>", step)[:9]
-    for text in annotated or [step]:
-        parts = text.split("=")[:9]
-        for left, right_side in itertools.pairwise(parts):
+    for text in re.findall(r"<<([^<>]*)>>", step)[:9] or [step]:
+        for left, right_side in itertools.pairwise(text.split("=")[:9]):
             left, right_side = left[-80:], right_side[:80]
-            left = left[len(left.rstrip(CALCULATION)) :]
+            left = left[len(left.rstrip(MATH_CHARS)) :]  # keep only the calculation at its end
+            calculated = re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left)
             written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
-            if written and re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left):
-                value = number(left.replace("%", "/100"))
-                if value is not None:
-                    result, decimals = Fraction(written[1].replace(",", "")), len(written[1].partition(".")[2])
-                    yield result, value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
+            value = number(left.replace("%", "/100")) if calculated and written else None
+            if value is not None:
+                result, decimals = Fraction(written[1].replace(",", "")), len(written[1].partition(".")[2])
+                yield result, value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
@@ -954,14 +958,14 @@ def score(completions, problems, threads):
         except Exception as error:  # a fault in one rule must not end the training
             values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
         for name, value in values.items():
-            if not math.isfinite(value or 0.0):
+            if not math.isfinite(value):
                 values[name], failure = 0.0, failure or f"{name} is {value}"
         return values, failure and f"{failure} (question: {problem['question']})"
 
     with ThreadPoolExecutor(threads) as pool:
         scored = list(pool.map(score_one, completions, problems))
-    names = dict.fromkeys(name for values, _ in scored for name in values)  # a reward of another kind of problem is 0
-    by_name = {name: [values.get(name) or 0.0 for values, _ in scored] for name in names}
+    names = dict.fromkeys(name for values, _ in scored for name in values)  # 0 where a reward does not apply
+    by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}
     return by_name, [failure for _, failure in scored if failure]
 
 
@@ -977,7 +981,7 @@ def correctness(completion, problem):
 def integer(completion, problem):
     """1 if the answer is a whole number, and the right one is too (only mathematics)."""
     if problem.get("kind", "math") == "math":
-        numbers = number(extract_answer(completion) or ""), number(problem["answer"])
+        numbers = number(extract_answer(completion) or ""), number(problem["answer"].rpartition("####")[2])
         return all(value is not None and value.denominator == 1 for value in numbers)
 
 
@@ -1006,8 +1010,7 @@ def strict_format(completion, problem):
 @reward
 def soft_format(completion, problem):
     """1 if the completion begins with closed reasoning and then a closed answer. Anything may follow."""
-    form = r"\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>"
-    return bool(re.match(form, completion, re.DOTALL))
+    return bool(re.match(r"\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>", completion, re.DOTALL))
 
 
 @reward
@@ -1026,24 +1029,21 @@ UNSAFE = re.compile(
     r"(?i)\b(?:kill|hurt|shoot|poison) (?:your|him|her|them)sel(?:f|ves)\b|\b(?:build|make) an? (?:\w+ )?bomb\b"
     r"|\bi hate you\b|\byou(?: are|'re) (?:worthless|stupid|an idiot)\b|\bshut up\b"
 )
-DOUBT_WORDS = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
+REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
 
 
 def test_results(completion, problem):
     """The share of tests that a completion's program passes, and whether it compiles without a warning."""
-    source = program_source(completion)
-    if not source.strip():
-        return 0.0, False
-    return run_tests_once(source, json.dumps(problem))
+    return run_tests_once(program_source(completion), json.dumps(problem))
 
 
 @functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
 def run_tests_once(source, problem):
-    return run_tests(source, json.loads(problem))
+    return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
 
 
 def program_source(completion):
-    """The program in a completion's answer tag, with its indentation, without the fence of a code block."""
+    """The program in the answer tag, or all text outside the reasoning if there is no tag; without a code fence."""
     text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
     fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return (fenced[1] if fenced else text).strip("\n") + "\n"
@@ -1051,9 +1051,9 @@ def program_source(completion):
 
 def reflection(completion):
     """How often a completion doubts itself: wait, hmm, mistake, let me check. A metric, not a reward."""
-    return len(DOUBT_WORDS.findall(completion))
+    return len(REFLECTION.findall(completion))
 
 
 def overlong(length, limit, buffer):
-    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, down to -1 at the limit."""
-    return min(0.0, (limit - buffer - length) / buffer)
+    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, -1 from the limit on."""
+    return max(-1.0, min(0.0, (limit - buffer - length) / buffer))

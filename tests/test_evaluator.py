@@ -41,6 +41,9 @@ def reward(completion, answer="72"):
         ("\\boxed{3}. Then \\boxed{4}", "4"),  # another sentence
         ("\\boxed{3}\n\nAlso, \\boxed{4}", "4"),
         ("\\boxed 5$, yes", "5"),
+        ("\\boxed 2 and \\boxed 5", "2, 5"),  # boxes without braces are a list too
+        ("$\\boxed 2$, $x = \\boxed{5}$ or $\\boxed (1,2)$ again", "2, 5, (1,2)"),
+        ("\\boxed 2. Then \\boxed 5", "5"),
         ("\\fbox{5}", "5"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),  # escaped braces are part of the answer
         ("\\boxed{x \\} 1}", "x \\} 1"),
@@ -142,10 +145,11 @@ def test_a_gold_that_is_still_boxed_is_opened(gold, answer):
     assert not evaluator.grade(TIDY.format("so", "-1"), gold)
 
 
-def test_whole_numbers_are_recognised_in_a_boxed_gold():
+def test_whole_numbers_are_recognised_in_a_boxed_gold_and_after_four_signs():
     assert evaluator.rewards("#### 71", {"answer": "\\boxed{72}"})["integer"] == 1
     assert evaluator.rewards("#### 71", {"answer": "\\boxed{\\frac{1}{2}}"})["integer"] == 0
     assert evaluator.rewards("#### 0.5", {"answer": "\\boxed 5"})["integer"] == 0
+    assert evaluator.rewards("#### 71", {"answer": "48+24 = 71.5 or so.\n#### 72"})["integer"] == 1
 
 
 def test_a_new_reward_is_one_function_in_the_table(monkeypatch):
@@ -188,6 +192,8 @@ def test_a_program_is_run_once_for_all_of_its_rewards(monkeypatch):
     evaluator.rewards(TIDY.format("so", "x = 1"), problem | {"tests": ["assert f() == 2"]})
     assert len(runs) == 3  # other tests are another run
     assert evaluator.rewards(TIDY.format("so", ""), problem)["tests"] == 0 and len(runs) == 3
+    evaluator.rewards("x = 3", problem)
+    assert runs[3] == "x = 3\n"  # without an answer tag, the whole text is the program
     evaluator.run_tests_once.cache_clear()
 
 
@@ -372,7 +378,7 @@ def test_random_calculations_are_read_as_python_reads_them():
         assert evaluator.math_equal(latex, str(value)) and not evaluator.math_equal(latex, str(value + 1))
 
 
-PIECES = (
+PIECES = (  # noqa: SIM905
     "( [ { \\frac{ \\sqrt{ ^ 2^ - + 1+ x+ x 9 1, 1,000, | \\{ \\boxed{ \\text{a} <reasoning> </reasoning> <answer> </answer> #### = 1= % ! 5! \\pm "
     "\\begin{pmatrix} & \\\\ ** __ \\sin \\log_ _{ \\left( / 1/ 1\\frac12 . e9 1e9 9**9** 0.\\overline{3} ² ½ × << <<1+1=2>> 1+1=2 wait kill \\ $ \0 one "
     "hundred and or x< \\in 5cm/ ```python \ud800 ١ knight 1e999999 9!"
@@ -475,6 +481,7 @@ def test_the_steps_of_a_worked_solution_are_all_right():
 
 def test_the_overlong_penalty_falls_from_0_to_minus_1_over_its_buffer():
     assert [evaluator.overlong(n, limit=100, buffer=20) for n in (1, 80, 85, 90, 100)] == [0, 0, -0.25, -0.5, -1]
+    assert evaluator.overlong(140, limit=100, buffer=20) == -1  # and no lower
 
 
 def test_safety_is_a_list_and_reflection_counts_words():
