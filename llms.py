@@ -11,7 +11,7 @@ what an advantage is, what β and ε are, is not known here.
     Memory, score_all              how many tokens are computed at once; scoring in micro-batches
     at_tokens                             numbers at places of a text, on the tokens that write it
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
-    load_reward_model, reward_scores      a learned reward model
+    reward_model, reward_scores           a learned reward model
     tiny_folder                           the model that needs no download, trained on the spot
     distributed, shard, gather, share …   several GPUs, one process each
 
@@ -796,8 +796,9 @@ def linear_layers(model):
     return {name: layer for name, layer in model.base_model.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def add_lora(model, rank, alpha):
+def add_lora(model, rank, alpha, seed=0):
     """Put an adapter beside every linear layer of the trunk, and freeze everything else."""
+    torch.manual_seed(seed)
     layers = linear_layers(model)
     smallest = min((min(layer.in_features, layer.out_features) for layer in layers.values()), default=0)
     if rank > smallest:
@@ -866,10 +867,10 @@ def copy_weights(target, source):
 
 
 class Memory:
-    """How many tokens are computed at once: {name: limit}, of which none goes below the longest row."""
+    """How many tokens are computed at once: {name: limit}, halved down to `least` after running out of GPU memory."""
 
-    def __init__(self, longest, token_budget, cache_tokens):
-        self.longest, self.limits = longest, {"token_budget": token_budget, "cache_tokens": cache_tokens}
+    def __init__(self, token_budget, cache_tokens, least=1024):
+        self.limits, self.least = {"token_budget": token_budget, "cache_tokens": cache_tokens}, least
 
     def fit(self, name, work):
         """work(limit). Out of GPU memory, halve the limit and begin again; with several ranks, fail."""
@@ -878,10 +879,10 @@ class Memory:
             try:
                 return work(limit)
             except torch.OutOfMemoryError as error:
-                if WORLD > 1 or limit <= self.longest:
+                if WORLD > 1 or limit <= self.least:
                     remedy = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
                     raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {remedy}") from error
-            self.limits[name] = max(limit // 2, self.longest)  # out here the error no longer holds memory
+            self.limits[name] = max(limit // 2, self.least)  # out here the error no longer holds memory
             free_copies()
             tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
 
@@ -950,6 +951,17 @@ def load_reward_model(name):
         raise ModelError(f"{name} has no padding token")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.cuda() if torch.cuda.is_available() else model, tokenizer
+
+
+def reward_model(name):
+    """A reward model and its tokenizer; None, with a note, if a rank cannot load it: then the rules judge alone."""
+    loaded = []
+    try:
+        loaded = [load_reward_model(name)]
+    except ModelError as error:
+        if RANK == 0:
+            tqdm.write(f"note: {error}; the rules judge alone.")
+    return loaded[0] if all(gather([len(loaded)])) else None
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
     python main.py                                        a tiny model learns arithmetic: any laptop, no download
     python main.py --model Qwen/Qwen2.5-1.5B-Instruct     GSM8K on one GPU
-    python main.py --algorithm ppo                        another row of Table 10: sft, rft, dpo, online_rft, ppo
     torchrun --nproc_per_node 8 main.py --model …         the same on 8 GPUs
     python main.py --resume runs/NAME                     go on from the newest checkpoint
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
@@ -38,7 +37,6 @@ Where the code leaves the paper or decides what the paper leaves open, and the e
 
 import argparse
 import ast
-import dataclasses
 import difflib
 import importlib.util
 import itertools
@@ -51,6 +49,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -267,7 +266,7 @@ def train(state, after_step):
                 return stopped
 
 
-@dataclasses.dataclass
+@dataclass
 class State:
     """All that training carries from one step to the next."""
 
@@ -280,9 +279,7 @@ class State:
     critic: torch.nn.Module = None  # V_ψ of PPO
     reward_model: tuple = None  # REWARD_MODEL and its tokenizer
     stream: object = None  # iterator over the training problems
-    memory: llms.Memory = dataclasses.field(  # how many tokens fit: TOKEN_BUDGET and CACHE_TOKENS, or what was found
-        default_factory=lambda: llms.Memory(MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, TOKEN_BUDGET, CACHE_TOKENS)
-    )
+    memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # what fits
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
     step: int = 0  # the counters from here on are over all iterations
     updates: int = 0  # optimizer steps
@@ -293,6 +290,7 @@ class State:
     tokens: int = 0  # of sampled outputs
     failures: int = 0  # steps in a row whose update was not finite
     began: float = 0.0  # when this step began
+    signal: int = 0  # Ctrl-C or SIGTERM, which ask for an end after the step
 
     def networks(self):
         networks = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
@@ -368,10 +366,8 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
 def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, num_tokens):
     """What shows whether an update is healthy: this micro-batch's part of means over num_tokens tokens, and maxima."""
     ratio = importance_ratio(logp, logp_old, mask)  # [n, T]
-    sums = {
-        "clip_low": (ratio < 1 - EPSILON_LOW) & (A < 0) & mask,
-        "clip_high": (ratio > 1 + EPSILON_HIGH) & (A > 0) & mask,
-    }
+    sums = {"clip_low": (ratio < 1 - EPSILON_LOW) & (A < 0) & mask}
+    sums["clip_high"] = (ratio > 1 + EPSILON_HIGH) & (A > 0) & mask
     maxima = {"ratio_max": ratio * mask}
     if logp_sampled is not None:
         sums["sampler_gap"] = maxima["sampler_gap_max"] = (logp_old - logp_sampled).abs() * mask
@@ -527,6 +523,9 @@ class RunError(RuntimeError):
 
 # ==== What a step needs, what it records ============================================================================
 
+COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
+say, log = llms.on_rank_0(tqdm.write), llms.on_rank_0(report.log)
+
 
 def stage_of(step):
     """(number, data set) of the curriculum's stage at a step; each iteration goes through all stages."""
@@ -679,12 +678,6 @@ def record_step(state, problems, rollout, by_name, advantages, updates, extra=No
     return row
 
 
-say, log = llms.on_rank_0(tqdm.write), llms.on_rank_0(report.log)
-
-
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
-
-
 def save_checkpoint(state):
     """Replace the run's checkpoint by the state as it is, for any number of ranks to go on from."""
     about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
@@ -745,10 +738,11 @@ def parse(argv):
     about, layout = __doc__.split("\n\nRead downwards")[0], argparse.RawDescriptionHelpFormatter
     options = {"formatter_class": layout, "allow_abbrev": False, "exit_on_error": False}
     parser = argparse.ArgumentParser(usage="python main.py [--flag value …]", description=about, **options)
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
-    parser.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
     parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")
-    parser.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
+    one_of.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
+    one_of.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
     sections = defaultdict(lambda: parser.add_argument_group(section))
     for name, (section, default, comment) in CONSTANTS.items():
         flag = {"type": type(default), "metavar": type(default).__name__.upper(), "default": argparse.SUPPRESS}
@@ -759,19 +753,16 @@ def parse(argv):
     # --group-size is --group_size
     argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]
     try:
-        flags, unknown = parser.parse_known_args(argv)
+        actions, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise SettingsError(str(error)) from None
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.lower()}" for name in CONSTANTS], 1)
         raise SettingsError(f"unknown flag {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
-    flags = {name.upper(): value for name, value in vars(flags).items()}
-    resume, evaluate, against, test = (flags.pop(name) for name in ("RESUME", "EVALUATE", "AGAINST", "TEST"))
-    if "" in (resume, evaluate, against) or (against and not evaluate):
+    if "" in (actions.resume, actions.evaluate, actions.against) or (actions.against and not actions.evaluate):
         raise SettingsError("--resume, --evaluate and --against need a name, and --against goes with --evaluate")
-    if sum(map(bool, (resume, evaluate, test))) > 1:
-        raise SettingsError("--resume, --evaluate and --test exclude each other")
-    return argparse.Namespace(resume=resume, evaluate=evaluate, against=against, test=test), flags
+    given = vars(actions)
+    return actions, {name: given[name.lower()] for name in CONSTANTS if name.lower() in given}
 
 
 def choose_settings(actions, flags):
@@ -781,9 +772,7 @@ def choose_settings(actions, flags):
     for name, value in flags.items() if actions.resume else ():
         if value != known[name] and (name not in RESUMABLE or name == "STEPS" and known["ITERATIONS"] > 1):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
-    values = defaults | known | flags
-    if actions.evaluate:
-        values["MODEL"] = actions.evaluate
+    values = defaults | known | flags | ({"MODEL": actions.evaluate} if actions.evaluate else {})
     if values["MODEL"] == "tiny" and not known:
         values |= TINY | flags
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
@@ -800,7 +789,6 @@ def choose_settings(actions, flags):
 def check_settings():
     """Refuse what cannot be meant, before anything is loaded."""
     now, longest, dpo = settings(), MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, ALGORITHM == "dpo"
-    one_advantage = ALGORITHM != "ppo" and SUPERVISION == "outcome"  # for all tokens of an output
     weights = {name for name in now if name.startswith("WEIGHT_")} - {"WEIGHT_DECAY"}
     numbers = {name: x for name, x in now.items() if isinstance(x, (int, float)) and name not in weights}
     from_1 = {"ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "MAX_PROMPT_TOKENS", "CACHE_TOKENS"}
@@ -823,7 +811,7 @@ def check_settings():
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
         ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
         ("REWARD_MODEL", not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"), f"empty for {ALGORITHM}: it uses the rule"),
-        ("RATIO", RATIO == "token" or one_advantage, "token where Â differs from token to token"),
+        ("RATIO", RATIO == "token" or (ALGORITHM != "ppo" and SUPERVISION == "outcome"), "token if Â differs by token"),
         ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
     ]
@@ -870,8 +858,7 @@ def load_model(name):
 def new_state(policy, tokenizer, run=None):
     """A policy at the beginning of its training, with all that the settings put beside it."""
     if LORA_RANK:
-        torch.manual_seed(SEED)
-        llms.add_lora(policy, LORA_RANK, LORA_ALPHA)
+        llms.add_lora(policy, LORA_RANK, LORA_ALPHA, SEED)
     if GRADIENT_CHECKPOINTING:
         llms.checkpoint_layers(policy)
     state = State(policy, tokenizer, run)
@@ -883,24 +870,16 @@ def new_state(policy, tokenizer, run=None):
     state.generator = torch.Generator().manual_seed(SEED)
     context = getattr(policy.config, "max_position_embeddings", math.inf)
     state.prompt_limit = min(MAX_PROMPT_TOKENS, context - MAX_NEW_TOKENS)
-    if REWARD_MODEL:
-        try:
-            state.reward_model = llms.load_reward_model(REWARD_MODEL)
-        except llms.ModelError as error:
-            say(f"note: {error}; the rules judge alone.")
-        if not all(llms.gather([bool(state.reward_model)])):  # on any rank
-            state.reward_model = None
+    state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
     return state
 
 
-SIGNALS = []  # Ctrl-C and SIGTERM, as they came
-
-
-def ask_to_stop(number, frame):
+def ask_to_stop(state, number):
     """The first signal asks for an end after the step; a second Ctrl-C ends at once."""
-    if signal.SIGINT in SIGNALS:
+    if state.signal == signal.SIGINT:  # torchrun passes a second Ctrl-C on as SIGTERM
         raise KeyboardInterrupt
-    SIGNALS.append(number)
+    state.signal = number
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     say("finishing the step; Ctrl-C again ends at once and loses it")
 
 
@@ -915,7 +894,7 @@ def after_step(state, metrics, problems, evaluate_at, notes, bar):
         raise RunError("three steps in a row were not finite; the last checkpoint is older than they are")
     if state.step in evaluate_at:
         record_evaluation(state, problems)
-    stopped = max(llms.gather([SIGNALS[0] if SIGNALS else signal.SIGTERM * llms.orphaned()]))
+    stopped = max(llms.gather([state.signal or signal.SIGTERM * llms.orphaned()]))
     if stopped or state.step == ITERATIONS * STEPS or (state.step % SAVE_EVERY == 0 and not state.failures):
         save_checkpoint(state)
     return stopped
@@ -959,7 +938,7 @@ def run_steps(state, problems, evaluate_at):
         report.begin(run, settings() | about, state.step)
     say(f"{ALGORITHM} on {DATASET}; {MODEL}: {llms.size(policy)}; {llms.WORLD} × {policy.device}; all goes to {run}")
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+        signal.signal(number, lambda number, frame: ask_to_stop(state, number))
     if state.step == 0:
         if 0 in evaluate_at:
             record_evaluation(state, problems)
@@ -1008,8 +987,7 @@ def main(argv=None):
         lost = llms.lost_another_rank(error)
         if not lost and not isinstance(error, (RunError, torch.OutOfMemoryError)):
             raise
-        prefix = "lost the other ranks, one of which may say why; --resume goes on: " if lost else ""
-        status, reason = 1, prefix + str(error).strip()
+        status, reason = 1, "lost the other ranks; one may say why; --resume goes on: " * lost + str(error).strip()
     if llms.RANK:  # rank 0's error appears first, and torchrun ends the others
         time.sleep(3)
     rank = f" on rank {llms.RANK}" if llms.WORLD > 1 else ""

@@ -469,21 +469,23 @@ def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, ids, *others)
 
-    state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9, TOKEN_BUDGET=200, MAX_PROMPT_TOKENS=5)
+    state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9, TOKEN_BUDGET=200)
+    state.memory.least = 17
     monkeypatch.setattr(llms, "token_logprobs", limited)
     gradient, _ = step_gradient(state, rollout, SPREAD)
     assert_close(gradient, expected, atol=1e-6, rtol=0)  # what the broken attempts left behind is gone
     printed = capsys.readouterr().out
     assert "--token_budget 200; trying again with 100" in printed and "with 50" in printed
     assert state.memory.limits["token_budget"] == 50 and main.TOKEN_BUDGET == 200  # a constant is never changed
-    state.memory.limits["token_budget"] = 17  # a row of its own needs as much
+    state.memory.limits["token_budget"] = 17
     monkeypatch.setattr(llms, "token_logprobs", lambda *given: limited(None, torch.zeros(200)))
     with pytest.raises(torch.OutOfMemoryError, match="out of memory with --token_budget 17"):
         main.score(state, state.policy, rollout)
 
 
 def test_out_of_memory_while_sampling_halves_the_cache(setup, monkeypatch):
-    state, _ = setup(CACHE_TOKENS=1000, MAX_PROMPT_TOKENS=5)
+    state, _ = setup(CACHE_TOKENS=1000)
+    state.memory.least = 17
     real, seen = llms.sample, []
 
     def limited(*inputs):

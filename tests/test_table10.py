@@ -54,7 +54,7 @@ class Step:
         self.rollout = llms.Rollout(ids, attention, mask, None, None, torch.zeros(4).bool(), [""] * 4)
         policy, optimizer = Toy(0), torch.optim.SGD
         self.state = main.State(policy, None, tmp_path, optimizer(policy.parameters(), lr=1.0), reference=Toy(1))
-        self.state.memory = llms.Memory(1, 100, 100)
+        self.state.memory = llms.Memory(100, 100)
         self.rollout = self.rollout._replace(logp=main.score(self.state, policy, self.rollout))
         self.rewards = tensor([RIGHT])
 
