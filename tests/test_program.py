@@ -441,3 +441,16 @@ def test_every_command_and_every_flag_of_the_readmes_exists():
     for command in commands:
         if command != "--help":
             main.parse(shlex.split(command))  # raises an error for a flag that is not there
+
+
+def test_the_line_numbers_in_the_readme_are_those_of_the_functions_they_name():
+    text = (ROOT / "README.md").read_text()
+    scripts = {name: (ROOT / name).read_text().splitlines() for name in re.findall(r"\[(\w+\.py)\]\(\1\)", text)}
+    assert len(scripts) == 4
+    for name, lines in scripts.items():
+        assert f"[{name}]({name}) | {len(lines)} |" in text
+    links = re.findall(r"`(\w+)` \| \[(\w+\.py):(\d+)\]\(\2#L\3\)", text)
+    assert len(links) > 10
+    for function, name, number in links:
+        assert scripts[name][int(number) - 1].startswith(f"def {function}(")
+    assert len(text.splitlines()) <= 220 and len(text.split()) <= 2500
