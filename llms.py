@@ -8,7 +8,7 @@ what an advantage is, what β and ε are, is not known here.
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
-    Memory, score_all              how many tokens are computed at once; scoring in micro-batches
+    Memory, in_micro_batches              how many tokens are computed at once; scoring in micro-batches
     at_tokens                             numbers at places of a text, on the tokens that write it
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     reward_model, reward_scores           a learned reward model
@@ -888,10 +888,10 @@ class Memory:
 
 
 @torch.no_grad()
-def score_all(score, model, rollout, group_size, token_budget):
-    """score(model, ids, attention, mask) of all rows of a rollout, in micro-batches and without gradient: [N, T]."""
+def in_micro_batches(function, model, rollout, group_size, token_budget):
+    """function(model, ids, attention, mask) of all rows of a rollout, in micro-batches and without gradient: [N, T]."""
     batches = rollout.micro_batches(range(len(rollout.mask)), group_size, token_budget)
-    parts = [score(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
+    parts = [function(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
     result = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
     for rows, part in zip(batches, parts):
         result[rows, : part.shape[1]] = part

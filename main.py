@@ -6,25 +6,24 @@
     python main.py --resume runs/NAME                     go on from the newest checkpoint
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
 
-Read downwards. First the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Then a ruler, and
-the rest: questions and samples, rewards, evaluation, records, checkpoints, command line. The names are the paper's:
+Read downwards. First the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Then a line of #,
+and the rest: questions and samples, rewards, evaluation, records, checkpoints, command line. The names are the paper's:
 
     paper             code                              shape
     q                 problem["question"]               Q questions per step
-    o_i, |o_i|        rollout.ids, mask.sum(1)          [N, P + T], [N]  N = Q·G outputs, P and T tokens in the longest
-                                                        prompt and output
+    o_i, |o_i|        rollout.ids, mask.sum(1)          [N, P + T], [N]
     r_i               rewards                           [Q, G]
     Â_{i,t}           advantages                        [N] where all t share one (§4.1.2), [N, T] by steps (§4.1.3)
     log π_θ, π_θold   logp, logp_old                    [N, T]  of the sampled tokens
     log π_ref         logp_ref                          [N, T]
-    G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA
+    G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA   N = Q·G outputs; P, T tokens in the longest prompt, output
 
-Where the code leaves the paper or decides what the paper leaves open, and the edit that goes back:
+Where the code leaves the paper or decides what the paper leaves open, and the edit that restores the paper:
  1. The reward is a rule, or a model that stays frozen (REWARD_MODEL): line 12 has nothing to train. No edit.
  2. std(r) is unbiased (correction=0 for biased) and has 1e-4 added; equal rewards give exactly 0: `group_advantages`.
  3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0, the default, is the paper's.
  4. With μ = 1, π_θold is the π_θ of the only update, without gradient, which is exact: `if MU > 1` in `take_step`.
- 5. SUPERVISION = "process" is §4.1.3 as printed, with rules for steps and the answer, rewarded r_i, as the last step.
+ 5. SUPERVISION = "process" is §4.1.3 as printed: rules reward the steps; the answer is the last step, its reward r_i.
     "both" is ours: outcome supervision plus WEIGHT_STEPS times the advantages of the other steps.
  6. An output that is cut at MAX_NEW_TOKENS stays in the loss: MASK_TRUNCATED = True leaves it out.
  7. An output with Â = 0 is skipped where its gradient is 0; it counts in N and Σ|o_i|: `rows` in `backward`.
@@ -81,7 +80,7 @@ QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
 MU = 1  # μ, updates per rollout (paper: 1): more reuse the samples and rely on the clip
 # -- Sampling
-TEMPERATURE = 1.0  # T, divides the logits in sampling and in scoring: lower explores less
+TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
 MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
 MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
 CACHE_TOKENS = 524288  # tokens in the KV cache at once while sampling: lower it when sampling runs out of memory
@@ -92,11 +91,11 @@ RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 needs no reference and lets the policy go further; grpo and ppo
-KL = "k3"  # estimator of the KL: k3 is eq. (4); as a loss, k2 has the gradient of the reverse KL, k1 a mean of 0
+KL = "k3"  # estimator of the KL: k3 is eq. (4); as a loss k2 gives the gradient of the reverse KL, k1 none on average
 DENOMINATOR = "sequence"  # divide a token by: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant (Dr. GRPO)
 MASK_TRUNCATED = False  # leave outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
 DROP_ZERO_ADVANTAGE = False  # leave outputs with Â = 0 out for β > 0 too, and their KL with them
-# -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the function x of evaluator.py
+# -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the rule x of evaluator.py
 SUPERVISION = "outcome"  # reward outputs (outcome, §4.1.2), steps (process, §4.1.3), or both (departure 5)
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
 WEIGHT_INTEGER = 0.5  # the answer is a whole number
@@ -168,8 +167,9 @@ def process_advantages(step_rewards, step_ends):
     """
     advantages = torch.zeros(step_rewards.shape, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
     for question, ends in enumerate(step_ends):
-        if ends.sum() > 1:  # a single step has none to be compared with
-            advantages[question][ends] = group_advantages(step_rewards[question][ends][None])[0]  # [K_1 + … + K_G]
+        R = step_rewards[question][ends]  # [K_1 + … + K_G]  the rewards of all steps of the group
+        if len(R) > 1:  # a single step has none to be compared with
+            advantages[question][ends] = group_advantages(R[None])[0]
     return advantages.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
 
 
@@ -199,7 +199,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
     if BETA and logp_ref is not None:
         log_r = torch.where(mask, logp_ref, 0.0) - logp  # [N, T]  log(π_ref/π_θ)
         kl = torch.expm1(log_r) - log_r  # [N, T]  expm1(x) is exp(x) - 1, exact for small x
-        if KL == "k1":  # Schulman's other two estimators
+        if KL == "k1":  # or instead one of Schulman's other two estimators
             kl = -log_r
         elif KL == "k2":
             kl = log_r.square() / 2
@@ -233,19 +233,19 @@ def mean_over_outputs(x, mask, num_sequences, num_tokens):
 def take_step(state):
     """Lines 5 to 11 for one batch of questions; with several ranks each has its share. Returns the step's metrics."""
     problems, prompts = next_questions(state)  # 5: a batch D_b
-    # 6: π_θold ← π_θ needs no copy of the network, only log π_θold of the outputs
+    # 6: π_θold ← π_θ needs no copy of the network: logp_old, below
     rollout = sample(state, state.policy, prompts)  # 7: {o_i} ~ π_θold(·|q), G for each q
     by_name = score_outputs(rollout, problems, state.reward_model)  # 8: {name: [Q, G]}
     rewards = weighted_sum(by_name)  # r_i, [Q, G]
-    logp_old = score(state, state.policy, rollout) if MU > 1 else None  # [N, T]
-    logp_ref = score(state, state.reference, rollout) if BETA else None  # [N, T]
+    logp_old = log_probs(state, state.policy, rollout) if MU > 1 else None  # 6: log π_θold, [N, T]
+    logp_ref = log_probs(state, state.reference, rollout) if BETA else None  # [N, T]
     if SUPERVISION == "outcome":
         advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
     else:
         advantages, by_name["steps"] = supervise_steps(state, rollout, problems, rewards)  # 9: Â_{i,t}, [N, T]
     with llms.timed("update"):
         updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11
-    return record_step(state, problems, rollout, by_name, advantages, updates)
+    return record_step(state, problems, rollout, by_name, rewards, advantages, updates)
 
 
 def train(state, after_step):
@@ -255,7 +255,7 @@ def train(state, after_step):
     """
     one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
-        if state.step == iteration * STEPS and needs_reference():  # a run resumed in between has its reference already
+        if state.step == iteration * STEPS and needs_reference():  # resumed inside an iteration: it is there
             state.reference = None  # frees its memory first
             # 3: π_ref ← π_θ. With LoRA the first π_ref is the model without its adapter
             state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)
@@ -279,9 +279,9 @@ class State:
     critic: torch.nn.Module = None  # V_ψ of PPO
     reward_model: tuple = None  # REWARD_MODEL and its tokenizer
     stream: object = None  # iterator over the training problems
-    memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # what fits
+    memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # limits
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
-    step: int = 0  # the counters from here on are over all iterations
+    step: int = 0  # this and the next six count over all iterations
     updates: int = 0  # optimizer steps
     stage: int = 0  # finished stages of the curriculum
     position: int = 0  # problems read in this stage
@@ -290,7 +290,7 @@ class State:
     tokens: int = 0  # of sampled outputs
     failures: int = 0  # steps in a row whose update was not finite
     began: float = 0.0  # when this step began
-    signal: int = 0  # Ctrl-C or SIGTERM, which ask for an end after the step
+    stop_signal: int = 0  # Ctrl-C or SIGTERM, which ask for an end after the step
 
     def networks(self):
         networks = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
@@ -299,13 +299,13 @@ class State:
 
 # ==== One update: line 11 ===========================================================================================
 # Line 11 says "by maximising the GRPO objective (Equation 21)". Equation (21) is the gradient coefficient of the
-# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3), whose gradient there is (21).
+# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3): its gradient there is (20).
 
 
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite; returns diagnostics.
 
-    advantages [N] or [N, T]; logp_old None if π_θold is π_θ; targets: PPO's old values and returns, each [N, T].
+    advantages [N] or [N, T], or another method's GC; logp_old None if π_θold is π_θ; targets: PPO's old values, returns.
     """
     inputs = (state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     diagnostics = state.memory.fit("token_budget", lambda token_budget: backward(*inputs, token_budget))
@@ -330,32 +330,32 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     sum to the full-batch gradient, up to rounding.
     """
     for weight in (weight for group in state.optimizer.param_groups for weight in group["params"]):
-        weight.grad = torch.zeros_like(weight)  # not None, with which AdamW would not apply its momentum
+        weight.grad = torch.zeros_like(weight)  # AdamW skips weights whose grad is None
     N, lengths = len(rollout.mask), rollout.mask.sum(1)  # [N]
     A = advantages.view(N, -1).to(lengths.device)  # [N, 1] or [N, T]
     rows = [row for row, truncated in enumerate(rollout.truncated.tolist()) if not (MASK_TRUNCATED and truncated)]
-    num_tokens = int(lengths[rows].sum())
+    local_tokens = int(lengths[rows].sum())  # Σ|o_i|
     if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # then only Â gives a gradient
         has_advantage = A.any(1).tolist()
         rows = [row for row in rows if has_advantage[row]]
-    counts = llms.gather([(N, num_tokens, int(lengths[rows].sum()))])
+    counts = llms.gather([(N, local_tokens, int(lengths[rows].sum()))])
     num_sequences, num_tokens, learned_tokens = (max(1, sum(of_ranks)) for of_ranks in zip(*counts))
     parts = []
-    for batch, counted in llms.lockstep(rollout.micro_batches(rows, GROUP_SIZE, token_budget)):
+    for batch, is_real in llms.lockstep(rollout.micro_batches(rows, GROUP_SIZE, token_budget)):
         ids, attention, mask = rollout.rows(batch)
         T = mask.shape[1]
         old, ref, sampled = (None if x is None else x[batch, :T] for x in (logp_old, logp_ref, rollout.logp))  # [n, T]
         logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
         old = logp.detach() if old is None else old
         loss = loss_function(logp, old, ref, A[batch, :T], mask, num_sequences, num_tokens)
-        (loss * counted).backward()  # a rank that is done earlier computes along, and counts 0
-        if counted:
+        (loss * is_real).backward()  # 0 on the dummy batches of a rank that has finished
+        if is_real:
             parts.append({"loss": loss.item(), **diagnose(logp, old, ref, sampled, A[batch, :T], mask, learned_tokens)})
         if targets:
             V = state.critic.token_values(ids, attention, mask)  # [n, T]
             loss = value_loss(V, *(target[batch, :T] for target in targets), mask, num_sequences, num_tokens)
-            (loss * counted).backward()
-            parts.append({"value_loss": counted * loss.item()})
+            (loss * is_real).backward()
+            parts.append({"value_loss": is_real * loss.item()})
     totals = defaultdict(float)
     for name, value in (item for part in llms.gather(parts) for item in part.items()):
         totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value
@@ -363,8 +363,8 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
 
 
 @torch.no_grad()
-def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, num_tokens):
-    """What shows whether an update is healthy: this micro-batch's part of means over num_tokens tokens, and maxima."""
+def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
+    """What shows whether an update is healthy: this micro-batch's summands of the update's means, and its maxima."""
     ratio = importance_ratio(logp, logp_old, mask)  # [n, T]
     sums = {"clip_low": (ratio < 1 - EPSILON_LOW) & (A < 0) & mask}
     sums["clip_high"] = (ratio > 1 + EPSILON_HIGH) & (A > 0) & mask
@@ -375,7 +375,7 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, num_tokens):
         log_r = logp_ref - logp  # [n, T]  log(π_ref/π_θ)
         sums["kl"] = (torch.expm1(log_r) - log_r) * mask  # eq. (4)
         maxima["kl_log_ratio_max"] = log_r.abs() * mask
-    sums = {name: x.sum().item() / num_tokens for name, x in sums.items()}
+    sums = {name: x.sum().item() / learned_tokens for name, x in sums.items()}
     return sums | {name: x.max().item() for name, x in maxima.items()}
 
 
@@ -409,12 +409,12 @@ def other_step(state, source, coefficients, loss_function):
         rollout = sample(state, source, prompts)
     by_name = score_outputs(rollout, problems, state.reward_model)  # {name: [Q, G]}
     on_policy = source is state.policy  # with other outputs, ratios and D_KL[π_θ‖π_ref] cannot be estimated
-    logp_old = score(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
-    logp_ref = score(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
+    logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
+    logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
     GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
     with llms.timed("update"):
         updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(MU)]
-    return record_step(state, problems, rollout, by_name, GC, updates, extra)
+    return record_step(state, problems, rollout, by_name, weighted_sum(by_name), GC, updates, extra)
 
 
 def likelihood_loss(logp, logp_old, logp_ref, GC, mask, num_sequences, num_tokens):
@@ -441,28 +441,30 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
     right = by_name["correctness"] > 0  # [Q, G]
     usable = ~rollout.truncated.cpu().view(right.shape) | (not MASK_TRUNCATED)  # [Q, G]
     pairs = []  # (row of o⁺, row of o⁻)
-    for rows, plus, minus in zip(torch.arange(right.numel()).view(right.shape), right & usable, ~right & usable):
-        pairs += zip(rows[plus].tolist(), rows[minus].tolist())
-    P, N = map(sum, zip(*llms.gather([(len(pairs), right.numel())])))
-    GC, extra = torch.zeros(right.numel()), {"dpo/pairs": P}  # [N]
-    if P:
-        plus, minus = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T  # [P], [P]
-        log_ratio = score(state, state.policy, rollout) - score(state, state.reference, rollout)  # [N, T]
+    rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
+    for row, good, bad in zip(rows, right & usable, ~right & usable):
+        pairs += zip(row[good].tolist(), row[bad].tolist())
+    num_pairs, num_outputs = map(sum, zip(*llms.gather([(len(pairs), right.numel())])))
+    GC, extra = torch.zeros(right.numel()), {"dpo/pairs": num_pairs}  # [N]
+    if num_pairs:
+        plus, minus = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T  # 2 × [pairs]
+        log_ratio = log_probs(state, state.policy, rollout) - log_probs(state, state.reference, rollout)  # [N, T]
         log_ratio = log_ratio.sum(1) / rollout.mask.sum(1).clamp(min=1)  # [N]
-        delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [P]
+        delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [pairs]
         for name, x in (("dpo/loss", -torch.nn.functional.logsigmoid(delta)), ("dpo/margin", delta)):
-            extra[name] = sum(llms.gather(x.tolist())) / P
-        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * N / P).to(GC)  # N/P: the loss is a mean over N outputs
+            extra[name] = sum(llms.gather(x.tolist())) / num_pairs
+        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * num_outputs / num_pairs).to(GC)  # (12) is a mean over pairs
         GC[minus] = -GC[plus]
     return GC, None, extra
 
 
 def ppo_advantages(state, rollout, by_name, logp_old, logp_ref):
     """PPO: A_t, eq. (18), by GAE on the rewards of eq. (2): r_i on the end token, - β log(π_θ/π_ref) on every token."""
-    values = score(state, state.critic, rollout, llms.Critic.token_values)  # [N, T]
+    values = log_probs(state, state.critic, rollout, llms.Critic.token_values)  # [N, T]
     rewards = torch.zeros_like(values)  # [N, T]
-    rewards[torch.arange(len(rewards)), rollout.mask.sum(1).cpu() - 1] = weighted_sum(by_name).flatten().to(rewards)
-    if BETA:
+    end_token = rollout.mask.sum(1, keepdim=True) - 1  # [N, 1]
+    rewards.scatter_(1, end_token, weighted_sum(by_name).view(-1, 1).to(rewards))  # r_i
+    if BETA:  # with μ = 1, log π_θ is what was recorded while sampling
         rewards -= BETA * ((rollout.logp if logp_old is None else logp_old) - logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
     return advantages, (values, advantages + values), {}
@@ -494,7 +496,7 @@ def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
     return mean_over_outputs(error / 2, mask, num_sequences, num_tokens)
 
 
-TABLE_10 = {  # data source, gradient coefficient, loss; to add a method: one function and one line
+TABLE_10 = {  # data source (the reference is π_sft), gradient coefficient, loss. A new method: one function, one line
     "sft": lambda state: other_step(state, None, ones, likelihood_loss),
     "rft": lambda state: other_step(state, state.reference, is_right, likelihood_loss),
     "dpo": lambda state: other_step(state, state.reference, preference, likelihood_loss),
@@ -533,8 +535,8 @@ def stage_of(step):
     if len(stages) == 1:  # its questions continue through all iterations
         return 0, stages[0][0]
     ends = itertools.accumulate(steps for _, steps in stages)
-    stage = next(stage for stage, end in enumerate(ends) if step % STEPS < end)
-    return step // STEPS * len(stages) + stage, stages[stage][0]
+    index = next(index for index, end in enumerate(ends) if step % STEPS < end)
+    return step // STEPS * len(stages) + index, stages[index][0]
 
 
 def next_questions(state):
@@ -572,10 +574,10 @@ def sample(state, model, prompts, group_size=None, temperature=None, generator=N
 
 
 @llms.timed("logprobs")
-def score(state, model, rollout, read=None):
+def log_probs(state, model, rollout, read=None):
     """log π of every token of a rollout under a model, without gradient: [N, T]. read: what to compute instead."""
     read = read or (lambda model, *batch: llms.token_logprobs(model, *batch, TEMPERATURE))
-    return state.memory.fit("token_budget", lambda n: llms.score_all(read, model, rollout, GROUP_SIZE, n))
+    return state.memory.fit("token_budget", lambda n: llms.in_micro_batches(read, model, rollout, GROUP_SIZE, n))
 
 
 @llms.timed("reward")
@@ -647,9 +649,9 @@ def output_records(rollout, problems, columns):
     return llms.gather(report.records(problems, rollout.texts, columns))
 
 
-def record_step(state, problems, rollout, by_name, advantages, updates, extra=None):
+def record_step(state, problems, rollout, by_name, rewards, advantages, updates, extra=None):
     """Count the step; write its metrics over all ranks, averaged over the μ updates except maxima; return them."""
-    A, rewards = advantages.view(len(rollout.mask), -1), weighted_sum(by_name)  # [N, 1] or [N, T]; [Q, G]
+    A = advantages.view(len(rollout.mask), -1)  # [N, 1] or [N, T]
     columns = by_name | {"reward": rewards, "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
     records = output_records(rollout, problems, columns)
     groups = torch.tensor([record["reward"] for record in records]).view(-1, rewards.shape[1])  # [Q, G], of all ranks
@@ -761,16 +763,15 @@ def parse(argv):
         raise SettingsError(f"unknown flag {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
     if "" in (actions.resume, actions.evaluate, actions.against) or (actions.against and not actions.evaluate):
         raise SettingsError("--resume, --evaluate and --against need a name, and --against goes with --evaluate")
-    given = vars(actions)
-    return actions, {name: given[name.lower()] for name in CONSTANTS if name.lower() in given}
+    return actions, {name: value for name in CONSTANTS if (value := vars(actions).get(name.lower())) is not None}
 
 
 def choose_settings(actions, flags):
     """Write the constants, here and nowhere else: defaults, over them TINY or those of a run, over those the flags."""
-    run, defaults = Path(actions.resume or actions.evaluate or ""), {name: CONSTANTS[name][1] for name in CONSTANTS}
-    known = report.read_config(run, defaults) if actions.resume or (run / "metrics.jsonl").exists() else {}
+    run, defaults = actions.resume or actions.evaluate, {name: CONSTANTS[name][1] for name in CONSTANTS}
+    known = report.read_config(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
     for name, value in flags.items() if actions.resume else ():
-        if value != known[name] and (name not in RESUMABLE or name == "STEPS" and known["ITERATIONS"] > 1):
+        if value != known[name] and (name not in RESUMABLE or (name == "STEPS" and known["ITERATIONS"] > 1)):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
     values = defaults | known | flags | ({"MODEL": actions.evaluate} if actions.evaluate else {})
     if values["MODEL"] == "tiny" and not known:
@@ -863,7 +864,7 @@ def new_state(policy, tokenizer, run=None):
         llms.checkpoint_layers(policy)
     state = State(policy, tokenizer, run)
     state.critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
-    networks = map(llms.shard, state.networks().values())
+    networks = [llms.shard(network) for network in state.networks().values()]
     trained = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
     adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
     state.optimizer = torch.optim.AdamW(trained, **adam)
@@ -876,14 +877,14 @@ def new_state(policy, tokenizer, run=None):
 
 def ask_to_stop(state, number):
     """The first signal asks for an end after the step; a second Ctrl-C ends at once."""
-    if state.signal == signal.SIGINT:  # torchrun passes a second Ctrl-C on as SIGTERM
+    if state.stop_signal == signal.SIGINT:  # torchrun passes a second Ctrl-C on as SIGTERM
         raise KeyboardInterrupt
-    state.signal = number
+    state.stop_signal = number
     signal.signal(signal.SIGINT, signal.default_int_handler)
     say("finishing the step; Ctrl-C again ends at once and loses it")
 
 
-def after_step(state, metrics, problems, evaluate_at, notes, bar):
+def check_and_save(state, metrics, problems, evaluate_at, notes, bar):
     """Print what is not healthy, evaluate and save when it is time; returns the signal to stop for, or 0."""
     bar.update()
     for note in set(report.health_notes(metrics, settings(), torch.cuda.is_available())) - notes:
@@ -894,7 +895,7 @@ def after_step(state, metrics, problems, evaluate_at, notes, bar):
         raise RunError("three steps in a row were not finite; the last checkpoint is older than they are")
     if state.step in evaluate_at:
         record_evaluation(state, problems)
-    stopped = max(llms.gather([state.signal or signal.SIGTERM * llms.orphaned()]))
+    stopped = max(llms.gather([state.stop_signal or signal.SIGTERM * llms.orphaned()]))
     if stopped or state.step == ITERATIONS * STEPS or (state.step % SAVE_EVERY == 0 and not state.failures):
         save_checkpoint(state)
     return stopped
@@ -945,7 +946,7 @@ def run_steps(state, problems, evaluate_at):
         save_checkpoint(state)
     notes = set()
     with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0) as bar:
-        stopped = train(state, lambda *step: after_step(*step, problems, evaluate_at, notes, bar))
+        stopped = train(state, lambda *state_and_row: check_and_save(*state_and_row, problems, evaluate_at, notes, bar))
     if stopped:
         start = "python" if llms.WORLD == 1 else f"torchrun --nproc_per_node {llms.LOCAL_WORLD}"
         say(f"stopped after step {state.step} and saved; go on with: {start} main.py --resume {run}")

@@ -116,6 +116,10 @@ def new_folder(run, model, dataset, test):
     return Path("runs") / run if run else next(path for path in numbered if not path.exists())
 
 
+def is_run(folder):
+    return (Path(folder) / "metrics.jsonl").exists()
+
+
 def read_config(run, defaults):
     """The constants that a run was made with, of the types of the defaults."""
     try:

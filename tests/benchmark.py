@@ -240,7 +240,7 @@ def our_step(model, prompts, group_size, longest, cache):
 
     def step():
         rollout = main.sample(state, state.policy, prompts)
-        logp_ref = main.score(state, state.reference, rollout)
+        logp_ref = main.log_probs(state, state.reference, rollout)
         main.update(state, rollout, torch.randn(len(rollout.mask)).to(model.device), None, logp_ref)
         return int(rollout.mask.sum())
 
@@ -339,7 +339,7 @@ def lora(how):
     tokens = torch.randint(0, 32_000, (8, 96)).tolist()
     rollout = given([row[:32] for row in tokens], [row[32:] for row in tokens], model)
     for _ in range(2):
-        main.update(state, rollout, torch.randn(8), None, main.score(state, state.reference, rollout))
+        main.update(state, rollout, torch.randn(8), None, main.log_probs(state, state.reference, rollout))
     copies = (not main.LORA_RANK, False)
     estimate = memory(model, copies, 0, main.TOKEN_BUDGET, main.GRADIENT_CHECKPOINTING, False)
     return {"peak": llms.peak_memory() - before, "estimate": estimate, "numbers": numbers}

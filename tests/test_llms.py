@@ -653,7 +653,7 @@ def test_only_adapters_are_trained_and_without_a_rank_there_are_none(setup):
     }
     assert trained == {id(weight) for name, weight in state.policy.named_parameters() if ".lora_" in name}
     before = {name: weight.clone() for name, weight in tensors(state).items()}
-    main.update(state, rollout, torch.linspace(-1, 1, 12), None, main.score(state, state.reference, rollout))
+    main.update(state, rollout, torch.linspace(-1, 1, 12), None, main.log_probs(state, state.reference, rollout))
     moved = {name for name, weight in tensors(state).items() if name not in before or not weight.equal(before[name])}
     assert moved and all(".lora_" in name for name in moved)
     assert not any(name.startswith("reference/") for name in before)  # not written twice either

@@ -400,7 +400,7 @@ def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denom
     for budget in (8192, 60, 20):
         state, rollout = setup(TOKEN_BUDGET=budget, DENOMINATOR=denominator, MAX_GRAD_NORM=0.01)
         old = rollout.logp + 0.3 * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(1))
-        results.append(step_gradient(state, rollout, SPREAD, old, main.score(state, state.reference, rollout)))
+        results.append(step_gradient(state, rollout, SPREAD, old, main.log_probs(state, state.reference, rollout)))
     for gradient, measured in results:
         assert gradient.norm() == pytest.approx(0.01, rel=1e-3)  # clipped once, at the end
         assert measured["grad_norm"] > 0.02 and measured["grad_norm"] == pytest.approx(
@@ -480,7 +480,7 @@ def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, monkey
     state.memory.limits["token_budget"] = 17
     monkeypatch.setattr(llms, "token_logprobs", lambda *given: limited(None, torch.zeros(200)))
     with pytest.raises(torch.OutOfMemoryError, match="out of memory with --token_budget 17"):
-        main.score(state, state.policy, rollout)
+        main.log_probs(state, state.policy, rollout)
 
 
 def test_out_of_memory_while_sampling_halves_the_cache(setup, monkeypatch):
@@ -514,7 +514,7 @@ def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
 
 def test_right_after_a_rollout_every_ratio_is_one_and_the_kl_and_the_loss_are_zero(setup):
     state, rollout = setup(MU=2)
-    old, ref = main.score(state, state.policy, rollout), main.score(state, state.reference, rollout)
+    old, ref = main.log_probs(state, state.policy, rollout), main.log_probs(state, state.reference, rollout)
     measured = main.update(state, rollout, SPREAD, old, ref)
     assert measured["ratio_max"] == 1.0 and measured["clip_low"] == measured["clip_high"] == 0
     assert measured["kl"] < 1e-6 and abs(measured["loss"]) < 1e-6 and measured["sampler_gap_max"] < 1e-5
@@ -529,9 +529,9 @@ def test_one_step_raises_outputs_with_positive_advantage_and_lowers_the_others(s
         state, rollout = setup(BETA=0.0, optimizer=sgd, LEARNING_RATE=1e-4, MAX_GRAD_NORM=1.0)
         one = torch.zeros(12)
         one[3] = sign
-        before = main.score(state, state.policy, rollout)[3].sum()
+        before = main.log_probs(state, state.policy, rollout)[3].sum()
         main.update(state, rollout, one, None, None)
-        assert (main.score(state, state.policy, rollout)[3].sum() - before) * sign > 0
+        assert (main.log_probs(state, state.policy, rollout)[3].sum() - before) * sign > 0
 
 
 def test_without_any_advantage_the_weights_stay_bit_equal(setup):
@@ -543,7 +543,7 @@ def test_without_any_advantage_the_weights_stay_bit_equal(setup):
 
 def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_alone(setup):
     state, rollout = setup()
-    ref = main.score(state, state.reference, rollout)
+    ref = main.log_probs(state, state.reference, rollout)
     main.update(state, rollout, SPREAD, None, ref)
     before = {name: value.clone() for name, value in tensors(state).items()}
     broken = SPREAD.clone()
@@ -615,7 +615,7 @@ def test_the_order_of_events_is_algorithm_1(setup, monkeypatch):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[1]["kl"] > 1e-6  # the policy has left the first reference
     first = [p.clone() for p in references[1].parameters()]
-    main.update(state, sample(state), SPREAD, None, main.score(state, state.reference, sample(state)))
+    main.update(state, sample(state), SPREAD, None, main.log_probs(state, state.reference, sample(state)))
     assert all(torch.equal(a, b) for a, b in zip(first, references[1].parameters()))  # updates do not reach it
 
 
@@ -658,9 +658,9 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
     row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
     quiet = [], set(), set(), tqdm(disable=True)
     for failed in (1, 1, 0, 1, 1):
-        main.after_step(state, row | {"skipped_updates": failed}, *quiet)
+        main.check_and_save(state, row | {"skipped_updates": failed}, *quiet)
     with pytest.raises(main.RunError, match="three steps"):
-        main.after_step(state, row | {"skipped_updates": 1}, *quiet)
+        main.check_and_save(state, row | {"skipped_updates": 1}, *quiet)
 
 
 # ---- steps on tokens, curricula, other rewards ---------------------------------------------------------------------

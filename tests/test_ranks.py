@@ -70,7 +70,7 @@ def gradient(checkpoint, questions, **settings):
     rollout = main.sample(state, state.policy, llms.share(prompts))
     advantages = torch.tensor(llms.share(questions), dtype=torch.float64).flatten()  # [N]
     old = rollout.logp.double() + 0.3 * (rollout.ids[:, -rollout.mask.shape[1] :] % 5 - 2) * rollout.mask  # [N, T]
-    ref = main.score(state, state.reference, rollout) + 0.1 if state.reference else None
+    ref = main.log_probs(state, state.reference, rollout) + 0.1 if state.reference else None
     targets = (torch.zeros_like(old), old) if state.critic else None
     measured = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets, main.TOKEN_BUDGET)
     networks = {"policy": state.policy, "critic": state.critic} if state.critic else {"policy": state.policy}
@@ -89,7 +89,7 @@ def in_bf16(checkpoint):
     rollout = main.sample(state, state.policy, llms.share([[5] * 3, [6] * 4, [7] * 5]))
     before, llms.precision = llms.precision, lambda device: torch.bfloat16
     state.reference = llms.frozen_copy(state.policy)
-    ref = main.score(state, state.reference, rollout)
+    ref = main.log_probs(state, state.reference, rollout)
     assert {weight.dtype for weight in state.reference.parameters()} == {torch.float32, torch.bfloat16}
     A = torch.tensor(llms.share(questions)).flatten()
     main.backward(state, rollout, A, None, ref, main.grpo_loss, None, main.TOKEN_BUDGET)

@@ -55,7 +55,7 @@ class Step:
         policy, optimizer = Toy(0), torch.optim.SGD
         self.state = main.State(policy, None, tmp_path, optimizer(policy.parameters(), lr=1.0), reference=Toy(1))
         self.state.memory = llms.Memory(100, 100)
-        self.rollout = self.rollout._replace(logp=main.score(self.state, policy, self.rollout))
+        self.rollout = self.rollout._replace(logp=main.log_probs(self.state, policy, self.rollout))
         self.rewards = tensor([RIGHT])
 
     def budget(self, tokens):
@@ -154,7 +154,7 @@ def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_g
     state.critic = llms.Critic(state.policy)
     state.critic.value_head.double()
     nn.init.normal_(state.critic.value_head.weight, generator=torch.Generator().manual_seed(2))
-    logp_ref = main.score(state, state.reference, toy.rollout)
+    logp_ref = main.log_probs(state, state.reference, toy.rollout)
     results = []
     for budget in (100, 13, 7):
         toy.budget(budget)
@@ -208,7 +208,7 @@ def test_a_pair_of_dpo_by_hand(toy, monkeypatch):
     # means of log π_θ/π_ref over |o⁺| = 2 and |o⁻| = 1 tokens: 0.2 and -0.2, so Δ = 0.5 · 0.4 = 0.2
     rollout = toy.rollout._replace(mask=tensor([[True, True], [True, False]]), truncated=tensor([False, False]))
     logp = {toy.state.policy: tensor([[0.4, 0.0], [-0.2, 0.0]]), toy.state.reference: torch.zeros(2, 2)}
-    monkeypatch.setattr(main, "score", lambda state, model, rollout: logp[model])
+    monkeypatch.setattr(main, "log_probs", lambda state, model, rollout: logp[model])
     GC, _, extra = main.preference(toy.state, rollout, {"correctness": tensor([[1.0, 0.0]])}, None, None)
     assert extra["dpo/margin"] == pytest.approx(0.2) and extra["dpo/loss"] == pytest.approx(0.598139, abs=1e-6)
     # β σ(-0.2) = 0.5 · 0.450166, times N/P = 2
@@ -304,7 +304,7 @@ def test_sft_learns_the_worked_solution_with_its_end_token(setup):
     ids = rollout.ids[0, len(prompt) :].tolist()
     assert state.tokenizer.decode(ids[:-1]) == solution[0]
     assert ids[-1] == state.tokenizer.eos_token_id and rollout.mask.all() and not rollout.truncated.any()
-    before = main.score(state, state.policy, rollout).sum()
+    before = main.log_probs(state, state.policy, rollout).sum()
     rows = train(state, [problem] * 8)
     assert rows[0]["loss"] == pytest.approx(-before.item() / len(ids), rel=1e-4)  # the mean of - log π
     assert rows[-1]["loss"] < rows[0]["loss"] - 2 and rows[0]["accuracy"] == 1.0
@@ -339,11 +339,11 @@ def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     for layer in llms.lora_layers(state.policy):
         nn.init.normal_(layer.lora_B, std=0.1)
     nn.init.normal_(state.critic.value_head.weight)
-    before = main.score(state, state.critic, rollout, llms.Critic.token_values)
-    old, state.reference = main.score(state, state.reference, rollout), llms.frozen_copy(state.policy)
-    assert torch.equal(main.score(state, state.reference, rollout), main.score(state, state.policy, rollout))
-    assert (main.score(state, state.reference, rollout) - old).abs().max() > 1e-3
-    assert torch.equal(main.score(state, state.critic, rollout, llms.Critic.token_values), before) and before.any()
+    before = main.log_probs(state, state.critic, rollout, llms.Critic.token_values)
+    old, state.reference = main.log_probs(state, state.reference, rollout), llms.frozen_copy(state.policy)
+    assert torch.equal(main.log_probs(state, state.reference, rollout), main.log_probs(state, state.policy, rollout))
+    assert (main.log_probs(state, state.reference, rollout) - old).abs().max() > 1e-3
+    assert torch.equal(main.log_probs(state, state.critic, rollout, llms.Critic.token_values), before) and before.any()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
