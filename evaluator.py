@@ -47,11 +47,11 @@ def extract_answer(completion):
 
 
 def outside_reasoning(completion):
-    """The completion without its reasoning. A <reasoning> that is never closed ends where an answer tag opens."""
+    """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>."""
     head, mark, rest = completion.rpartition("</reasoning>")
     before, _, unclosed = rest.partition("<reasoning>")
     outside = re.sub(r"<reasoning>.*?</reasoning>", "", head + mark, flags=re.DOTALL)
-    return outside + before + "".join(unclosed.partition("<answer>")[1:])  # and its <answer> onward
+    return outside + before + "".join(unclosed.partition("<answer>")[1:])  # from <answer> on
 
 
 BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
@@ -67,7 +67,7 @@ BOX = re.compile(rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|({
 def boxed(text):
     r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}` or `\boxed 5`.
 
-    Boxes with only `and`, `or` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
+    Boxes with only `and`, `or`, `x =` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
     """
     contents, end = [], 0
     for box in BOX.finditer(text):
@@ -116,7 +116,7 @@ def matrix(match):
     return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # such a label stays
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # not a label: `not: 72`
 TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 WORD_NUMBER = rf"({'|'.join(WORDS)})"
@@ -175,12 +175,12 @@ UNITS = dict(short.split("=") for short in """
     mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
     ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
 """.split())  # fmt: skip
-# a word has 4 letters, or 3 with a vowel after a space; other letters are variables: 2xy
+# a word has 4 letters or more, or 3 with a vowel if a space precedes; other letters are variables: 2xy
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
 UNIT_NAMES = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
-TRAILING_UNITS = re.compile(  # units stand directly after a number, and end the answer, an item of a list or a bracket
+TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes `,`, `)` or the end of the answer
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
 )
@@ -288,7 +288,7 @@ class Reader:
 
     def relation(self):
         """A value, an equation, or an inequality (as an interval)."""
-        sides, names, signs, sign = [], [], [], True
+        sides, names, signs, sign = [], [], [], True  # names: the text of a side with a variable, else ""
         while sign:
             start = self.position
             sides.append(self.sum())
@@ -336,7 +336,7 @@ class Reader:
         if self.take("^"):
             value = power(value, self.signed())
         if self.point < 0 and isinstance(value, complex):
-            raise ValueError("only real values here, so that √x √y is √(xy)")
+            raise ValueError("only real values at negative points, where the complex √x √y is not √(xy)")
         return value
 
     def atom(self):
@@ -364,14 +364,14 @@ class Reader:
         raise ValueError("not mathematics")
 
     def variable(self, name):
-        """A random number for a name and point; its size is in the quarter point % 4 of 0.1 … 32 (a log scale)."""
+        """A random number for a name at a point: in quarter `point % 4` of 0.1 … 32, on a log scale."""
         rng = random.Random(f"{name} {self.point}")
         size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
         return -size if negative else size
 
     def argument(self, one_digit=True):
-        """What a command takes: {…}, or only the next digit or letter, as in \\frac12."""
+        """What a command takes: {…}, or the next digit or letter, as in \\frac12 (or the whole number)."""
         kind, text = self.tokens[self.position]
         if kind == "number" and text.isdigit() and one_digit:
             self.tokens[self.position : self.position + 1] = [("number", digit) for digit in text]
@@ -431,7 +431,7 @@ def as_interval(sides, names, signs):
 def readings(text):
     """The ways to read a text as mathematics, maybe none: [(values, units)]. 100,200 is a number or a list.
 
-    A value is a number, a Group or an Equation, at each of the POINTS; or None at a negative point without a value.
+    values has one entry per point of POINTS: a number, a Group, an Equation, or None (only at negative points).
     """
     if len(text) > LONGEST:
         return []
@@ -498,7 +498,7 @@ def agree(one, other):
     a, b = values[0], other_values[0]
     pairs = [(x, y) for x, y in zip(values, other_values) if x is not None and y is not None]
     if isinstance(a, Equation) and isinstance(b, Equation) and (a.name != b.name or not a.name):
-        # the same line: what the sides differ in is the same at all points, except for a constant factor
+        # the same line: left side minus right side of one is a constant times that of the other
         differences = [(x.difference, y.difference) for x, y in pairs]
         return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
     if ("%" in units) != ("%" in other_units) and not isinstance(a, tuple) and not isinstance(b, tuple):
@@ -547,13 +547,12 @@ def exact_number(found):
         value = values[0].value if isinstance(values[0], Equation) and values[0].name else values[0]
         if isinstance(value, Fraction):
             return value
-    return None
 
 
 STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
     rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
 )
-UNCLEAR = re.compile(  # words and signs of doubt; and, after the last =, what changes a number, LaTeX and code
+UNCLEAR = re.compile(  # anywhere doubt; after the last = also words that change a number, LaTeX and code
     r"(?is)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
     r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e"
     r"|(?:\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
@@ -562,7 +561,7 @@ UNCLEAR = re.compile(  # words and signs of doubt; and, after the last =, what c
 
 
 def stated(text):
-    """The one number in a sentence, or None: 'It is 72 clips.' Not of 'not 72', '72 or 73', or '72 (of 100)'."""
+    """The one number in a sentence, or None: 'It is 72 clips.' None for 'not 72', '72 or 73', '72 (of 100)'."""
     if len(text) > LONGEST or UNCLEAR.search(text):
         return None
     text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
@@ -586,13 +585,13 @@ KNIGHTS_WORDS = {
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 ORDER_WORDS = {
     "doubt": DOUBT + "|not|after|behind|reversed?",
-    "heading": "first to last|1st to last",
+    "ignored": "first to last|1st to last",  # here first and last are not places
     "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
 }
 
 
 def words_that_matter(answer, names, choices):
-    """The names and the chosen words in an answer, in order: [(kind, word, does `is`, `are`, `:` or `=` follow?)]."""
+    """The names and the given words in an answer, in order: [(kind, word, does `is`, `are`, `:` or `=` follow?)]."""
     answer = answer.replace("?", " or ") if len(answer) <= 10_000 else "or"  # no right answer is that long
     answer = re.sub(r"n['’]t\b", " not", answer)
     answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"'“”{}()\[\]$]""", " ", answer)  # the markup of LaTeX, markdown and JSON
@@ -625,7 +624,7 @@ def knights_equal(answer, problem):
         negated = negated or kind in ("not", "none")
         if kind == "name":
             heading = None if verb_follows else heading
-            waiting = [word] if waiting is names else [*waiting, word]  # names after `both` replace everybody
+            waiting = [word] if waiting is names else [*waiting, word]  # both Ada and Ben: these names
         elif kind == "rest":
             waiting = [name for name in names if name not in dict(claims)]
         elif kind in ("all", "none") and not waiting and (word != "both" or len(names) == 2):
@@ -637,7 +636,7 @@ def knights_equal(answer, problem):
 
 
 def order_equal(answer, problem):
-    """Does an answer have every name once, in the right order as written, or else each with its right place?"""
+    """Does an answer give every name once: in the right order, or each with its right place (`Ben: 2, Ada: 1`)?"""
     gold, names = problem["answer"].lower().split(", "), []
     places, names_before = [], []  # how many names stand before each place
     for kind, word, _ in words_that_matter(answer, gold, ORDER_WORDS):
@@ -669,7 +668,7 @@ def countdown_equal(answer, problem):
     text = tidy(plain)
     sides = [side for side in text.split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
     if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in plain or re.search(r"\d\s+\d", plain):
-        return False  # not exactly one calculation
+        return False  # not one calculation, or with other signs
     unused = list(problem["numbers"])
     for used in map(int, re.findall(r"\d+", sides[0])):
         if used not in unused:
@@ -734,8 +733,8 @@ def sandbox_problem():
 def sandboxed(entry):
     """The command that runs one Python statement in a sandbox: no network, no environment, only Python and /usr.
 
-    As an ordinary user the sandbox is a user namespace. As root there is no user namespace, because the limit on
-    processes does not count for root: each sandbox switches to a new user id without rights.
+    As an ordinary user the sandbox is a user namespace. For root the limit on processes has no
+    effect. So for root each sandbox switches to a new user id without rights, and has no user namespace.
     """
     uid = None if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
     options = "--unshare-all --unshare-user --disable-userns"
@@ -746,7 +745,7 @@ def sandboxed(entry):
     command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in filter(os.path.exists, ("/lib", "/lib64")):
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    python = sys.base_prefix  # --dir makes the folders above it open to all
+    python = sys.base_prefix  # --dir below makes its parent folders readable by all
     command += ["--dir", os.path.dirname(python), "--ro-bind", python, python, "--proc", "/proc", "--dev", "/dev"]
     command += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
@@ -900,8 +899,8 @@ MATH_CHARS = "0123456789.,+-−*/×÷()$% "
 def step_rewards(completion, problem):
     """The reward of each reasoning step that calculates: [(end, reward)] (process supervision, DeepSeekMath §4.1.3).
 
-    `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong, else 0.5,
-    and 1 if one of its results is a result in the worked solution too.
+    `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong; else 1
+    if one of its results is also in the worked solution; else 0.5.
     """
     known = {result for line in problem.get("solution", "").split("\n") for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
@@ -964,8 +963,8 @@ def score(completions, problems, threads):
 
     with ThreadPoolExecutor(threads) as pool:
         scored = list(pool.map(score_one, completions, problems))
-    names = dict.fromkeys(name for values, _ in scored for name in values)  # 0 where a reward does not apply
-    by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}
+    names = dict.fromkeys(name for values, _ in scored for name in values)
+    by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}  # 0 where it does not apply
     return by_name, [failure for _, failure in scored if failure]
 
 

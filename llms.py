@@ -9,7 +9,7 @@ what an advantage is, what β and ε are, is not known here.
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
     Memory, in_micro_batches              how many tokens are computed at once; scoring in micro-batches
-    at_tokens                             numbers at places of a text, on the tokens that write it
+    at_tokens                             numbers at positions of a text, moved onto its tokens
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     reward_model, reward_scores           a learned reward model
     tiny_folder                           the model that needs no download, trained on the spot
@@ -182,7 +182,7 @@ def named_tensors(networks, optimizer, generator):
 
 
 def checksum(read, names, about):
-    """One number over a text and the bytes of the tensors read(name), so that a damaged file is noticed."""
+    """A CRC of a text and of the tensors that read(name) returns, so that a damaged file is noticed."""
     total = zlib.crc32(about.encode())
     for name in sorted(names):
         total = zlib.crc32(read(name).contiguous().view(-1).view(torch.uint8).numpy(), total)
@@ -193,7 +193,7 @@ def save_checkpoint(folder, networks, optimizer, generator, about):
     """Replace the folder's state.safetensors, whole or not at all; about is a text. Nothing is pickled."""
     tensors = {}
     for name, tensor in named_tensors(networks, optimizer, generator).items():
-        tensor = whole(tensor)  # by all ranks
+        tensor = full_tensor(tensor)  # by all ranks
         if RANK == 0:
             tensors[name] = tensor.cpu()
     if RANK == 0:
@@ -300,13 +300,13 @@ class Rollout(NamedTuple):
     def micro_batches(self, rows, group_size, token_budget):
         """Split rows into lists of at most token_budget tokens, padding included.
 
-        The outputs of a question stay together, since they share the computation of their prompt; longest first.
+        The outputs of a question are neighbours, since those in one batch share their prompt; longest first.
         """
-        completions, everything = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()
-        prompts = [total - completion for total, completion in zip(everything, completions)]
+        completions, totals = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()
+        prompts = [total - completion for total, completion in zip(totals, completions)]
         longest = defaultdict(int)  # tokens in the longest row of each question
         for row in rows:
-            longest[row // group_size] = max(longest[row // group_size], everything[row])
+            longest[row // group_size] = max(longest[row // group_size], totals[row])
         batches = []
         for row in sorted(rows, key=lambda row: (-longest[row // group_size], row // group_size, -completions[row])):
             candidate = [*batches[-1], row] if batches else [row]
@@ -328,33 +328,33 @@ def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):
 
 
 def at_tokens(tokenizer, rollout, marks):
-    """Numbers that belong to places in the outputs' texts, on the tokens that complete the texts up to there.
+    """Numbers that belong to positions in the outputs' texts, each on the first token whose text reaches its position.
 
-    marks: for each output [(position in its text, number)] -> numbers [N, T], and True where there is one [N, T].
+    marks: for each output [(position in its text, number)] -> numbers [N, T]; marked [N, T], True where one was put.
     """
     numbers, marked = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape, dtype=torch.bool)
     for row, pairs in enumerate(marks):
         ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
         length = lambda count, ids=ids: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
-        for place, number in pairs:  # search for the smallest number of tokens whose text reaches the place
-            token = min(bisect.bisect_left(range(1, len(ids) + 1), place, key=length), len(ids) - 1)
+        for position, number in pairs:  # search for the smallest count of tokens whose text reaches the position
+            token = min(bisect.bisect_left(range(1, len(ids) + 1), position, key=length), len(ids) - 1)
             numbers[row, token], marked[row, token] = number, True
     return numbers, marked
 
 
 # ---- attention over packed sequences -------------------------------------------------------------------------------
 # All of a decoder but its attention treats each token by itself. So the tokens of a batch can be packed into one
-# sequence, without padding and with each prompt only once, if the attention knows which of them belong together. The
-# library calls our attention in every layer, and that asks a `layout`: a PackedBatch where tokens are read at once
-# (prompts in sampling, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
+# sequence, without padding and with each prompt only once, if the attention knows which of them belong together. In
+# every layer transformers calls `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens
+# are read at once (prompts in sampling, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
 
 UNSUPPORTED = """{} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, \
 with softmax attention to the whole text once a layer, and logits straight from the head"""
-NO_MASK = torch.zeros(1, 1, 1, 0)  # 4-dimensional, so the library leaves it as it is; empty: other attention must fail
+NO_MASK = torch.zeros(1, 1, 1, 0)  # 4-dimensional: transformers passes it on as it is; empty: any other attention fails
 
 
 def packed_attention(module, query, key, value, mask, *, layout, scaling=None, **_):
-    """The attention of one layer, as the library calls it."""
+    """The attention of one layer, as transformers calls it."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in fp32
     return layout.attention(module.layer_idx, query, key, value, scaling), None
 
@@ -370,7 +370,7 @@ def use_packed_attention(model, name):
     check_finite(expected)
     model.set_attn_implementation("packed")
     packed, config = PackedBatch(ids, attention, mask, keep_kv=True), model.config.get_text_config()
-    # what may not show on a short text: windows, and a cap on logits that are small yet
+    # what a short text cannot show: sliding windows, and a cap that its small logits do not reach
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     supported &= getattr(config, "final_logit_softcapping", None) is None
@@ -399,10 +399,10 @@ class PackedBatch:
         packed = torch.cat([(attention[:, :P] > 0) & new_prompt[:, None], has_next], 1)  # [N, P + T]
         self.ids = ids[packed][None]  # [1, tokens]
         self.positions = (attention.cumsum(1) - 1)[packed][None]  # [1, tokens]  each token's position in its own row
-        index = packed.flatten().cumsum(0).view_as(packed) - 1  # [N, P + T]  of a packed token in the sequence
+        index = packed.flatten().cumsum(0).view_as(packed) - 1  # [N, P + T]  place of a token in the packed sequence
         self.prompt_ends = index[new_prompt, P - 1]  # [prompts]  they predict the first tokens of their outputs
         predictors = torch.cat([self.prompt_ends[new_prompt.cumsum(0) - 1, None], index[:, P:-1]], 1)
-        self.predictors = predictors[:, :T][mask]  # [completion tokens]  where each of them is predicted
+        self.predictors = predictors[:, :T][mask]  # [completion tokens]  place of the token that predicts each
         self.groups = []  # (prompt length, outputs, longest output, filled cells of [outputs, longest output])
         lengths, has_next = attention[:, :P].sum(1).tolist(), has_next.cpu()
         starts = new_prompt.nonzero().flatten().tolist()
@@ -450,7 +450,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
     which uses its part of the generator's numbers: the outputs are the same for any number of ranks.
     """
-    of_ranks = gather([(len(prompts), max(map(len, prompts)))])
+    of_ranks = gather([(len(prompts), max(map(len, prompts)))])  # (prompts, longest prompt) of each rank
     longest = max(length for _, length in of_ranks) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
@@ -474,21 +474,21 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
 
 def sample_all(decoding, rows, prompts, group_size, uniform):
     """Token ids, log-probabilities and entropies of all outputs; where some end, those of the next prompts begin."""
-    outputs, question = [None] * len(prompts) * group_size, 0
+    results, question = [None] * len(prompts) * group_size, 0
     options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
-    with tqdm(total=len(outputs), desc="sampling", **options) as bar:
-        while question < len(prompts) or decoding.numbers:
+    with tqdm(total=len(results), desc="sampling", **options) as bar:
+        while question < len(prompts) or decoding.outputs:
             # refill when an eighth of the rows is free; read at most 16 prompts in one pass
-            while question < len(prompts) and (free := rows - len(decoding.numbers)) >= max(group_size, rows // 8):
+            while question < len(prompts) and (free := rows - len(decoding.outputs)) >= max(group_size, rows // 8):
                 new = prompts[question:][: min(16, free // group_size)]
-                numbers = range(question * group_size, (question + len(new)) * group_size)
-                decoding.prefill(new, numbers, uniform[numbers.start : numbers.stop])
+                outputs = range(question * group_size, (question + len(new)) * group_size)
+                decoding.prefill(new, outputs, uniform[outputs.start : outputs.stop])
                 question += len(new)
             decoding.decode()
-            for number, output in decoding.remove_ended():
-                outputs[number] = output
+            for number, result in decoding.remove_ended():
+                results[number] = result
                 bar.update()
-    return zip(*outputs)
+    return zip(*results)
 
 
 def sample_token(logits, temperature, uniform):
@@ -501,13 +501,13 @@ def sample_token(logits, temperature, uniform):
     if temperature:
         cumulative = pi.cumsum(-1)  # [n, V]
         total = cumulative[:, -1:]
-        # keep rounding from selecting a token after the last one with π > 0; nan gives a token of the vocabulary too
+        # so that rounding never selects a token after the last one with π > 0; clamp: a valid token even for nan
         uniform = torch.minimum(uniform * total, total.nextafter(0 * total))
         token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
     else:
         token = logits.argmax(-1, keepdim=True)
     logp = pi.gather(1, token).log()
-    # H = - Σ π log π = log Σ exp(logits) - Σ π logits, and the first is logits - log π of any token
+    # H = - Σ π log π = log Σ exp(logits) - Σ π logits; log Σ exp(logits) is logits - log π of any token
     entropy = logits.gather(1, token) - logp - (pi[:, None] @ logits[:, :, None])[:, 0]
     return token, logp.float(), entropy.float()
 
@@ -518,13 +518,13 @@ def check_finite(logits):
 
 
 class DecodingBatch:
-    """Outputs that are being sampled, with their KV cache. Row i of each tensor belongs to output `numbers[i]`."""
+    """Outputs that are being sampled, with their KV cache. Row i of each tensor is output number `outputs[i]`."""
 
     def __init__(self, model, rows, columns, max_new_tokens, ends, temperature):
         self.model, self.ends, self.temperature = model, ends, temperature
         self.columns, self.limit = columns, max_new_tokens
-        self.numbers, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
-        self.graphs, self.recordable = {}, True  # on a GPU: {(rows, columns, τ): a recorded step}
+        self.outputs, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
+        self.graphs, self.recordable = {}, True  # on a GPU: {(n, width, τ): the CUDA graph of a decode step}
         # of each row: the newest token, its position, the number of sampled tokens
         self.token, self.position, self.length = torch.zeros(3, rows, dtype=torch.long, device=model.device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=model.device)
@@ -532,20 +532,20 @@ class DecodingBatch:
         self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=model.device)
         self.logp, self.entropy, self.uniform = torch.zeros(3, rows, max_new_tokens + 1, device=model.device)
 
-    def prefill(self, prompts, numbers, uniform):
+    def prefill(self, prompts, outputs, uniform):
         """Read each prompt once, copy its keys and values to the rows of its outputs, and sample their first tokens."""
         packed = PackedBatch(*batch(prompts, [[]] * len(prompts), self.token.device), keep_kv=True)
         logits = self.model(**packed.inputs(), logits_to_keep=packed.prompt_ends).logits[0]  # [Q, V]
         check_finite(logits)
-        lengths, group_size = [len(prompt) for prompt in prompts], len(numbers) // len(prompts)
-        rows = slice(len(self.numbers), len(self.numbers) + len(numbers))
+        lengths, group_size = [len(prompt) for prompt in prompts], len(outputs) // len(prompts)
+        rows = slice(len(self.outputs), len(self.outputs) + len(outputs))
         for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
             if layer not in self.cache:
                 self.cache[layer] = [x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3]) for x in kv]
             for cache, x in zip(self.cache[layer], kv):
                 for row, prompt in zip(range(rows.start, rows.stop, group_size), x[0].split(lengths, 1)):
                     cache[row : row + group_size, :, : prompt.shape[1]] = prompt
-        self.numbers += numbers
+        self.outputs += outputs
         self.position[rows] = torch.tensor(lengths, device=self.token.device).repeat_interleave(group_size)
         self.length[rows], self.ended[rows] = 0, False
         if self.temperature:
@@ -567,7 +567,7 @@ class DecodingBatch:
         n, (keys, values) = len(query), self.cache[layer]
         keys[self.rows, :, self.position[:n]], values[self.rows, :, self.position[:n]] = key[:, :, 0], value[:, :, 0]
         keys, values = keys[:n, :, : self.width], values[:n, :, : self.width]
-        # query heads with the same key head are taken for queries of one head: no key is repeated
+        # the query heads that share a key head stand where several query tokens would: no key is repeated
         queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads of each, D]
         out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
         return out.flatten(1, 2)[:, None]
@@ -585,24 +585,24 @@ class DecodingBatch:
         self.append_tokens(slice(0, n), logits)
 
     def decode(self):
-        """Sample the next token of every output; on a GPU the next 16, by steps whose kernels were recorded."""
-        active = len(self.numbers)
+        """Sample the next token of every output; on a GPU the next 16, replayed from CUDA graphs."""
+        active = len(self.outputs)
         last = int(self.position[:active].max())
         if self.position.device.type != "cuda":
             return self.decode_step(active, last + 1)
-        # rounded up, so that few shapes are recorded; at least 2 rows, since one alone is computed less exactly
+        # rounded up, so that few graphs are needed; at least 2 rows, since one alone is computed less exactly
         n = min(len(self.position), max(2, 2 ** (active - 1).bit_length()))
         width = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, width, self.temperature)) in self.graphs:
                 self.graphs[key].replay()
                 continue
-            self.decode_step(n, width)  # the first one warms up for the recording
+            self.decode_step(n, width)  # once as usual, before it can be recorded
             if self.recordable:
                 self.record(key, lambda: self.decode_step(n, width))
 
     def record(self, key, step):
-        """Record a step without running it; a model in which something cannot be recorded is called every time."""
+        """Record a step as a CUDA graph, without running it. If that fails, all steps run as usual from then on."""
         graph, others, stream = torch.cuda.CUDAGraph(), list(self.graphs.values()), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
@@ -613,31 +613,31 @@ class DecodingBatch:
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
             self.recordable = False
-            tqdm.write(f"note: sampling without recorded steps, which is slower: {str(error).splitlines()[0]}")
+            tqdm.write(f"note: sampling without CUDA graphs, which is slower: {str(error).splitlines()[0]}")
 
     def remove_ended(self):
         """Take out the outputs that have ended: [(number, [tokens, log π, entropies])]. The last rows fill the gaps."""
-        active, tables = len(self.numbers), (self.tokens, self.logp, self.entropy)
+        active, tables = len(self.outputs), (self.tokens, self.logp, self.entropy)
         ended, lengths = self.ended[:active].nonzero().flatten().tolist(), self.length[:active].tolist()
-        outputs = [(self.numbers[row], [x[row, : lengths[row]].clone() for x in tables]) for row in reversed(ended)]
+        results = [(self.outputs[row], [x[row, : lengths[row]].clone() for x in tables]) for row in reversed(ended)]
         order = list(range(active))
         for row in reversed(ended):
             order[row] = order[-1]
             order.pop()
         gaps = [row for row, old in enumerate(order) if row != old]
-        moved = [order[row] for row in gaps]
+        sources = [order[row] for row in gaps]
         caches = [x for kv in self.cache.values() for x in kv]
         for x in (self.token, self.position, self.length, self.ended, self.uniform, *tables, *caches) if gaps else ():
-            x[gaps] = x[moved]
-        self.numbers, self.ended[len(order) : active] = [self.numbers[row] for row in order], True
-        return outputs
+            x[gaps] = x[sources]
+        self.outputs, self.ended[len(order) : active] = [self.outputs[row] for row in order], True
+        return results
 
 
-DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatch, with its recorded steps}
+DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatch, with its CUDA graphs}
 
 
 def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
-    """An empty DecodingBatch: of the model itself; on a GPU of a bf16 copy, and of a sharded model of a whole copy.
+    """An empty DecodingBatch: with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
 
     Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
     """
@@ -652,7 +652,7 @@ def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
         DECODING[model] = DecodingBatch(copied.requires_grad_(False), rows, columns, max_new_tokens, ends, temperature)
     decoding = DECODING[model]
     copy_weights(decoding.model, model)
-    decoding.numbers, decoding.temperature = [], temperature
+    decoding.outputs, decoding.temperature = [], temperature
     decoding.ended.fill_(True)
     return decoding
 
@@ -660,8 +660,8 @@ def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
 # ---- scoring -------------------------------------------------------------------------------------------------------
 
 
-def gathered(function):
-    """A function of a module that runs, where the module is sharded over several ranks, with its weights gathered."""
+def with_full_weights(function):
+    """Decorator of function(module, …): if the module is sharded, its weights are gathered while the function runs."""
 
     @functools.wraps(function)
     def run(module, *inputs):
@@ -671,7 +671,7 @@ def gathered(function):
     return run
 
 
-@gathered
+@with_full_weights
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / τ) of each completion token, fp32, [N, T]; 0 off the mask."""
     head = model.get_output_embeddings()
@@ -695,7 +695,7 @@ class Critic(nn.Module):
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)
 
-    @gathered
+    @with_full_weights
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
         with autocast(self.trunk):
@@ -721,7 +721,7 @@ class HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
-        """hidden [tokens, D], weight [V, D], bias [V] or None, targets [tokens] -> [tokens], computed in a dtype."""
+        """hidden [tokens, D], weight [V, D], bias [V] or None, targets [tokens] -> [tokens], computed in `dtype`."""
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
         ctx.save_for_backward(hidden, weight, bias, targets)
         at_once = LOGITS_AT_ONCE * (8 if weight.is_cuda else 1)
@@ -737,9 +737,9 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(ctx, d_logp):
         """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / τ."""
         hidden, weight, bias, targets = ctx.saved_tensors
-        d_hidden, full = torch.empty_like(hidden), d_logp.dtype
-        d_weight = torch.zeros_like(weight, dtype=full) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=full) if bias is not None else None
+        d_hidden, dtype = torch.empty_like(hidden), d_logp.dtype
+        d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
         chunks = (x.split(ctx.chunk) for x in (hidden, targets, d_logp / ctx.temperature, d_hidden))
         for h, target, d, out in zip(*chunks):
             pi = torch.softmax(at_least_fp32(F.linear(h, weight, bias)) / ctx.temperature, 1)  # [chunk, V]
@@ -748,11 +748,11 @@ class HeadLogprobs(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             out.copy_(d_logits @ weight)
-            if d_weight is not None and weight.dtype == full:
+            if d_weight is not None and weight.dtype == dtype:  # in place, which saves a [V, D]
                 d_weight.addmm_(d_logits.T, h)
             elif d_weight is not None:
                 d_weight += d_logits.T @ h
-        return d_hidden.to(full), d_weight, d_bias, None, None, None
+        return d_hidden.to(dtype), d_weight, d_bias, None, None, None
 
 
 def precision(device):
@@ -764,12 +764,12 @@ def precision(device):
 def autocast(model):
     """The precision of a forward pass: bf16 on a GPU (the weights stay in fp32), fp32 on a CPU."""
     bf16 = precision(model.device) is torch.bfloat16
-    # its cache would add up in bf16 the gradients that reach one weight from several places
+    # no cache: with it, the gradients of a weight that is used several times would be added up in bf16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def at_least_fp32(logits):
-    """A log-softmax in bf16 is wrong by up to 0.03: logits go to fp32 first, float64 stays."""
+    """Logits in fp32, or float64 if they are: a log-softmax in bf16 is wrong by up to 0.03."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -828,7 +828,7 @@ def frozen_copy(model, adapter=True):
     """A copy that no gradient and no update reaches: the reference.
 
     With LoRA it shares the frozen weights (unless they are sharded); adapter=True keeps the adapter as it is now, False
-    gives the model as it was loaded. Without LoRA, a GPU holds its linear layers in bf16, in which they compute.
+    gives the model as it was loaded. Without LoRA a GPU stores the linear layers in bf16, in which it computes anyway.
     """
     gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
     reference = copy_with(model, torch.Tensor.cpu if model in SHARDED else None)
@@ -845,12 +845,12 @@ def frozen_copy(model, adapter=True):
 def copy_with(module, change=None):
     """A copy with change(weight) in the place of each weight; sharded weights are gathered first.
 
-    Without `change` trained weights are cloned, and those that no update reaches are shared.
+    Without `change` trained weights are cloned, and frozen ones are shared.
     """
     clone = lambda weight: weight.clone() if weight.requires_grad else weight
     source = SHARDED[module][1] if module in SHARDED else module
     memo = {  # deepcopy puts these in the place of the weights
-        id(old): nn.Parameter((change or clone)(whole(weight)), weight.requires_grad)
+        id(old): nn.Parameter((change or clone)(full_tensor(weight)), weight.requires_grad)
         for old, weight in zip(source.parameters(), module.parameters())
     }
     return copy.deepcopy(source, memo)
@@ -860,7 +860,7 @@ def copy_with(module, change=None):
 def copy_weights(target, source):
     """Set the weights of a copy to those of its source, in place."""
     for weight, new in zip(target.parameters(), source.parameters()):
-        weight.copy_(whole(new, weight.dtype))
+        weight.copy_(full_tensor(new, weight.dtype))
 
 
 # ---- memory and time -----------------------------------------------------------------------------------------------
@@ -882,7 +882,7 @@ class Memory:
                 if WORLD > 1 or limit <= self.least:
                     remedy = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
                     raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {remedy}") from error
-            self.limits[name] = max(limit // 2, self.least)  # out here the error no longer holds memory
+            self.limits[name] = max(limit // 2, self.least)  # after the except block, in which the error keeps memory
             free_copies()
             tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
 
@@ -893,13 +893,13 @@ def in_micro_batches(function, model, rollout, group_size, token_budget):
     batches = rollout.micro_batches(range(len(rollout.mask)), group_size, token_budget)
     parts = [function(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
     result = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
-    for rows, part in zip(batches, parts):
+    for rows, part in zip(batches, parts):  # without the dummy batches at the end
         result[rows, : part.shape[1]] = part
     return result
 
 
 def free_copies():
-    """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, recorded steps."""
+    """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, CUDA graphs."""
     DECODING.clear()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -955,13 +955,13 @@ def load_reward_model(name):
 
 def reward_model(name):
     """A reward model and its tokenizer; None, with a note, if a rank cannot load it: then the rules judge alone."""
-    loaded = []
+    loaded = None
     try:
-        loaded = [load_reward_model(name)]
+        loaded = load_reward_model(name)
     except ModelError as error:
         if RANK == 0:
             tqdm.write(f"note: {error}; the rules judge alone.")
-    return loaded[0] if all(gather([len(loaded)])) else None
+    return loaded if all(gather([loaded is not None])) else None
 
 
 @torch.no_grad()
@@ -969,13 +969,13 @@ def reward_scores(model, tokenizer, questions, completions, rows=16):
     """Scores of completions as answers: the only logit, or the log-odds of the last class, taken to be the good one."""
     scores = []
     for start in range(0, len(questions), rows):
-        pairs = questions[start : start + rows], completions[start : start + rows]
+        texts = questions[start : start + rows], completions[start : start + rows]
         if tokenizer.chat_template:  # a decoder reads the dialogue, an encoder a pair of texts
-            dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in zip(*pairs)]
-            pairs = ([apply_template(tokenizer, dialogue) for dialogue in dialogues],)
+            dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in zip(*texts)]
+            texts = ([apply_template(tokenizer, dialogue) for dialogue in dialogues],)
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
         options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-        inputs = tokenizer(*pairs, **options, add_special_tokens=not tokenizer.chat_template)  # a template has its own
+        inputs = tokenizer(*texts, **options, add_special_tokens=not tokenizer.chat_template)  # a template has its own
         with autocast(model):
             logits = model(**inputs.to(model.device)).logits.float()  # [rows, classes]
         others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
@@ -1098,7 +1098,7 @@ def on_rank_0(function):
 
 @contextmanager
 def one_first():
-    """A block that one rank of each machine runs before its other ranks, so that they find what it has downloaded."""
+    """A block that one rank of each machine runs before its other ranks, so that they find what it has made."""
     if LOCAL_RANK:
         gather([])
     yield
@@ -1129,7 +1129,7 @@ def lockstep(batches):
 
 
 class Root(nn.Sequential):
-    """The children of a module, whose weights FSDP gathers while forward(function) runs that function."""
+    """Holds a module's children for FSDP. It gathers weights around a forward only, so this forward runs a function."""
 
     def forward(self, function):
         return function()
@@ -1139,7 +1139,7 @@ SHARDED = weakref.WeakKeyDictionary()  # {a module: (its Root, the same module w
 
 
 def shard(module):
-    """Split the weights of a module over all ranks, layer by layer (FSDP2); functions that read them are `gathered`.
+    """Split the weights of a module over all ranks, layer by layer (FSDP2); what reads them is `with_full_weights`.
 
     Gradients are added up over the ranks, not averaged: every loss is divided by the counts of all ranks already.
     """
@@ -1156,8 +1156,8 @@ def shard(module):
     return module
 
 
-def whole(tensor, dtype=None):
-    """All of a tensor that may be sharded, gathered in a dtype. All ranks must call it together."""
+def full_tensor(tensor, dtype=None):
+    """All of a tensor that may be sharded, gathered in `dtype` if it is. All ranks must call it together."""
     return tensor.to(dtype or tensor.dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

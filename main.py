@@ -16,10 +16,10 @@ and the rest: questions and samples, rewards, evaluation, records, checkpoints, 
     Â_{i,t}           advantages                        [N] where all t share one (§4.1.2), [N, T] by steps (§4.1.3)
     log π_θ, π_θold   logp, logp_old                    [N, T]  of the sampled tokens
     log π_ref         logp_ref                          [N, T]
-    G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA   N = Q·G outputs; P, T tokens in the longest prompt, output
+    G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA   N = Q·G; P, T: tokens of the longest prompt, output
 
-Where the code leaves the paper or decides what the paper leaves open, and the edit that restores the paper:
- 1. The reward is a rule, or a model that stays frozen (REWARD_MODEL): line 12 has nothing to train. No edit.
+Departures: where the code leaves the paper or decides what the paper leaves open, and where to change that:
+ 1. The reward is a rule, or a model that stays frozen (REWARD_MODEL): Algorithm 1, line 12, trains nothing. No setting.
  2. std(r) is unbiased (correction=0 for biased) and has 1e-4 added; equal rewards give exactly 0: `group_advantages`.
  3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0, the default, is the paper's.
  4. With μ = 1, π_θold is the π_θ of the only update, without gradient, which is exact: `if MU > 1` in `take_step`.
@@ -27,9 +27,9 @@ Where the code leaves the paper or decides what the paper leaves open, and the e
     "both" is ours: outcome supervision plus WEIGHT_STEPS times the advantages of the other steps.
  6. An output that is cut at MAX_NEW_TOKENS stays in the loss: MASK_TRUNCATED = True leaves it out.
  7. An output with Â = 0 is skipped where its gradient is 0; it counts in N and Σ|o_i|: `rows` in `backward`.
- 8. RFT and DPO sample anew from π_sft at every step; the paper samples once, before. No edit.
- 9. DPO's coefficient is the derivative of (12); (14) as printed lacks its factor β: drop BETA_DPO in `preference`.
-10. PPO's value function is a network of its own (Figure 4), its advantages are not whitened. No edit.
+ 8. RFT and DPO sample anew from π_sft at every step; the paper samples once, before. No setting.
+ 9. DPO's coefficient is the derivative of (12); (14) as printed lacks its factor β: drop it where `preference` sets GC.
+10. PPO's value function is a network of its own (Figure 4), its advantages are not whitened. No setting.
 11. The data are GSM8K; the paper adds MATH, 144K questions in all: DATASET. It does not give ε, the warm-up, AdamW's
     betas, gradient clipping or the order of the questions: EPSILON_*, WARMUP, ADAM_*, MAX_GRAD_NORM, SEED.
 """
@@ -68,7 +68,7 @@ MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model built 
 DATASET = "gsm8k"  # D: a name, file or folder; or stages with their steps, as in logic:1:100,gsm8k:400
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
-SEED = 0  # of the order of the questions and of all sampling
+SEED = 0  # random seed of the question order and of all sampling
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
 GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a third slower, far less memory
@@ -78,7 +78,7 @@ ITERATIONS = 1  # I, outer iterations, each begins with π_ref ← π_θ (paper:
 STEPS = 467  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
 QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
-MU = 1  # μ, updates per rollout (paper: 1): more reuse the samples and rely on the clip
+MU = 1  # μ, updates per rollout (paper: 1): with more, samples are used again and the clip matters
 # -- Sampling
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
 MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
@@ -90,11 +90,11 @@ SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr.
 RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence (GSPO)
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
-BETA = 0.04  # β, weight of the KL (paper: 0.04): 0 needs no reference and lets the policy go further; grpo and ppo
-KL = "k3"  # estimator of the KL: k3 is eq. (4); as a loss k2 gives the gradient of the reverse KL, k1 none on average
-DENOMINATOR = "sequence"  # divide a token by: sequence |o_i| (paper), token Σ|o_i| (DAPO), constant (Dr. GRPO)
+BETA = 0.04  # β, weight of the KL (paper: 0.04): for grpo and ppo; 0 needs no reference and lets the policy go further
+KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 has the gradient of the reverse KL; that of k1 is 0 on average
+DENOMINATOR = "sequence"  # of a token: sequence is |o_i| (paper), token Σ|o_i| (DAPO), constant the longest (Dr. GRPO)
 MASK_TRUNCATED = False  # leave outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
-DROP_ZERO_ADVANTAGE = False  # leave outputs with Â = 0 out for β > 0 too, and their KL with them
+DROP_ZERO_ADVANTAGE = False  # skip outputs with Â = 0, and so their KL, even with β > 0
 # -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the rule x of evaluator.py
 SUPERVISION = "outcome"  # reward outputs (outcome, §4.1.2), steps (process, §4.1.3), or both (departure 5)
 WEIGHT_CORRECTNESS = 2.0  # the answer is right
@@ -109,7 +109,7 @@ WEIGHT_OVERLONG = 0.0  # DAPO's penalty of length, from 0 down to -1 at MAX_NEW_
 OVERLONG_SHARE = 0.2  # the last part of MAX_NEW_TOKENS, over which that penalty falls (DAPO: 4096 of 20480 tokens)
 REWARD_MODEL = ""  # a sequence classifier, hub name or folder, that scores every output; empty: rules only
 WEIGHT_REWARD_MODEL = 1.0  # its score, standardised over the outputs of a step
-WEIGHT_STEPS = 0.5  # of the steps' advantages beside the outcome's, where SUPERVISION is both
+WEIGHT_STEPS = 0.5  # weight of the advantages of the steps, where SUPERVISION is both
 # -- Optimisation
 LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
 WARMUP = 10  # updates over which the learning rate rises from 0
@@ -255,10 +255,9 @@ def train(state, after_step):
     """
     one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
-        if state.step == iteration * STEPS and needs_reference():  # resumed inside an iteration: it is there
+        if state.step == iteration * STEPS and needs_reference():  # a run resumed later has loaded it
             state.reference = None  # frees its memory first
-            # 3: π_ref ← π_θ. With LoRA the first π_ref is the model without its adapter
-            state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)
+            state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)  # 3: π_ref ← π_θ
         while state.step < (iteration + 1) * STEPS:  # 4
             metrics = one_step(state)  # 5 to 11
             # 12: the reward is a rule or a frozen model, there is nothing to train
@@ -281,10 +280,10 @@ class State:
     stream: object = None  # iterator over the training problems
     memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # limits
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
-    step: int = 0  # this and the next six count over all iterations
+    step: int = 0  # this and the counters below go on over all iterations
     updates: int = 0  # optimizer steps
     stage: int = 0  # finished stages of the curriculum
-    position: int = 0  # problems read in this stage
+    position: int = 0  # problems read in this stage; 0 again at the next
     questions: int = 0  # trained on
     prompts_skipped: int = 0  # too long
     tokens: int = 0  # of sampled outputs
@@ -299,13 +298,13 @@ class State:
 
 # ==== One update: line 11 ===========================================================================================
 # Line 11 says "by maximising the GRPO objective (Equation 21)". Equation (21) is the gradient coefficient of the
-# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3): its gradient there is (20).
+# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. Maximised is eq. (3): at π_θ = π_θold its gradient is (20).
 
 
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite; returns diagnostics.
 
-    advantages [N] or [N, T], or another method's GC; logp_old None if π_θold is π_θ; targets: PPO's old values, returns.
+    advantages [N] or [N, T], or another method's GC; logp_old None if π_θold is π_θ; targets: old values, returns.
     """
     inputs = (state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     diagnostics = state.memory.fit("token_budget", lambda token_budget: backward(*inputs, token_budget))
@@ -314,7 +313,7 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
         group["lr"] = lr
     trained = [network.parameters() for network in (state.policy, state.critic) if network is not None]
     norms = [torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM) for weights in trained]  # each by itself
-    norms = [llms.whole(norm).item() for norm in norms]  # as they were before the clipping
+    norms = [llms.full_tensor(norm).item() for norm in norms]  # as they were before the clipping
     finite = all(map(math.isfinite, [diagnostics["loss"], *norms]))
     if finite:
         state.optimizer.step()
@@ -334,8 +333,8 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     N, lengths = len(rollout.mask), rollout.mask.sum(1)  # [N]
     A = advantages.view(N, -1).to(lengths.device)  # [N, 1] or [N, T]
     rows = [row for row, truncated in enumerate(rollout.truncated.tolist()) if not (MASK_TRUNCATED and truncated)]
-    local_tokens = int(lengths[rows].sum())  # Σ|o_i|
-    if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # then only Â gives a gradient
+    local_tokens = int(lengths[rows].sum())  # Σ|o_i|, those with Â = 0 included
+    if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # without KL and critic, Â = 0 has no gradient
         has_advantage = A.any(1).tolist()
         rows = [row for row in rows if has_advantage[row]]
     counts = llms.gather([(N, local_tokens, int(lengths[rows].sum()))])
@@ -364,7 +363,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
 
 @torch.no_grad()
 def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
-    """What shows whether an update is healthy: this micro-batch's summands of the update's means, and its maxima."""
+    """Is the update healthy? What this micro-batch adds to each mean over the update, and its own maxima."""
     ratio = importance_ratio(logp, logp_old, mask)  # [n, T]
     sums = {"clip_low": (ratio < 1 - EPSILON_LOW) & (A < 0) & mask}
     sums["clip_high"] = (ratio > 1 + EPSILON_HIGH) & (A > 0) & mask
@@ -397,7 +396,7 @@ def other_step(state, source, coefficients, loss_function):
     """A step of the other methods, in the place of `take_step`.
 
     source: the model that samples, or None for q, o ~ P_sft(Q, O), the worked solutions of the data set.
-    coefficients(...): GC, [N] or [N, T]; the targets of a critic; what to log.
+    coefficients(...) returns GC, [N] or [N, T]; the critic's targets or None; a dict of metrics.
     """
     problems, prompts = next_questions(state)
     if source is None:
@@ -408,7 +407,7 @@ def other_step(state, source, coefficients, loss_function):
     else:
         rollout = sample(state, source, prompts)
     by_name = score_outputs(rollout, problems, state.reward_model)  # {name: [Q, G]}
-    on_policy = source is state.policy  # with other outputs, ratios and D_KL[π_θ‖π_ref] cannot be estimated
+    on_policy = source is state.policy  # ratios and the KL can be estimated only from outputs of π_θ
     logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
     GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
@@ -442,8 +441,8 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
     usable = ~rollout.truncated.cpu().view(right.shape) | (not MASK_TRUNCATED)  # [Q, G]
     pairs = []  # (row of o⁺, row of o⁻)
     rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
-    for row, good, bad in zip(rows, right & usable, ~right & usable):
-        pairs += zip(row[good].tolist(), row[bad].tolist())
+    for group, good, bad in zip(rows, right & usable, ~right & usable):
+        pairs += zip(group[good].tolist(), group[bad].tolist())
     num_pairs, num_outputs = map(sum, zip(*llms.gather([(len(pairs), right.numel())])))
     GC, extra = torch.zeros(right.numel()), {"dpo/pairs": num_pairs}  # [N]
     if num_pairs:
@@ -453,7 +452,7 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
         delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [pairs]
         for name, x in (("dpo/loss", -torch.nn.functional.logsigmoid(delta)), ("dpo/margin", delta)):
             extra[name] = sum(llms.gather(x.tolist())) / num_pairs
-        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * num_outputs / num_pairs).to(GC)  # (12) is a mean over pairs
+        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * num_outputs / num_pairs).to(GC)  # 1/N becomes 1/pairs
         GC[minus] = -GC[plus]
     return GC, None, extra
 
@@ -507,7 +506,7 @@ TABLE_10 = {  # data source (the reference is π_sft), gradient coefficient, los
 
 
 def needs_reference():
-    """Is π_ref the source of the outputs, or part of a KL?"""
+    """Is π_ref the source of the outputs, or used for a KL (which Online RFT only records)?"""
     return ALGORITHM in ("rft", "dpo") or (ALGORITHM != "sft" and BETA > 0)
 
 
@@ -565,7 +564,7 @@ def next_questions(state):
 
 @llms.timed("sample")
 def sample(state, model, prompts, group_size=None, temperature=None, generator=None):
-    """o ~ π(O|q): a rollout of group_size outputs for each prompt; without more arguments as in training."""
+    """o ~ π(O|q): a rollout of group_size outputs for each prompt. Without the last three arguments: as in training."""
     if group_size is None:
         group_size, temperature, generator = GROUP_SIZE, TEMPERATURE, state.generator
     inputs = model, state.tokenizer, prompts, group_size, MAX_NEW_TOKENS, temperature, generator
@@ -621,6 +620,7 @@ def supervise_steps(state, rollout, problems, rewards):
 
 def evaluate(state, problems):
     """Greedy on every problem, and pass@k and maj@k from EVAL_SAMPLES samples: metrics, and a record per problem."""
+    votable = all(problem.get("kind") != "program" for problem in problems)  # programs have no answer to vote for
     problems, n = llms.share(problems), EVAL_SAMPLES
     prompts = [llms.encode(state.tokenizer, rldatasets.prompt(problem)) for problem in problems]
     rollout = sample(state, state.policy, prompts, 1, 0.0)
@@ -633,7 +633,7 @@ def evaluate(state, problems):
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):  # paper, Figure 7
         metrics[f"eval/pass@{k}"] = sum(report.pass_at_k(n, c, k) for c in right) / len(right)
         groups = [(rollout.texts[i * n : i * n + k], problem) for i, problem in enumerate(problems)]
-        if all(problem.get("kind") != "program" for problem in problems):  # programs have no answer to vote for
+        if votable:
             votes = llms.gather([evaluator.right(evaluator.majority(group), problem) for group, problem in groups])
             metrics[f"eval/maj@{k}"] = sum(votes) / len(votes)
     return metrics, records
@@ -692,7 +692,7 @@ def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
     about = json.loads(llms.checkpoint_text(state.run / "checkpoint"))
     before, now = about["settings"], settings()
-    if differ := [name for name in before if name not in RESUMABLE and before[name] != now.get(name)]:
+    if differ := [name for name in before if name not in MAY_CHANGE and before[name] != now.get(name)]:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
@@ -716,8 +716,8 @@ def constant_block():
 
 
 CONSTANTS = constant_block()
-RESUMABLE = {"RUN", "STEPS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"}  # a resumed run may change these,
-RESUMABLE |= {"TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"}  # and these, which change only memory
+MAY_CHANGE = {"STEPS", "RUN", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"}  # in a resumed run;
+MAY_CHANGE |= {"TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"}  # these change only memory
 CHOICES = {"ALGORITHM": list(TABLE_10), "SCHEDULE": ["constant", "linear", "cosine"], "BASELINE": ["group", "others"]}
 CHOICES |= {"KL": ["k1", "k2", "k3"], "RATIO": ["token", "sequence"], "SUPERVISION": ["outcome", "process", "both"]}
 CHOICES |= {"DENOMINATOR": ["sequence", "token", "constant"]}
@@ -767,11 +767,11 @@ def parse(argv):
 
 
 def choose_settings(actions, flags):
-    """Write the constants, here and nowhere else: defaults, over them TINY or those of a run, over those the flags."""
+    """Write the constants, here and nowhere else. The later wins: defaults; TINY or the run's settings; flags."""
     run, defaults = actions.resume or actions.evaluate, {name: CONSTANTS[name][1] for name in CONSTANTS}
     known = report.read_config(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
     for name, value in flags.items() if actions.resume else ():
-        if value != known[name] and (name not in RESUMABLE or (name == "STEPS" and known["ITERATIONS"] > 1)):
+        if value != known[name] and (name not in MAY_CHANGE or (name == "STEPS" and known["ITERATIONS"] > 1)):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
     values = defaults | known | flags | ({"MODEL": actions.evaluate} if actions.evaluate else {})
     if values["MODEL"] == "tiny" and not known:
@@ -824,7 +824,7 @@ def check_settings():
 
 
 def check_data(training=True):
-    """The first test questions in the official order, EVAL_QUESTIONS over all tasks. Refuses data that do not fit."""
+    """Check the data; return the test questions: the first of each task, EVAL_QUESTIONS in all."""
     stages = rldatasets.stages(DATASET)
     tasks = [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
     tasks = tasks if EVAL_DATASET else list(dict.fromkeys(name for name, _ in stages))
@@ -892,7 +892,7 @@ def check_and_save(state, metrics, problems, evaluate_at, notes, bar):
         notes.add(note)
     state.failures = state.failures + 1 if metrics["skipped_updates"] else 0
     if state.failures == 3:
-        raise RunError("three steps in a row were not finite; the last checkpoint is older than they are")
+        raise RunError("three steps in a row were not finite; the last checkpoint was saved before them")
     if state.step in evaluate_at:
         record_evaluation(state, problems)
     stopped = max(llms.gather([state.stop_signal or signal.SIGTERM * llms.orphaned()]))
@@ -988,7 +988,7 @@ def main(argv=None):
         lost = llms.lost_another_rank(error)
         if not lost and not isinstance(error, (RunError, torch.OutOfMemoryError)):
             raise
-        status, reason = 1, "lost the other ranks; one may say why; --resume goes on: " * lost + str(error).strip()
+        status, reason = 1, "lost the other ranks, see their output; --resume goes on: " * lost + str(error).strip()
     if llms.RANK:  # rank 0's error appears first, and torchrun ends the others
         time.sleep(3)
     rank = f" on rank {llms.RANK}" if llms.WORLD > 1 else ""

@@ -75,7 +75,7 @@ def gradient(checkpoint, questions, **settings):
     measured = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets, main.TOKEN_BUDGET)
     networks = {"policy": state.policy, "critic": state.critic} if state.critic else {"policy": state.policy}
     gradients = {
-        f"{network}.{name}": llms.whole(weight.grad).clone()
+        f"{network}.{name}": llms.full_tensor(weight.grad).clone()
         for network, module in networks.items()
         for name, weight in module.named_parameters()
         if weight.grad is not None
@@ -94,7 +94,7 @@ def in_bf16(checkpoint):
     A = torch.tensor(llms.share(questions)).flatten()
     main.backward(state, rollout, A, None, ref, main.grpo_loss, None, main.TOKEN_BUDGET)
     llms.precision = before
-    return {name: llms.whole(weight.grad).clone() for name, weight in state.policy.named_parameters()}
+    return {name: llms.full_tensor(weight.grad).clone() for name, weight in state.policy.named_parameters()}
 
 
 def dpo(checkpoint):
@@ -115,7 +115,7 @@ def ten_steps(checkpoint, folder):
     columns = {name: [float(row[name] or 0) for row in rows] for name in names}
     problems = list(itertools.islice(rldatasets.load("arithmetic", "test"), 5))
     metrics, records = main.evaluate(state, problems)
-    weights = {name: llms.whole(weight).detach().clone() for name, weight in state.policy.named_parameters()}
+    weights = {name: llms.full_tensor(weight).detach().clone() for name, weight in state.policy.named_parameters()}
     tensors = {f"metrics.{name}": torch.tensor(values).double() for name, values in (columns | metrics).items()}
     asked = torch.tensor([record["question"] == problem["question"] for record, problem in zip(records, problems)])
     return weights | tensors | {"in order": asked}
