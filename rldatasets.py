@@ -268,22 +268,15 @@ BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} ar
 for _ in range(8):  # the same with braces in it
     BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
 BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not empty
-
-
-def boxed_part(solution):
-    r"""From the first to the last box of the last paragraph that has boxes, or "": `\boxed{1}$ or $\boxed{-1}`."""
-    for paragraph in reversed(re.split(r"\n\s*\n", solution)):
-        boxes = list(re.finditer(BOX, paragraph, re.DOTALL))
-        if boxes:
-            return paragraph[boxes[0].start() : boxes[-1].end()].rstrip(" .")  # the grader opens the boxes
-    return ""
+BOXES = r"(?s)BOX(?:.*?BOX)*".replace("BOX", BOX)  # from the first box to the last
 
 
 def mathematics(row):
     """MATH and similar sets: the answer has a field, as a text or a whole number, or is in a box in the solution."""
     solution, answer = row.get("solution") or "", row.get("answer")
     if answer is None and isinstance(solution, str):
-        answer = boxed_part(solution)
+        boxes = [re.search(BOXES, paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
+        answer = next((found[0].rstrip(" .") for found in reversed(boxes) if found), None)
     if not isinstance(solution, str) or type(answer) not in (str, int) or not str(answer).strip():
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
