@@ -61,9 +61,9 @@ STORIES = [  # question, right operation, wrong operation, share of wrong operat
 ]
 
 
-def in_split(split_key, split):
-    """Is a generated problem with this key in the split? A checksum puts a fifth of all keys into the test split."""
-    return (zlib.crc32(split_key.encode()) % 5 == 0) == (split == "test")
+def in_split(number, split):
+    """For splits that we make: is the problem or row with this number in the split? A fifth is in the test split."""
+    return (number % 5 == 0) == (split == "test")
 
 
 def random_story(rng):
@@ -87,7 +87,7 @@ def arithmetic(split):
     rng, count = random.Random(f"arithmetic {split}"), 0
     while count < SIZES[split]:
         index, a, b = random_story(rng)
-        if in_split(f"{index} {a} {b}", split):
+        if in_split(zlib.crc32(f"{index} {a} {b}".encode()), split):
             yield word_problem(index, a, b, STORIES[index][1], rng)
             count += 1
 
@@ -248,7 +248,7 @@ def puzzles(makers, split, difficulty):
     while len(questions) < SIZES[split] // 5 * len(makers):
         make_puzzle = makers[len(questions) % len(makers)]
         split_key, problem = make_puzzle(rngs[make_puzzle], difficulty)
-        if in_split(str(split_key), split) and problem["question"] not in questions:
+        if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
             questions.add(problem["question"])
             yield problem | {"kind": make_puzzle.__name__}
 
@@ -396,11 +396,8 @@ def rows(name, entry, split):
         else:
             splits, configuration = entry.get("splits", BOTH), entry.get("configuration")
             stream = datasets.load_dataset(entry["hub"], configuration, split=splits[split], streaming=True)
-            shared = splits.get("train") == splits.get("test")  # one split for both: every fifth row is for the test
-            for index, row in enumerate(stream):
-                wanted = (index % 5 == 0) == (split == "test")
-                if wanted or not shared:
-                    yield row
+            shared = splits.get("train") == splits.get("test")  # the hub has one split for both of ours
+            yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
     except Exception as error:  # a broken file or connection can raise almost any error
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         hint = "" if path.exists() else OFFLINE
