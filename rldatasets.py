@@ -229,8 +229,7 @@ def countdown(rng, difficulty):
         terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value and its text
         while len(terms) > 1:
             (a, first), (b, second) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-            allowed = "+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1)  # the signs for a and b
-            sign = rng.choice(allowed)
+            sign = rng.choice("+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1))
             value = OPERATIONS[sign](a, b)
             lines.append(f"{a} {sign} {b} = {value}")
             terms.append((value, f"({first} {sign} {second})"))
@@ -272,7 +271,10 @@ BOXES = r"(?s)BOX(?:.*?BOX)*".replace("BOX", BOX)  # from the first box to the l
 
 
 def mathematics(row):
-    """MATH and similar sets: the answer has a field, as a text or a whole number, or is in a box in the solution."""
+    r"""MATH and similar sets: the answer has a field, as a text or a whole number, or is in boxes in the solution.
+
+    The last paragraph with boxes counts. The grader opens them, so the answer can be `\boxed{1}$ or $\boxed{-1}`.
+    """
     solution, answer = row.get("solution") or "", row.get("answer")
     if answer is None and isinstance(solution, str):
         boxes = [re.search(BOXES, paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
@@ -285,7 +287,7 @@ def mathematics(row):
 def program(question, reference, prelude, setup, tests, wanted):
     """A program to write. The prelude goes before the completion, the setup before the tests.
 
-    `functions`: the tested names (`wanted`) that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
+    `functions`: the `wanted` names that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
     """
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
@@ -394,7 +396,7 @@ def rows(name, entry, split):
             else:
                 yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
         else:
-            splits, configuration = entry.get("splits", BOTH), entry.get("configuration")
+            splits, configuration = entry["splits"], entry.get("configuration")
             stream = datasets.load_dataset(entry["hub"], configuration, split=splits[split], streaming=True)
             shared = splits.get("train") == splits.get("test")  # the hub has one split for both of ours
             yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
@@ -408,9 +410,8 @@ def rows(name, entry, split):
 #   "mine": {"hub": "owner/name"}          the rows of this repository of the Hugging Face hub have one of the FORMATS
 #   "mine": {"make": make_problems}        make_problems(split) yields problems
 #   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns (split_key, problem)
-# Equal puzzles have equal keys. `splits`: our name -> the hub's; the default is BOTH.
+# Equal puzzles have equal keys. `splits`: our name -> the hub's name; if left out, both are called as we call them.
 
-BOTH = {"train": "train", "test": "test"}
 DATASETS = {
     "arithmetic": {"make": arithmetic},
     "knights": {"puzzles": [knights]},  # puzzles have a difficulty from 1 to 5: `knights:3`; without one it is 1
@@ -430,21 +431,21 @@ DATASETS = {
 def entry_of(name):
     """The DATASETS entry of a name such as `gsm8k` or `logic:3`; a new entry for a path or `owner/name`."""
     task, colon, difficulty = name.partition(":")
-    makers = DATASETS.get(task, {}).get("puzzles")
+    makers, entry = DATASETS.get(task, {}).get("puzzles"), DATASETS.get(name, {"hub": name})
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if makers and colon and difficulty not in tuple("12345"):
         raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
     if makers:
-        return {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    if name not in DATASETS and not on_hub and not os.path.exists(name):
+        entry = {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
+    elif name not in DATASETS and not on_hub and not os.path.exists(name):
         raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
-    return DATASETS.get(name, {"hub": name})
+    return {"splits": {"train": "train", "test": "test"}} | entry
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
     entry = entry_of(name)
-    if split not in entry.get("splits", BOTH) and not os.path.exists(name):  # a file or folder can be for any split
+    if split not in entry["splits"] and not os.path.exists(name):  # a file or folder can be for any split
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return entry["make"](split) if "make" in entry else problems(name, entry, split)
