@@ -61,9 +61,9 @@ STORIES = [  # question, right operation, wrong operation, share of wrong operat
 ]
 
 
-def in_split(split_key, split):
-    """Is a generated problem with this key in the split? A checksum puts a fifth of all keys into the test split."""
-    return (zlib.crc32(split_key.encode()) % 5 == 0) == (split == "test")
+def in_split(number, split):
+    """For splits that we make: is the problem or row with this number in the split? A fifth is in the test split."""
+    return (number % 5 == 0) == (split == "test")
 
 
 def random_story(rng):
@@ -87,7 +87,7 @@ def arithmetic(split):
     rng, count = random.Random(f"arithmetic {split}"), 0
     while count < SIZES[split]:
         index, a, b = random_story(rng)
-        if in_split(f"{index} {a} {b}", split):
+        if in_split(zlib.crc32(f"{index} {a} {b}".encode()), split):
             yield word_problem(index, a, b, STORIES[index][1], rng)
             count += 1
 
@@ -229,8 +229,7 @@ def countdown(rng, difficulty):
         terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value and its text
         while len(terms) > 1:
             (a, first), (b, second) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-            allowed = "+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1)  # the signs for a and b
-            sign = rng.choice(allowed)
+            sign = rng.choice("+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1))
             value = OPERATIONS[sign](a, b)
             lines.append(f"{a} {sign} {b} = {value}")
             terms.append((value, f"({first} {sign} {second})"))
@@ -248,7 +247,7 @@ def puzzles(makers, split, difficulty):
     while len(questions) < SIZES[split] // 5 * len(makers):
         make_puzzle = makers[len(questions) % len(makers)]
         split_key, problem = make_puzzle(rngs[make_puzzle], difficulty)
-        if in_split(str(split_key), split) and problem["question"] not in questions:
+        if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
             questions.add(problem["question"])
             yield problem | {"kind": make_puzzle.__name__}
 
@@ -268,22 +267,18 @@ BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} ar
 for _ in range(8):  # the same with braces in it
     BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
 BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not empty
-
-
-def boxed_part(solution):
-    r"""From the first to the last box of the last paragraph that has boxes, or "": `\boxed{1}$ or $\boxed{-1}`."""
-    for paragraph in reversed(re.split(r"\n\s*\n", solution)):
-        boxes = list(re.finditer(BOX, paragraph, re.DOTALL))
-        if boxes:
-            return paragraph[boxes[0].start() : boxes[-1].end()].rstrip(" .")  # the grader opens the boxes
-    return ""
+BOXES = r"(?s)BOX(?:.*?BOX)*".replace("BOX", BOX)  # from the first box to the last
 
 
 def mathematics(row):
-    """MATH and similar sets: the answer has a field, as a text or a whole number, or is in a box in the solution."""
+    r"""MATH and similar sets: the answer has a field, as a text or a whole number, or is in boxes in the solution.
+
+    The last paragraph with boxes counts. The grader opens them, so the answer can be `\boxed{1}$ or $\boxed{-1}`.
+    """
     solution, answer = row.get("solution") or "", row.get("answer")
     if answer is None and isinstance(solution, str):
-        answer = boxed_part(solution)
+        boxes = [re.search(BOXES, paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
+        answer = next((found[0].rstrip(" .") for found in reversed(boxes) if found), None)
     if not isinstance(solution, str) or type(answer) not in (str, int) or not str(answer).strip():
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
@@ -292,7 +287,7 @@ def mathematics(row):
 def program(question, reference, prelude, setup, tests, wanted):
     """A program to write. The prelude goes before the completion, the setup before the tests.
 
-    `functions`: the tested names (`wanted`) that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
+    `functions`: the `wanted` names that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
     """
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
@@ -401,13 +396,10 @@ def rows(name, entry, split):
             else:
                 yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
         else:
-            splits, configuration = entry.get("splits", BOTH), entry.get("configuration")
+            splits, configuration = entry["splits"], entry.get("configuration")
             stream = datasets.load_dataset(entry["hub"], configuration, split=splits[split], streaming=True)
-            shared = splits.get("train") == splits.get("test")  # one split for both: every fifth row is for the test
-            for index, row in enumerate(stream):
-                wanted = (index % 5 == 0) == (split == "test")
-                if wanted or not shared:
-                    yield row
+            shared = splits.get("train") == splits.get("test")  # the hub has one split for both of ours
+            yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
     except Exception as error:  # a broken file or connection can raise almost any error
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         hint = "" if path.exists() else OFFLINE
@@ -418,9 +410,8 @@ def rows(name, entry, split):
 #   "mine": {"hub": "owner/name"}          the rows of this repository of the Hugging Face hub have one of the FORMATS
 #   "mine": {"make": make_problems}        make_problems(split) yields problems
 #   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns (split_key, problem)
-# Equal puzzles have equal keys. `splits`: our name -> the hub's; the default is BOTH.
+# Equal puzzles have equal keys. `splits`: our name -> the hub's name; if left out, both are called as we call them.
 
-BOTH = {"train": "train", "test": "test"}
 DATASETS = {
     "arithmetic": {"make": arithmetic},
     "knights": {"puzzles": [knights]},  # puzzles have a difficulty from 1 to 5: `knights:3`; without one it is 1
@@ -440,21 +431,21 @@ DATASETS = {
 def entry_of(name):
     """The DATASETS entry of a name such as `gsm8k` or `logic:3`; a new entry for a path or `owner/name`."""
     task, colon, difficulty = name.partition(":")
-    makers = DATASETS.get(task, {}).get("puzzles")
+    makers, entry = DATASETS.get(task, {}).get("puzzles"), DATASETS.get(name, {"hub": name})
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if makers and colon and difficulty not in tuple("12345"):
         raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
     if makers:
-        return {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    if name not in DATASETS and not on_hub and not os.path.exists(name):
+        entry = {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
+    elif name not in DATASETS and not on_hub and not os.path.exists(name):
         raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
-    return DATASETS.get(name, {"hub": name})
+    return {"splits": {"train": "train", "test": "test"}} | entry
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
     entry = entry_of(name)
-    if split not in entry.get("splits", BOTH) and not os.path.exists(name):  # a file or folder can be for any split
+    if split not in entry["splits"] and not os.path.exists(name):  # a file or folder can be for any split
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return entry["make"](split) if "make" in entry else problems(name, entry, split)
