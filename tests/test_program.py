@@ -402,7 +402,7 @@ def test_a_curriculum_of_puzzles_and_programs_runs_on_a_small_checkpoint(finishe
     row = {"text": "Write f() that gives 1.", "code": "def f():\n    return 1\n", "test_list": ["assert f() == 1"]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     stages = ["--dataset", "countdown:1:1,knights:2:1,train.jsonl:1", "--eval_dataset", "order:1,countdown:1"]
-    code, out, err = inside(*flags[:2], *flags[4:10], *stages, "--eval_questions", "4", "--run", "stages")
+    code, _, err = inside(*flags[:2], *flags[4:10], *stages, "--eval_questions", "4", "--run", "stages")
     assert code == 0, err
     rows = lines(Path("runs/stages/metrics.jsonl"))
     assert [row["stage"] for row in rows if "stage" in row] == ["countdown:1", "knights:2", "train.jsonl"]
