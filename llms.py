@@ -199,7 +199,10 @@ def save_checkpoint(folder, networks, optimizer, generator, about):
     if RANK == 0:
         folder.mkdir(exist_ok=True)
         metadata = {"about": about, "checksum": checksum(tensors.get, tensors, about)}
-        safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
+        try:
+            safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{folder} cannot be written: {error}") from None
         with open(folder / "unfinished", "rb") as file:
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(folder / "unfinished", folder / "state.safetensors")

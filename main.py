@@ -945,11 +945,11 @@ def run_steps(state, problems, evaluate_at):
             record_evaluation(state, problems)
         save_checkpoint(state)
     notes = set()
-    with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0) as bar:
+    with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None) as bar:
         stopped = train(state, lambda *state_and_row: check_and_save(*state_and_row, problems, evaluate_at, notes, bar))
     if stopped:
         start = "python" if llms.WORLD == 1 else f"torchrun --nproc_per_node {llms.LOCAL_WORLD}"
-        say(f"stopped after step {state.step} and saved; go on with: {start} main.py --resume {run}")
+        say(f"stopped after step {state.step} and saved; go on with: {start} {report.resume_command(run)}")
         return 128 + stopped
     llms.save(policy, state.tokenizer, run / "model")
     if llms.RANK == 0:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import textwrap
@@ -24,6 +25,11 @@ except ImportError:  # Windows has no such locks
 
 class FolderError(ValueError):
     """What is wrong with a run's folder, in one line."""
+
+
+def resume_command(run):
+    """The command that continues a run, for any shell."""
+    return f"main.py --resume {shlex.quote(str(run))}"
 
 
 # ---- metrics of outputs --------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def trained(run):
 
 def saved_step(run):
     with safetensors.safe_open(run / "checkpoint" / "state.safetensors", "pt") as file:
-        return json.loads(file.metadata()["counters"])["step"]
+        return json.loads(file.metadata()["about"])["counters"]["step"]
 
 
 def contents(folder):
@@ -360,7 +360,7 @@ def damaged_checkpoint(work):
         path.write_bytes(content)
         before = contents(run)
         try:
-            refuses(Program(work, "--resume", "runs/damaged"), "state.safetensors")
+            refuses(Program(work, "--resume", "runs/damaged"), "checkpoint")
             assert contents(run) == before, "files were changed"
         except AssertionError as error:
             broken.append(f"{name}: {error}")

@@ -21,7 +21,7 @@ import transformers
 import evaluator
 import llms
 import main
-from plots import reproduce
+from plots import report, reproduce
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8 --steps 6 --eval_every 3 --eval_questions 4"
@@ -130,6 +130,11 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished,
         code, _, err = inside("--resume", f"runs/stopped-{number}", "--steps", str(done + 1))
         assert code == 0, err
         assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
+
+
+def test_the_command_that_continues_a_run_is_quoted_for_the_shell():
+    assert report.resume_command(Path("runs/a b")) == "main.py --resume 'runs/a b'"
+    assert report.resume_command(Path("runs/a")) == "main.py --resume runs/a"
 
 
 def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished, inside):
