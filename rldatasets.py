@@ -120,9 +120,9 @@ def messy_corpus(count=14000):
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
-# A clue is (form, a, b, k): a sentence with gaps, two persons, who are numbered from 0, and a number for {k}.
+# A clue is a tuple (form, a, b, k): a sentence with gaps, two persons by number, from 0, and the number for {k}.
 
-SAYINGS = {  # what person `me` can say, and when it is true; knight[i]: is person i a knight? Later ones are harder
+SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i a knight? The later, the harder
     "{a} is a knight": lambda knight, me, a, b, k: knight[a],
     "{a} is a knave": lambda knight, me, a, b, k: not knight[a],
     "{a} and I are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[me],
@@ -138,19 +138,19 @@ SAYINGS = {  # what person `me` can say, and when it is true; knight[i]: is pers
     "if {a} is a knight, then so is {b}": lambda knight, me, a, b, k: not knight[a] or knight[b],
 }
 
-CLUES = {  # clues about a race, and when they are true; place[i]: the place of person i, from 1. Later ones say less
+CLUES = {  # a clue about a race: when it is true. place[i]: the place of person i, from 1. The later, the less it tells
     "{a} came in place {k}": lambda place, a, b, k: place[a] == k,
     "{a} came directly before {b}": lambda place, a, b, k: place[a] + 1 == place[b],
     "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
     "{a} and {b} came one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) == 1,
     "exactly {k} came between {a} and {b}": lambda place, a, b, k: abs(place[a] - place[b]) == k + 1,
-    # not with k = 1, which says no more than "came before"
+    # with k = 1 it would tell no more than "came before"
     "{a} came at least {k} places before {b}": lambda place, a, b, k: (place[b] - place[a] >= k) & (k > 1),
     "{a} did not come in place {k}": lambda place, a, b, k: place[a] != k,
     "{a} and {b} did not come one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) > 1,
 }
 
-# n: the place of each of n persons in each possible order, [n, n!]; in order 0, person i has place i + 1
+# for n persons: their places in each possible order, [n, n!]; in order 0, person i has place i + 1
 PLACES = {n: numpy.array(list(itertools.permutations(range(1, n + 1))), dtype=numpy.int8).T for n in range(3, 8)}
 
 
@@ -169,40 +169,42 @@ def sentence(names, form, a, b, k):
 
 
 def knights(rng, difficulty):
-    """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles fits all of it."""
+    """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles agrees with it all."""
     n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
     choices = possible = list(itertools.product([False, True], repeat=n))
-    while len(possible) > 1:  # draw roles and sayings again until only one choice is possible
+    while len(possible) > 1:  # draw roles and sayings again until only one choice of roles is possible
         knight, clues, possible = rng.choice(choices), [], choices
         while len(clues) < n:
             me, (form, a, b, k) = len(clues), random_clue(rng, forms, n)
-            # what a person says is true exactly if a knight says it
+            # a knight says what is true, a knave what is false
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
                 clues.append((form, a, b, k))
                 possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
 
     names, roles = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
     quotes = [f'"{sentence(names, *clue)}"' for clue in clues]
-    answer = ", ".join(map("{}: {}".format, names, roles))
-    question = "Knights always tell the truth, knaves always lie. "
-    question += " ".join(map("{} says: {}.".format, names, quotes))
-    question += " Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
+    answer = ", ".join(f"{name}: {role}" for name, role in zip(names, roles))
+    says = " ".join(f"{name} says: {quote}." for name, quote in zip(names, quotes))
+    question = f"Knights always tell the truth, knaves always lie. {says} "
+    question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
     lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
-    # puzzles that differ only in names and in the order of persons have equal keys
-    split_key = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
-    return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": names}
+    # equal for puzzles that differ only in names and in the order of persons
+    split_key = sorted(
+        f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)
+    )
+    return split_key, {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
 def order(rng, difficulty):
-    """A race told by clues, all needed. Only the order in which person 0 is first, person 1 second, ... agrees."""
+    """A race told by clues, none of them superfluous. Person 0 comes first, person 1 second, and so on."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
     clues = {}  # a clue: [n!] which orders agree with it
     possible = numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with all clues so far
     while possible.sum() > 1:
-        form, a, b, k = clue = random_clue(rng, forms, n)
-        agrees = CLUES[form](PLACES[n], a, b, k)  # [n!]
-        if agrees[0] and (possible & ~agrees).any():
+        clue = form, *gaps = random_clue(rng, forms, n)
+        agrees = CLUES[form](PLACES[n], *gaps)  # [n!]
+        if agrees[0] and (possible & ~agrees).any():  # the clue is true, and excludes an order
             clues[clue] = agrees
             possible &= agrees
     for clue in list(clues):
@@ -212,9 +214,9 @@ def order(rng, difficulty):
 
     names = rng.sample(NAMES, n)
     answer, with_places = ", ".join(names), [f"{name} ({place})" for place, name in enumerate(names, 1)]
-    question = f"{', '.join(sorted(names))} ran a race, and no two came together. "
-    question += " ".join(f"{sentence(names, *clue)}." for clue in clues)
-    question += " In which order did they come? Answer with all names from first to last, separated by commas."
+    told = " ".join(f"{sentence(names, *clue)}." for clue in clues)
+    question = f"{', '.join(sorted(names))} ran a race, and no two came together. {told} "
+    question += "In which order did they come? Answer with all names from first to last, separated by commas."
     lines = [f"{sentence(with_places, *clue)}." for clue in clues]
     solution = "\n".join([f"Try {answer}.", *lines, "No other order agrees with everything told."])
     split_key = sorted(f"{form} {sorted([a, b])} {k}" for form, a, b, k in clues)
@@ -228,8 +230,10 @@ def countdown(rng, difficulty):
         numbers = [rng.randint(1, 10 * difficulty) for _ in range(min(difficulty + 2, 6))]
         terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value and its text
         while len(terms) > 1:
-            (a, first), (b, second) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-            sign = rng.choice("+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1))
+            a, first = terms.pop(rng.randrange(len(terms)))
+            b, second = terms.pop(rng.randrange(len(terms)))
+            allowed = {"+": True, "*": a * b < 1000, "-": a > b, "/": a % b == 0 and b > 1}
+            sign = rng.choice([sign for sign in allowed if allowed[sign]])
             value = OPERATIONS[sign](a, b)
             lines.append(f"{a} {sign} {b} = {value}")
             terms.append((value, f"({first} {sign} {second})"))
@@ -241,15 +245,15 @@ def countdown(rng, difficulty):
 
 
 def puzzles(makers, split, difficulty):
-    """The puzzles of a split, always the same. Renaming the persons does not move a puzzle to the other split."""
-    rngs = {make_puzzle: random.Random(f"{make_puzzle.__name__} {difficulty} {split}") for make_puzzle in makers}
+    """The puzzles of a split, always the same, of each kind in turn. Puzzles with the same key are in the same split."""
+    rngs = [random.Random(f"{make_puzzle.__name__} {difficulty} {split}") for make_puzzle in makers]
     questions = set()
     while len(questions) < SIZES[split] // 5 * len(makers):
-        make_puzzle = makers[len(questions) % len(makers)]
-        split_key, problem = make_puzzle(rngs[make_puzzle], difficulty)
+        turn = len(questions) % len(makers)
+        split_key, problem = makers[turn](rngs[turn], difficulty)
         if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
             questions.add(problem["question"])
-            yield problem | {"kind": make_puzzle.__name__}
+            yield problem | {"kind": makers[turn].__name__}
 
 
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
@@ -369,15 +373,20 @@ def files_of(path, split):
 
 
 def json_rows(path):
-    """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        first = next(filter(str.strip, file), "")  # the first line that is not blank
+    """Stream the rows of a JSON file: one on each line, or one row or a list of rows over several lines."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        texts = filter(str.strip, file)  # the lines that are not blank
+        first = next(texts, "")
         try:
-            value = json.loads(first)
-        except json.JSONDecodeError:
-            value = json.loads(first + file.read())
-        yield from value if isinstance(value, list) else [value]
-        yield from map(json.loads, filter(str.strip, file))
+            json.loads(first)
+        except json.JSONDecodeError:  # it is no row: the whole file is one text
+            first += file.read()
+        for row, text in enumerate(itertools.chain([first], texts)):
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, row {row}: {error}") from error
+            yield from value if isinstance(value, list) else [value]
 
 
 def rows(name, entry, split):
