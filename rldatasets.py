@@ -267,23 +267,22 @@ def answer_after(mark, question, solution):
     return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
-BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} are text
-for _ in range(8):  # the same with braces in it
-    BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
-BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not empty
-BOXES = r"(?s)BOX(?:.*?BOX)*".replace("BOX", BOX)  # from the first box to the last
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
+for _ in range(8):
+    BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
+BOX = rf"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{{\s*\}})\{{{BALANCED}\}}|[^\s{{$][^$\n]*)"  # `\boxed{5}` or `\boxed 5`
 
 
 def mathematics(row):
-    r"""MATH and similar sets: the answer has a field, as a text or a whole number, or is in boxes in the solution.
+    r"""MATH and similar sets: the answer is the field `answer`, a text or a whole number, or boxed in the solution.
 
-    The last paragraph with boxes counts. The grader opens them, so the answer can be `\boxed{1}$ or $\boxed{-1}`.
+    The last paragraph with boxes counts, from its first box to its last, such as `\boxed{1}$ or $\boxed{-1}`.
     """
     solution, answer = row.get("solution") or "", row.get("answer")
-    if answer is None and isinstance(solution, str):
-        boxes = [re.search(BOXES, paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
+    if answer is None:
+        boxes = [re.search(rf"(?s){BOX}(?:.*{BOX})?", paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
         answer = next((found[0].rstrip(" .") for found in reversed(boxes) if found), None)
-    if not isinstance(solution, str) or type(answer) not in (str, int) or not str(answer).strip():
+    if type(answer) not in (str, int) or not str(answer).strip():
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
 
@@ -291,11 +290,10 @@ def mathematics(row):
 def program(question, reference, prelude, setup, tests, wanted):
     """A program to write. The prelude goes before the completion, the setup before the tests.
 
-    `functions`: the `wanted` names that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
+    `functions`: which of the `wanted` names the reference program defines. A right completion defines them too.
     """
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
-    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
-    if not functions or not any(isinstance(node, ast.Assert) for node in nodes):
+    if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
     problem = {"question": question, "answer": reference, "kind": "program", "solution": reference}
     return problem | {"prelude": prelude, "setup": setup, "tests": tests, "functions": functions}
@@ -305,7 +303,7 @@ def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
     head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
     statements = [statement for node in nodes if getattr(node, "name", None) == "check" for statement in node.body]
-    # leave out `assert True`, which many rows have and which tests nothing
+    # many rows have `assert True`, which tests nothing
     tests = [ast.unparse(node) for node in statements if not isinstance(getattr(node, "test", None), ast.Constant)]
     setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
@@ -314,15 +312,15 @@ def humaneval(row):
 
 
 def mbpp(description, row):
-    """MBPP: a function to write from a description and its tests, which tell its name."""
+    """MBPP: a function to write from a description and its tests. The name of the function is in the tests."""
     tests, imports, setup = row.get("test_list") or [], row.get("test_imports") or [], row.get("test_setup_code") or ""
     test_code = "\n".join(tests)
-    wanted = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
+    names = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
     question = f"{description} Answer with Python code only. It must pass these tests:\n\n{test_code}"
-    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, wanted)
+    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, names)
 
 
-FORMATS = {  # the texts that a row must have: the function that makes a problem of it
+FORMATS = {  # the fields that must hold text, and the function that turns such a row into a problem
     ("question", "answer"): lambda row: answer_after("####", row["question"], row["answer"]),  # GSM8K
     ("query", "response"): lambda row: answer_after("The answer is:", row["query"], row["response"]),  # MetaMathQA
     ("problem",): mathematics,
@@ -332,28 +330,23 @@ FORMATS = {  # the texts that a row must have: the function that makes a problem
 }
 
 
-def problems(name, entry, split):
-    """The rows of a split as problems. An error names the row, counted from 0."""
-    for index, row in enumerate(rows(name, entry, split)):
-        fields = row.items() if isinstance(row, dict) else []
-        try:
-            # encode() raises an error for a lone surrogate, which JSON can hold as "\ud800"
-            texts = {field for field, value in fields if isinstance(value, str) and value.strip().encode()}
-            function = next((function for needed, function in FORMATS.items() if texts.issuperset(needed)), None)
-            if function is None:
-                raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
-            with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
-                problem = function(row)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-            reason = str(error) or "its program is nested too deeply"
-            raise DataError(f"{name}, {split} split, row {index}: {reason}") from error
-        yield problem
+def problem_of(row):
+    """A row as a problem, by the first of the FORMATS that it has."""
+    fields = row.items() if isinstance(row, dict) else []
+    texts = {field for field, value in fields if isinstance(value, str) and value.strip()}
+    function = next((function for needed, function in FORMATS.items() if texts.issuperset(needed)), None)
+    if function is None:
+        raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
+    with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
+        problem = function(row)
+    # no tokenizer takes half of a surrogate pair, which JSON can hold as "\ud800": it is an error here
+    (problem["question"] + written_out(problem)).encode()
+    return problem
 
 
 # ---- rows from files, folders and the hub --------------------------------------------------------------------------
 
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")  # .gz can follow each of them
-OFFLINE = "; offline, give a file or folder in its place (--dataset PATH), or use --dataset arithmetic"
 
 
 def files_of(path, split):
@@ -367,52 +360,59 @@ def files_of(path, split):
         files = (file for file in folder.glob("*") if split in re.split(r"[^a-z]+", file.stem.lower()))
     files = sorted(files, key=lambda file: (file.parent, len(file.stem), file))  # 2.json before 10.json
     for suffix in SUFFIXES:
-        if found := [file for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
-            return suffix, list(map(str, found))
+        if found := [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
+            return suffix, found
     raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its path")
 
 
 def json_rows(path):
-    """Stream the rows of a JSON file: one on each line, or one row or a list of rows over several lines."""
+    """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-        texts = filter(str.strip, file)  # the lines that are not blank
-        first = next(texts, "")
+        lines = filter(str.strip, file)  # those that are not blank
+        first = next(lines, "")
         try:
-            json.loads(first)
-        except json.JSONDecodeError:  # it is no row: the whole file is one text
-            first += file.read()
-        for row, text in enumerate(itertools.chain([first], texts)):
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {row}: {error}") from error
-            yield from value if isinstance(value, list) else [value]
+            value = json.loads(first)
+        except json.JSONDecodeError:  # then the whole file is one text
+            value = json.loads(first + file.read())
+        yield from value if isinstance(value, list) else [value]
+        yield from map(json.loads, lines)
 
 
-def rows(name, entry, split):
-    """Stream the rows of a split, from the file or folder of that name if there is one, else from the hub."""
+def rows(entry, split):
+    """Stream the rows of a split, from a file, a folder or the hub."""
     import datasets  # here, because it is slow to import and the generated problems do not need it
 
     datasets.disable_progress_bars()
     for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error below says in one line what went wrong
-    path = Path(name)
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # `problems` says in one line what went wrong
+    if "hub" in entry:
+        splits, configuration = entry.get("splits", {}), entry.get("configuration")
+        stream = datasets.load_dataset(entry["hub"], configuration, split=splits.get(split, split), streaming=True)
+        shared = len(set(splits.values())) < len(splits)  # one split of the hub is both of ours
+        yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
+        return
+    suffix, files = files_of(Path(entry["path"]), split)
+    if suffix in (".csv", ".parquet"):
+        yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
+        return
+    for file in files:
+        try:
+            yield from json_rows(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, after {error.doc[: error.pos][-30:]!r}: {error.msg}") from error
+
+
+def problems(name, entry, split):
+    """The rows of a split as problems. An error names the row, counted from 0."""
+    index = 0
     try:
-        if path.exists():
-            suffix, files = files_of(path, split)
-            if suffix in (".json", ".jsonl"):
-                yield from itertools.chain.from_iterable(map(json_rows, files))
-            else:
-                yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
-        else:
-            splits, configuration = entry["splits"], entry.get("configuration")
-            stream = datasets.load_dataset(entry["hub"], configuration, split=splits[split], streaming=True)
-            shared = splits.get("train") == splits.get("test")  # the hub has one split for both of ours
-            yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
-    except Exception as error:  # a broken file or connection can raise almost any error
+        for row in rows(entry, split):
+            yield problem_of(row)
+            index += 1
+    except Exception as error:  # a broken row, file or connection can raise almost any error
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        hint = "" if path.exists() else OFFLINE
-        raise DataError(f"cannot read {name}, {split} split: {reason}{hint}") from error
+        hint = "; offline, use --dataset arithmetic or --dataset PATH, a file or folder" if "hub" in entry else ""
+        raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
 
 
 # ---- data sets by name: to add one of your own, add one line to DATASETS -------------------------------------------
@@ -438,23 +438,27 @@ DATASETS = {
 
 
 def entry_of(name):
-    """The DATASETS entry of a name such as `gsm8k` or `logic:3`; a new entry for a path or `owner/name`."""
+    """The entry of a data set in DATASETS; a new one for `logic:3`, for a file or folder, and for `owner/name`."""
+    if not name:
+        raise DataError("the name of a data set is missing: write names as in gsm8k or logic:3:100,gsm8k:400")
     task, colon, difficulty = name.partition(":")
     makers, entry = DATASETS.get(task, {}).get("puzzles"), DATASETS.get(name, {"hub": name})
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if makers and colon and difficulty not in tuple("12345"):
         raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
     if makers:
-        entry = {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
-    elif name not in DATASETS and not on_hub and not os.path.exists(name):
+        return {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
+    if "hub" in entry and os.path.exists(name):
+        return {"path": name}
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
+    if name not in DATASETS and not on_hub:
         raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
-    return {"splits": {"train": "train", "test": "test"}} | entry
+    return entry
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
     entry = entry_of(name)
-    if split not in entry["splits"] and not os.path.exists(name):  # a file or folder can be for any split
+    if split not in entry.get("splits", [split]):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return entry["make"](split) if "make" in entry else problems(name, entry, split)
@@ -462,17 +466,17 @@ def load(name, split):
 
 def stages(spec):
     """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)]."""
-    if os.path.exists(spec):
+    if os.path.exists(spec):  # a path can have commas and colons in it
         return [(spec, None)]
     found = []
     for stage in spec.split(","):
-        name, *parts = stage.strip().split(":")
-        if parts and "puzzles" in DATASETS.get(name, {}):
-            name = f"{name}:{parts.pop(0)}"
-        entry_of(name)
-        if len(parts) > 1 or (parts and not re.fullmatch("[1-9][0-9]{0,8}", parts[0])):
+        name, *numbers = stage.strip().split(":")
+        if numbers and "puzzles" in DATASETS.get(name, {}):
+            name = f"{name}:{numbers.pop(0)}"
+        entry_of(name)  # refuses an unknown name
+        if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
-        found.append((name, int(parts[0]) if parts else None))
+        found.append((name, int(numbers[0]) if numbers else None))
     if len(found) > 1 and any(steps is None for _, steps in found):
         raise DataError(f"{spec}: each of several stages needs its steps, as in logic:3:100,gsm8k:400")
     return found
@@ -482,7 +486,7 @@ def shuffled(name, split, seed, position=0):
     """The problems of a split without end, from number `position` on. The seed gives each epoch its own order."""
     for epoch in itertools.count():
         rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
-        while block := list(itertools.islice(stream, 10_000)):  # block by block, as a data set can exceed the memory
+        while block := list(itertools.islice(stream, 10_000)):  # in blocks, as a data set can be larger than the memory
             empty = False
             rng.shuffle(block)
             yield from block[position:]
