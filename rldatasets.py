@@ -157,9 +157,7 @@ PLACES = {n: numpy.array(list(itertools.permutations(range(1, n + 1))), dtype=nu
 def random_clue(rng, forms, n):
     """A random clue about n persons, true or not. If the form has no {b}, b is a; if it has no {k}, k is 0."""
     form, (a, b) = rng.choice(forms), rng.sample(range(n), 2)
-    b = b if "{b}" in form else a
-    k = rng.randint(1, n) if "{k}" in form else 0
-    return form, a, b, k
+    return form, a, b if "{b}" in form else a, rng.randint(1, n) if "{k}" in form else 0
 
 
 def sentence(names, form, a, b, k):
@@ -189,11 +187,9 @@ def knights(rng, difficulty):
     question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
     lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
-    # equal for puzzles that differ only in names and in the order of persons
-    split_key = sorted(
-        f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)
-    )
-    return split_key, {"question": question, "answer": answer, "solution": solution, "names": names}
+    # puzzles that differ only in names and in the order of persons have equal keys
+    split_key = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
+    return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
 def order(rng, difficulty):
@@ -244,16 +240,19 @@ def countdown(rng, difficulty):
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
 
 
-def puzzles(makers, split, difficulty):
-    """The puzzles of a split, always the same, of each kind in turn. Puzzles with the same key are in the same split."""
-    rngs = [random.Random(f"{make_puzzle.__name__} {difficulty} {split}") for make_puzzle in makers]
+def puzzles(makers, difficulty, split):
+    """The puzzles of a split, always the same, of each kind in turn. make(rng, difficulty) returns (split_key, puzzle).
+
+    Puzzles with equal keys are in the same split, so that new names for the persons do not make a test puzzle.
+    """
+    kinds = [(make, random.Random(f"{make.__name__} {difficulty} {split}")) for make in makers]
     questions = set()
     while len(questions) < SIZES[split] // 5 * len(makers):
-        turn = len(questions) % len(makers)
-        split_key, problem = makers[turn](rngs[turn], difficulty)
+        make, rng = kinds[len(questions) % len(kinds)]
+        split_key, problem = make(rng, difficulty)
         if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
             questions.add(problem["question"])
-            yield problem | {"kind": makers[turn].__name__}
+            yield problem | {"kind": make.__name__}
 
 
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
@@ -287,12 +286,10 @@ def mathematics(row):
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
 
 
-def program(question, reference, prelude, setup, tests, wanted):
-    """A program to write. The prelude goes before the completion, the setup before the tests.
-
-    `functions`: which of the `wanted` names the reference program defines. A right completion defines them too.
-    """
-    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
+def program(question, reference, prelude, setup, tests, names):
+    """A program to write. The prelude goes before the completion, the setup before the tests."""
+    # those of the names that the reference program defines: a right completion defines them too
+    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
     problem = {"question": question, "answer": reference, "kind": "program", "solution": reference}
@@ -339,8 +336,7 @@ def problem_of(row):
         raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
     with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
         problem = function(row)
-    # no tokenizer takes half of a surrogate pair, which JSON can hold as "\ud800": it is an error here
-    (problem["question"] + written_out(problem)).encode()
+    (problem["question"] + written_out(problem)).encode()  # an error for "\ud800", half a character, from a JSON file
     return problem
 
 
@@ -368,18 +364,19 @@ def files_of(path, split):
 def json_rows(path):
     """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-        lines = filter(str.strip, file)  # those that are not blank
+        lines = filter(str.strip, file)  # the lines that are not blank
         first = next(lines, "")
-        try:
-            value = json.loads(first)
-        except json.JSONDecodeError:  # then the whole file is one text
-            value = json.loads(first + file.read())
-        yield from value if isinstance(value, list) else [value]
-        yield from map(json.loads, lines)
+        one_per_line = re.fullmatch(r"\s*\{.*\}\s*", first)
+        for text in itertools.chain([first], lines) if one_per_line else [first + file.read()]:
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, after {error.doc[: error.pos][-30:]!r}: {error.msg}") from error
+            yield from value if isinstance(value, list) else [value]
 
 
 def rows(entry, split):
-    """Stream the rows of a split, from a file, a folder or the hub."""
+    """Stream the rows of a split, from the hub, a file or a folder."""
     import datasets  # here, because it is slow to import and the generated problems do not need it
 
     datasets.disable_progress_bars()
@@ -388,18 +385,14 @@ def rows(entry, split):
     if "hub" in entry:
         splits, configuration = entry.get("splits", {}), entry.get("configuration")
         stream = datasets.load_dataset(entry["hub"], configuration, split=splits.get(split, split), streaming=True)
-        shared = len(set(splits.values())) < len(splits)  # one split of the hub is both of ours
+        shared = len(splits) > len(set(splits.values()))  # one split of the hub is for training and testing
         yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
         return
     suffix, files = files_of(Path(entry["path"]), split)
     if suffix in (".csv", ".parquet"):
         yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
-        return
-    for file in files:
-        try:
-            yield from json_rows(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, after {error.doc[: error.pos][-30:]!r}: {error.msg}") from error
+    else:  # not with `datasets`: it makes the text "2020-01-01" a date, and "005" a number if other answers are
+        yield from itertools.chain.from_iterable(map(json_rows, files))
 
 
 def problems(name, entry, split):
@@ -415,18 +408,13 @@ def problems(name, entry, split):
         raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
 
 
-# ---- data sets by name: to add one of your own, add one line to DATASETS -------------------------------------------
-#   "mine": {"hub": "owner/name"}          the rows of this repository of the Hugging Face hub have one of the FORMATS
-#   "mine": {"make": make_problems}        make_problems(split) yields problems
-#   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns (split_key, problem)
-# Equal puzzles have equal keys. `splits`: our name -> the hub's name; if left out, both are called as we call them.
+# ---- data sets by name: to add one of your own, add one line to DATASETS or PUZZLES --------------------------------
+#   "mine": {"hub": "owner/name"}      the rows of this repository of the Hugging Face hub have one of the FORMATS
+#   "mine": {"make": make_problems}    make_problems(split) yields problems
+# `splits`: the hub's name for our train or test split, if it is another one. For PUZZLES see `puzzles`.
 
 DATASETS = {
     "arithmetic": {"make": arithmetic},
-    "knights": {"puzzles": [knights]},  # puzzles have a difficulty from 1 to 5: `knights:3`; without one it is 1
-    "order": {"puzzles": [order]},
-    "countdown": {"puzzles": [countdown]},
-    "logic": {"puzzles": [knights, order, countdown]},
     "gsm8k": {"hub": "openai/gsm8k", "configuration": "main"},
     "math": {"hub": "nlile/hendrycks-MATH-benchmark"},  # its test split is MATH-500
     "metamath": {"hub": "meta-math/MetaMathQA", "splits": {"train": "train"}},
@@ -435,33 +423,27 @@ DATASETS = {
     "humaneval": {"hub": "openai/openai_humaneval", "splits": {"train": "test", "test": "test"}},
     "mbpp": {"hub": "google-research-datasets/mbpp", "configuration": "full"},
 }
-
-
-def entry_of(name):
-    """The entry of a data set in DATASETS; a new one for `logic:3`, for a file or folder, and for `owner/name`."""
-    if not name:
-        raise DataError("the name of a data set is missing: write names as in gsm8k or logic:3:100,gsm8k:400")
-    task, colon, difficulty = name.partition(":")
-    makers, entry = DATASETS.get(task, {}).get("puzzles"), DATASETS.get(name, {"hub": name})
-    if makers and colon and difficulty not in tuple("12345"):
-        raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
-    if makers:
-        return {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
-    if "hub" in entry and os.path.exists(name):
-        return {"path": name}
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    if name not in DATASETS and not on_hub:
-        raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
-    return entry
+PUZZLES = {"knights": [knights], "order": [order], "countdown": [countdown], "logic": [knights, order, countdown]}
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
-    entry = entry_of(name)
+    task, _, difficulty = name.partition(":")
+    if name in PUZZLES or (task in PUZZLES and difficulty in tuple("12345")):
+        return puzzles(PUZZLES[task], int(difficulty or 1), split)
+    entry = DATASETS.get(name, {"hub": name})
+    if "make" in entry:
+        return entry["make"](split)
+    if os.path.exists(name):  # a file or folder of your own comes before the hub
+        return problems(name, {"path": name}, split)
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
+    if name not in DATASETS and not on_hub:
+        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder (puzzles: from 1 to 5, as in logic:3)"
+        raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}")
     if split not in entry.get("splits", [split]):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
-    return entry["make"](split) if "make" in entry else problems(name, entry, split)
+    return problems(name, entry, split)
 
 
 def stages(spec):
@@ -471,9 +453,10 @@ def stages(spec):
     found = []
     for stage in spec.split(","):
         name, *numbers = stage.strip().split(":")
-        if numbers and "puzzles" in DATASETS.get(name, {}):
+        if not name:
+            raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
+        if numbers and name in PUZZLES:
             name = f"{name}:{numbers.pop(0)}"
-        entry_of(name)  # refuses an unknown name
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
         found.append((name, int(numbers[0]) if numbers else None))
