@@ -3,7 +3,7 @@
 A problem is a plain dict: `question`, `answer` (what a completion is graded against), `solution` (a worked one, or ""),
 `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as the
 tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
-`load`, `shuffled` and `stages`, at the end; to add a data set, add a line to DATASETS, above them.
+`load`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
 """
 
 import ast
@@ -43,7 +43,7 @@ def written_out(problem):
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
-SIZES = {"train": 5000, "test": 1000}  # of the word problems; a fifth of it for each kind and difficulty of puzzles
+SIZES = {"train": 5000, "test": 1000}  # word problems; of puzzles, a fifth of this for each kind and difficulty
 
 STORIES = [  # question, right operation, wrong operation, share of wrong operations in messy_corpus
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "-", 0.2),
@@ -62,12 +62,12 @@ STORIES = [  # question, right operation, wrong operation, share of wrong operat
 
 
 def in_split(number, split):
-    """For splits that we make: is the problem or row with this number in the split? A fifth is in the test split."""
+    """Does this number belong to the split? Every fifth number is for testing, all others are for training."""
     return (number % 5 == 0) == (split == "test")
 
 
 def random_story(rng):
-    """The index of a story and its two numbers: a > b for sums and differences, both from 2 to 6 for products."""
+    """The index of a story and two numbers for it: both from 2 to 6 for a product, a > b for all others."""
     index = rng.randrange(len(STORIES))
     product = STORIES[index][1] == "*"
     a = rng.randint(2, 6) if product else rng.randint(3, 12)
@@ -75,7 +75,7 @@ def random_story(rng):
 
 
 def word_problem(index, a, b, operation, rng):
-    """The problem of a story, solved with an operation; if that is the wrong one, so are the solution and answer."""
+    """A story as a problem, solved with an operation. If the operation is wrong, the solution and answer are wrong."""
     name, things, result = rng.choice(NAMES), rng.choice(THINGS), str(OPERATIONS[operation](a, b))
     question = STORIES[index][0].format(name=name, things=things, a=a, b=b)
     solution = f"So {a}{operation}{b} = <<{a}{operation}{b}={result}>>{result} {things}."
@@ -83,7 +83,7 @@ def word_problem(index, a, b, operation, rng):
 
 
 def arithmetic(split):
-    """The word problems of a split, always the same. A story with the same two numbers is in one split only."""
+    """The word problems of a split, always the same. One story with the same two numbers is never in both splits."""
     rng, count = random.Random(f"arithmetic {split}"), 0
     while count < SIZES[split]:
         index, a, b = random_story(rng)
@@ -95,9 +95,9 @@ def arithmetic(split):
 def messy_corpus(count=14000):
     """What the tiny model is trained on before reinforcement learning, [(messages, completion)].
 
-    All calculations are correct, but often the operation is the wrong one or tags are missing: one solution in three
-    is right, so that reinforcement learning has something to reward. A third of the corpus is practice in calculating.
-    It is not filtered by split: some of its questions are also in the test split of `arithmetic`, word for word.
+    All calculations are correct. But often the operation is wrong or tags are missing, so that only one solution in
+    three is right, and reinforcement learning has something to improve. A third of the corpus only practises
+    calculating. It is made without regard to splits: some of its questions are in the test split of `arithmetic` too.
     """
     rng, corpus = random.Random("messy corpus"), []
     while len(corpus) < count:
@@ -120,7 +120,7 @@ def messy_corpus(count=14000):
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
-# A clue is a tuple (form, a, b, k): a sentence with gaps, two persons by number, from 0, and the number for {k}.
+# A clue is (form, a, b, k): a sentence with gaps, the two persons in it, counted from 0, and the number for {k}.
 
 SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i a knight? The later, the harder
     "{a} is a knight": lambda knight, me, a, b, k: knight[a],
@@ -150,14 +150,13 @@ CLUES = {  # a clue about a race: when it is true. place[i]: the place of person
     "{a} and {b} did not come one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) > 1,
 }
 
-# for n persons: their places in each possible order, [n, n!]; in order 0, person i has place i + 1
-PLACES = {n: numpy.array(list(itertools.permutations(range(1, n + 1))), dtype=numpy.int8).T for n in range(3, 8)}
-
 
 def random_clue(rng, forms, n):
     """A random clue about n persons, true or not. If the form has no {b}, b is a; if it has no {k}, k is 0."""
     form, (a, b) = rng.choice(forms), rng.sample(range(n), 2)
-    return form, a, b if "{b}" in form else a, rng.randint(1, n) if "{k}" in form else 0
+    b = b if "{b}" in form else a
+    k = rng.randint(1, n) if "{k}" in form else 0
+    return form, a, b, k
 
 
 def sentence(names, form, a, b, k):
@@ -173,8 +172,8 @@ def knights(rng, difficulty):
     while len(possible) > 1:  # draw roles and sayings again until only one choice of roles is possible
         knight, clues, possible = rng.choice(choices), [], choices
         while len(clues) < n:
-            me, (form, a, b, k) = len(clues), random_clue(rng, forms, n)
-            # a knight says what is true, a knave what is false
+            me = len(clues)  # who speaks next: a knight says what is true, a knave what is false
+            form, a, b, k = random_clue(rng, forms, n)
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
                 clues.append((form, a, b, k))
                 possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
@@ -195,11 +194,13 @@ def knights(rng, difficulty):
 def order(rng, difficulty):
     """A race told by clues, none of them superfluous. Person 0 comes first, person 1 second, and so on."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
+    orders = list(itertools.permutations(range(1, n + 1)))  # the first is 1, 2, …: person i has place i + 1
+    place = numpy.array(orders).T  # [n, n!] the place of each person in each order
     clues = {}  # a clue: [n!] which orders agree with it
-    possible = numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with all clues so far
+    possible = place[0] > 0  # [n!] which orders agree with all clues so far: at first all of them
     while possible.sum() > 1:
         clue = form, *gaps = random_clue(rng, forms, n)
-        agrees = CLUES[form](PLACES[n], *gaps)  # [n!]
+        agrees = CLUES[form](place, *gaps)  # [n!]
         if agrees[0] and (possible & ~agrees).any():  # the clue is true, and excludes an order
             clues[clue] = agrees
             possible &= agrees
@@ -241,10 +242,7 @@ def countdown(rng, difficulty):
 
 
 def puzzles(makers, difficulty, split):
-    """The puzzles of a split, always the same, of each kind in turn. make(rng, difficulty) returns (split_key, puzzle).
-
-    Puzzles with equal keys are in the same split, so that new names for the persons do not make a test puzzle.
-    """
+    """The puzzles of a split, always the same, of each kind in turn. Puzzles with equal keys are in the same split."""
     kinds = [(make, random.Random(f"{make.__name__} {difficulty} {split}")) for make in makers]
     questions = set()
     while len(questions) < SIZES[split] // 5 * len(makers):
@@ -273,12 +271,9 @@ BOX = rf"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{{\s*\}})\{{{BALANCED}\}}|[^\s{{$][^
 
 
 def mathematics(row):
-    r"""MATH and similar sets: the answer is the field `answer`, a text or a whole number, or boxed in the solution.
-
-    The last paragraph with boxes counts, from its first box to its last, such as `\boxed{1}$ or $\boxed{-1}`.
-    """
+    """MATH and similar sets: the answer is the field `answer`, a text or a whole number, or boxed in the solution."""
     solution, answer = row.get("solution") or "", row.get("answer")
-    if answer is None:
+    if answer is None:  # the last paragraph with boxes, from its first box to its last: `\boxed{1}$ or $\boxed{-1}`
         boxes = [re.search(rf"(?s){BOX}(?:.*{BOX})?", paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
         answer = next((found[0].rstrip(" .") for found in reversed(boxes) if found), None)
     if type(answer) not in (str, int) or not str(answer).strip():
@@ -411,7 +406,8 @@ def problems(name, entry, split):
 # ---- data sets by name: to add one of your own, add one line to DATASETS or PUZZLES --------------------------------
 #   "mine": {"hub": "owner/name"}      the rows of this repository of the Hugging Face hub have one of the FORMATS
 #   "mine": {"make": make_problems}    make_problems(split) yields problems
-# `splits`: the hub's name for our train or test split, if it is another one. For PUZZLES see `puzzles`.
+# `splits`: the hub's names for our train and test splits, where they differ.
+# PUZZLES: the functions that make a puzzle. make(rng, difficulty) returns (split_key, problem), see `puzzles`.
 
 DATASETS = {
     "arithmetic": {"make": arithmetic},
@@ -438,7 +434,7 @@ def load(name, split):
         return problems(name, {"path": name}, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if name not in DATASETS and not on_hub:
-        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder (puzzles: from 1 to 5, as in logic:3)"
+        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder; puzzles go from 1 to 5, as in logic:3"
         raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}")
     if split not in entry.get("splits", [split]):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
@@ -466,7 +462,7 @@ def stages(spec):
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split without end, from number `position` on. The seed gives each epoch its own order."""
+    """The problems of a split, epoch after epoch without end, from number `position` on. Each epoch has a new order."""
     for epoch in itertools.count():
         rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
         while block := list(itertools.islice(stream, 10_000)):  # in blocks, as a data set can be larger than the memory
