@@ -434,8 +434,9 @@ def load(name, split):
         return problems(name, {"path": name}, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if name not in DATASETS and not on_hub:
-        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder; puzzles go from 1 to 5, as in logic:3"
-        raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}")
+        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder"
+        hint = "the difficulty of a puzzle is from 1 to 5, as in logic:3"
+        raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
     if split not in entry.get("splits", [split]):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
