@@ -166,7 +166,7 @@ def sentence(names, form, a, b, k):
 
 
 def knights(rng, difficulty):
-    """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles agrees with it all."""
+    """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles fits all of it."""
     n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
     choices = possible = list(itertools.product([False, True], repeat=n))
     while len(possible) > 1:  # draw roles and sayings again until only one choice of roles is possible
