@@ -3,7 +3,7 @@
 A problem is a plain dict: `question`, `answer` (what a completion is graded against), `solution` (a worked one, or ""),
 `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as the
 tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
-`load`, `shuffled` and `stages`, at the end; to add a data set, add a line to DATASETS, above them.
+`load`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
 """
 
 import ast
@@ -43,7 +43,7 @@ def written_out(problem):
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
-SIZES = {"train": 5000, "test": 1000}  # of the word problems; a fifth of it for each kind and difficulty of puzzles
+SIZES = {"train": 5000, "test": 1000}  # word problems; of puzzles, a fifth of this for each kind and difficulty
 
 STORIES = [  # question, right operation, wrong operation, share of wrong operations in messy_corpus
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "-", 0.2),
@@ -62,12 +62,12 @@ STORIES = [  # question, right operation, wrong operation, share of wrong operat
 
 
 def in_split(number, split):
-    """For splits that we make: is the problem or row with this number in the split? A fifth is in the test split."""
+    """Does this number belong to the split? Every fifth number is for testing, all others are for training."""
     return (number % 5 == 0) == (split == "test")
 
 
 def random_story(rng):
-    """The index of a story and its two numbers: a > b for sums and differences, both from 2 to 6 for products."""
+    """The index of a story and two numbers for it: both from 2 to 6 for a product, a > b for all others."""
     index = rng.randrange(len(STORIES))
     product = STORIES[index][1] == "*"
     a = rng.randint(2, 6) if product else rng.randint(3, 12)
@@ -75,7 +75,7 @@ def random_story(rng):
 
 
 def word_problem(index, a, b, operation, rng):
-    """The problem of a story, solved with an operation; if that is the wrong one, so are the solution and answer."""
+    """A story as a problem, solved with an operation. If the operation is wrong, the solution and answer are wrong."""
     name, things, result = rng.choice(NAMES), rng.choice(THINGS), str(OPERATIONS[operation](a, b))
     question = STORIES[index][0].format(name=name, things=things, a=a, b=b)
     solution = f"So {a}{operation}{b} = <<{a}{operation}{b}={result}>>{result} {things}."
@@ -83,7 +83,7 @@ def word_problem(index, a, b, operation, rng):
 
 
 def arithmetic(split):
-    """The word problems of a split, always the same. A story with the same two numbers is in one split only."""
+    """The word problems of a split, always the same. One story with the same two numbers is never in both splits."""
     rng, count = random.Random(f"arithmetic {split}"), 0
     while count < SIZES[split]:
         index, a, b = random_story(rng)
@@ -95,9 +95,9 @@ def arithmetic(split):
 def messy_corpus(count=14000):
     """What the tiny model is trained on before reinforcement learning, [(messages, completion)].
 
-    All calculations are correct, but often the operation is the wrong one or tags are missing: one solution in three
-    is right, so that reinforcement learning has something to reward. A third of the corpus is practice in calculating.
-    It is not filtered by split: some of its questions are also in the test split of `arithmetic`, word for word.
+    All calculations are correct. But often the operation is wrong or tags are missing, so that only one solution in
+    three is right, and reinforcement learning has something to improve. A third of the corpus only practises
+    calculating. It is made without regard to splits: some of its questions are in the test split of `arithmetic` too.
     """
     rng, corpus = random.Random("messy corpus"), []
     while len(corpus) < count:
@@ -120,9 +120,9 @@ def messy_corpus(count=14000):
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
-# A clue is (form, a, b, k): a sentence with gaps, two persons, who are numbered from 0, and a number for {k}.
+# A clue is (form, a, b, k): a sentence with gaps, the two persons in it, counted from 0, and the number for {k}.
 
-SAYINGS = {  # what person `me` can say, and when it is true; knight[i]: is person i a knight? Later ones are harder
+SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i a knight? The later, the harder
     "{a} is a knight": lambda knight, me, a, b, k: knight[a],
     "{a} is a knave": lambda knight, me, a, b, k: not knight[a],
     "{a} and I are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[me],
@@ -138,20 +138,17 @@ SAYINGS = {  # what person `me` can say, and when it is true; knight[i]: is pers
     "if {a} is a knight, then so is {b}": lambda knight, me, a, b, k: not knight[a] or knight[b],
 }
 
-CLUES = {  # clues about a race, and when they are true; place[i]: the place of person i, from 1. Later ones say less
+CLUES = {  # a clue about a race: when it is true. place[i]: the place of person i, from 1. The later, the less it tells
     "{a} came in place {k}": lambda place, a, b, k: place[a] == k,
     "{a} came directly before {b}": lambda place, a, b, k: place[a] + 1 == place[b],
     "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
     "{a} and {b} came one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) == 1,
     "exactly {k} came between {a} and {b}": lambda place, a, b, k: abs(place[a] - place[b]) == k + 1,
-    # not with k = 1, which says no more than "came before"
+    # with k = 1 it would tell no more than "came before"
     "{a} came at least {k} places before {b}": lambda place, a, b, k: (place[b] - place[a] >= k) & (k > 1),
     "{a} did not come in place {k}": lambda place, a, b, k: place[a] != k,
     "{a} and {b} did not come one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) > 1,
 }
-
-# n: the place of each of n persons in each possible order, [n, n!]; in order 0, person i has place i + 1
-PLACES = {n: numpy.array(list(itertools.permutations(range(1, n + 1))), dtype=numpy.int8).T for n in range(3, 8)}
 
 
 def random_clue(rng, forms, n):
@@ -172,21 +169,21 @@ def knights(rng, difficulty):
     """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles fits all of it."""
     n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
     choices = possible = list(itertools.product([False, True], repeat=n))
-    while len(possible) > 1:  # draw roles and sayings again until only one choice is possible
+    while len(possible) > 1:  # draw roles and sayings again until only one choice of roles is possible
         knight, clues, possible = rng.choice(choices), [], choices
         while len(clues) < n:
-            me, (form, a, b, k) = len(clues), random_clue(rng, forms, n)
-            # what a person says is true exactly if a knight says it
+            me = len(clues)  # who speaks next: a knight says what is true, a knave what is false
+            form, a, b, k = random_clue(rng, forms, n)
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
                 clues.append((form, a, b, k))
                 possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
 
     names, roles = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
     quotes = [f'"{sentence(names, *clue)}"' for clue in clues]
-    answer = ", ".join(map("{}: {}".format, names, roles))
-    question = "Knights always tell the truth, knaves always lie. "
-    question += " ".join(map("{} says: {}.".format, names, quotes))
-    question += " Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
+    answer = ", ".join(f"{name}: {role}" for name, role in zip(names, roles))
+    says = " ".join(f"{name} says: {quote}." for name, quote in zip(names, quotes))
+    question = f"Knights always tell the truth, knaves always lie. {says} "
+    question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
     lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
     # puzzles that differ only in names and in the order of persons have equal keys
@@ -195,14 +192,16 @@ def knights(rng, difficulty):
 
 
 def order(rng, difficulty):
-    """A race told by clues, all needed. Only the order in which person 0 is first, person 1 second, ... agrees."""
+    """A race told by clues, none of them superfluous. Person 0 comes first, person 1 second, and so on."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
+    orders = list(itertools.permutations(range(1, n + 1)))  # the first is 1, 2, …: person i has place i + 1
+    place = numpy.array(orders).T  # [n, n!] the place of each person in each order
     clues = {}  # a clue: [n!] which orders agree with it
-    possible = numpy.ones(PLACES[n].shape[1], dtype=bool)  # [n!] which orders agree with all clues so far
+    possible = place[0] > 0  # [n!] which orders agree with all clues so far: at first all of them
     while possible.sum() > 1:
-        form, a, b, k = clue = random_clue(rng, forms, n)
-        agrees = CLUES[form](PLACES[n], a, b, k)  # [n!]
-        if agrees[0] and (possible & ~agrees).any():
+        clue = form, *gaps = random_clue(rng, forms, n)
+        agrees = CLUES[form](place, *gaps)  # [n!]
+        if agrees[0] and (possible & ~agrees).any():  # the clue is true, and excludes an order
             clues[clue] = agrees
             possible &= agrees
     for clue in list(clues):
@@ -212,9 +211,9 @@ def order(rng, difficulty):
 
     names = rng.sample(NAMES, n)
     answer, with_places = ", ".join(names), [f"{name} ({place})" for place, name in enumerate(names, 1)]
-    question = f"{', '.join(sorted(names))} ran a race, and no two came together. "
-    question += " ".join(f"{sentence(names, *clue)}." for clue in clues)
-    question += " In which order did they come? Answer with all names from first to last, separated by commas."
+    told = " ".join(f"{sentence(names, *clue)}." for clue in clues)
+    question = f"{', '.join(sorted(names))} ran a race, and no two came together. {told} "
+    question += "In which order did they come? Answer with all names from first to last, separated by commas."
     lines = [f"{sentence(with_places, *clue)}." for clue in clues]
     solution = "\n".join([f"Try {answer}.", *lines, "No other order agrees with everything told."])
     split_key = sorted(f"{form} {sorted([a, b])} {k}" for form, a, b, k in clues)
@@ -228,8 +227,10 @@ def countdown(rng, difficulty):
         numbers = [rng.randint(1, 10 * difficulty) for _ in range(min(difficulty + 2, 6))]
         terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value and its text
         while len(terms) > 1:
-            (a, first), (b, second) = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-            sign = rng.choice("+" + "*" * (a * b < 1000) + "-" * (a > b) + "/" * (a % b == 0 and b > 1))
+            a, first = terms.pop(rng.randrange(len(terms)))
+            b, second = terms.pop(rng.randrange(len(terms)))
+            allowed = {"+": True, "*": a * b < 1000, "-": a > b, "/": a % b == 0 and b > 1}
+            sign = rng.choice([sign for sign in allowed if allowed[sign]])
             value = OPERATIONS[sign](a, b)
             lines.append(f"{a} {sign} {b} = {value}")
             terms.append((value, f"({first} {sign} {second})"))
@@ -240,16 +241,16 @@ def countdown(rng, difficulty):
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
 
 
-def puzzles(makers, split, difficulty):
-    """The puzzles of a split, always the same. Renaming the persons does not move a puzzle to the other split."""
-    rngs = {make_puzzle: random.Random(f"{make_puzzle.__name__} {difficulty} {split}") for make_puzzle in makers}
+def puzzles(makers, difficulty, split):
+    """The puzzles of a split, always the same, of each kind in turn. Puzzles with equal keys are in the same split."""
+    kinds = [(make, random.Random(f"{make.__name__} {difficulty} {split}")) for make in makers]
     questions = set()
     while len(questions) < SIZES[split] // 5 * len(makers):
-        make_puzzle = makers[len(questions) % len(makers)]
-        split_key, problem = make_puzzle(rngs[make_puzzle], difficulty)
+        make, rng = kinds[len(questions) % len(kinds)]
+        split_key, problem = make(rng, difficulty)
         if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
             questions.add(problem["question"])
-            yield problem | {"kind": make_puzzle.__name__}
+            yield problem | {"kind": make.__name__}
 
 
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
@@ -263,35 +264,28 @@ def answer_after(mark, question, solution):
     return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
-BRACES = r"\{(?:[^{}\\]|\\.)*\}"  # from { to the } that closes it; \{ and \} are text
-for _ in range(8):  # the same with braces in it
-    BRACES = r"\{(?:[^{}\\]|\\.|BRACES)*\}".replace("BRACES", BRACES)
-BOX = r"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{\s*\})BRACES|[^\s{$][^$\n]*)".replace("BRACES", BRACES)  # not empty
-BOXES = r"(?s)BOX(?:.*?BOX)*".replace("BOX", BOX)  # from the first box to the last
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
+for _ in range(8):
+    BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
+BOX = rf"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{{\s*\}})\{{{BALANCED}\}}|[^\s{{$][^$\n]*)"  # `\boxed{5}` or `\boxed 5`
 
 
 def mathematics(row):
-    r"""MATH and similar sets: the answer has a field, as a text or a whole number, or is in boxes in the solution.
-
-    The last paragraph with boxes counts. The grader opens them, so the answer can be `\boxed{1}$ or $\boxed{-1}`.
-    """
+    """MATH and similar sets: the answer is the field `answer`, a text or a whole number, or boxed in the solution."""
     solution, answer = row.get("solution") or "", row.get("answer")
-    if answer is None and isinstance(solution, str):
-        boxes = [re.search(BOXES, paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
+    if answer is None:  # the last paragraph with boxes, from its first box to its last: `\boxed{1}$ or $\boxed{-1}`
+        boxes = [re.search(rf"(?s){BOX}(?:.*{BOX})?", paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
         answer = next((found[0].rstrip(" .") for found in reversed(boxes) if found), None)
-    if not isinstance(solution, str) or type(answer) not in (str, int) or not str(answer).strip():
+    if type(answer) not in (str, int) or not str(answer).strip():
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
 
 
-def program(question, reference, prelude, setup, tests, wanted):
-    """A program to write. The prelude goes before the completion, the setup before the tests.
-
-    `functions`: the `wanted` names that the reference defines. Only tests with an `assert` count (evaluator.run_tests).
-    """
-    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in wanted]
-    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
-    if not functions or not any(isinstance(node, ast.Assert) for node in nodes):
+def program(question, reference, prelude, setup, tests, names):
+    """A program to write. The prelude goes before the completion, the setup before the tests."""
+    # those of the names that the reference program defines: a right completion defines them too
+    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
+    if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
     problem = {"question": question, "answer": reference, "kind": "program", "solution": reference}
     return problem | {"prelude": prelude, "setup": setup, "tests": tests, "functions": functions}
@@ -301,7 +295,7 @@ def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
     head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
     statements = [statement for node in nodes if getattr(node, "name", None) == "check" for statement in node.body]
-    # leave out `assert True`, which many rows have and which tests nothing
+    # many rows have `assert True`, which tests nothing
     tests = [ast.unparse(node) for node in statements if not isinstance(getattr(node, "test", None), ast.Constant)]
     setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
@@ -310,15 +304,15 @@ def humaneval(row):
 
 
 def mbpp(description, row):
-    """MBPP: a function to write from a description and its tests, which tell its name."""
+    """MBPP: a function to write from a description and its tests. The name of the function is in the tests."""
     tests, imports, setup = row.get("test_list") or [], row.get("test_imports") or [], row.get("test_setup_code") or ""
     test_code = "\n".join(tests)
-    wanted = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
+    names = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
     question = f"{description} Answer with Python code only. It must pass these tests:\n\n{test_code}"
-    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, wanted)
+    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, names)
 
 
-FORMATS = {  # the texts that a row must have: the function that makes a problem of it
+FORMATS = {  # the fields that must hold text, and the function that turns such a row into a problem
     ("question", "answer"): lambda row: answer_after("####", row["question"], row["answer"]),  # GSM8K
     ("query", "response"): lambda row: answer_after("The answer is:", row["query"], row["response"]),  # MetaMathQA
     ("problem",): mathematics,
@@ -328,28 +322,22 @@ FORMATS = {  # the texts that a row must have: the function that makes a problem
 }
 
 
-def problems(name, entry, split):
-    """The rows of a split as problems. An error names the row, counted from 0."""
-    for index, row in enumerate(rows(name, entry, split)):
-        fields = row.items() if isinstance(row, dict) else []
-        try:
-            # encode() raises an error for a lone surrogate, which JSON can hold as "\ud800"
-            texts = {field for field, value in fields if isinstance(value, str) and value.strip().encode()}
-            function = next((function for needed, function in FORMATS.items() if texts.issuperset(needed)), None)
-            if function is None:
-                raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
-            with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
-                problem = function(row)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-            reason = str(error) or "its program is nested too deeply"
-            raise DataError(f"{name}, {split} split, row {index}: {reason}") from error
-        yield problem
+def problem_of(row):
+    """A row as a problem, by the first of the FORMATS that it has."""
+    fields = row.items() if isinstance(row, dict) else []
+    texts = {field for field, value in fields if isinstance(value, str) and value.strip()}
+    function = next((function for needed, function in FORMATS.items() if texts.issuperset(needed)), None)
+    if function is None:
+        raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
+    with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
+        problem = function(row)
+    (problem["question"] + written_out(problem)).encode()  # an error for "\ud800", half a character, from a JSON file
+    return problem
 
 
 # ---- rows from files, folders and the hub --------------------------------------------------------------------------
 
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")  # .gz can follow each of them
-OFFLINE = "; offline, give a file or folder in its place (--dataset PATH), or use --dataset arithmetic"
 
 
 def files_of(path, split):
@@ -363,61 +351,66 @@ def files_of(path, split):
         files = (file for file in folder.glob("*") if split in re.split(r"[^a-z]+", file.stem.lower()))
     files = sorted(files, key=lambda file: (file.parent, len(file.stem), file))  # 2.json before 10.json
     for suffix in SUFFIXES:
-        if found := [file for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
-            return suffix, list(map(str, found))
+        if found := [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
+            return suffix, found
     raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its path")
 
 
 def json_rows(path):
     """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        first = next(filter(str.strip, file), "")  # the first line that is not blank
-        try:
-            value = json.loads(first)
-        except json.JSONDecodeError:
-            value = json.loads(first + file.read())
-        yield from value if isinstance(value, list) else [value]
-        yield from map(json.loads, filter(str.strip, file))
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        lines = filter(str.strip, file)  # the lines that are not blank
+        first = next(lines, "")
+        one_per_line = re.fullmatch(r"\s*\{.*\}\s*", first)
+        for text in itertools.chain([first], lines) if one_per_line else [first + file.read()]:
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, after {error.doc[: error.pos][-30:]!r}: {error.msg}") from error
+            yield from value if isinstance(value, list) else [value]
 
 
-def rows(name, entry, split):
-    """Stream the rows of a split, from the file or folder of that name if there is one, else from the hub."""
+def rows(entry, split):
+    """Stream the rows of a split, from the hub, a file or a folder."""
     import datasets  # here, because it is slow to import and the generated problems do not need it
 
     datasets.disable_progress_bars()
     for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error below says in one line what went wrong
-    path = Path(name)
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # `problems` says in one line what went wrong
+    if "hub" in entry:
+        splits, configuration = entry.get("splits", {}), entry.get("configuration")
+        stream = datasets.load_dataset(entry["hub"], configuration, split=splits.get(split, split), streaming=True)
+        shared = len(splits) > len(set(splits.values()))  # one split of the hub is for training and testing
+        yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
+        return
+    suffix, files = files_of(Path(entry["path"]), split)
+    if suffix in (".csv", ".parquet"):
+        yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
+    else:  # not with `datasets`: it makes the text "2020-01-01" a date, and "005" a number if other answers are
+        yield from itertools.chain.from_iterable(map(json_rows, files))
+
+
+def problems(name, entry, split):
+    """The rows of a split as problems. An error names the row, counted from 0."""
+    index = 0
     try:
-        if path.exists():
-            suffix, files = files_of(path, split)
-            if suffix in (".json", ".jsonl"):
-                yield from itertools.chain.from_iterable(map(json_rows, files))
-            else:
-                yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
-        else:
-            splits, configuration = entry["splits"], entry.get("configuration")
-            stream = datasets.load_dataset(entry["hub"], configuration, split=splits[split], streaming=True)
-            shared = splits.get("train") == splits.get("test")  # the hub has one split for both of ours
-            yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
-    except Exception as error:  # a broken file or connection can raise almost any error
+        for row in rows(entry, split):
+            yield problem_of(row)
+            index += 1
+    except Exception as error:  # a broken row, file or connection can raise almost any error
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        hint = "" if path.exists() else OFFLINE
-        raise DataError(f"cannot read {name}, {split} split: {reason}{hint}") from error
+        hint = "; offline, use --dataset arithmetic or --dataset PATH, a file or folder" if "hub" in entry else ""
+        raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
 
 
-# ---- data sets by name: to add one of your own, add one line to DATASETS -------------------------------------------
-#   "mine": {"hub": "owner/name"}          the rows of this repository of the Hugging Face hub have one of the FORMATS
-#   "mine": {"make": make_problems}        make_problems(split) yields problems
-#   "mine": {"puzzles": [make_puzzle]}     make_puzzle(rng, difficulty) returns (split_key, problem)
-# Equal puzzles have equal keys. `splits`: our name -> the hub's name; if left out, both are called as we call them.
+# ---- data sets by name: to add one of your own, add one line to DATASETS or PUZZLES --------------------------------
+#   "mine": {"hub": "owner/name"}      the rows of this repository of the Hugging Face hub have one of the FORMATS
+#   "mine": {"make": make_problems}    make_problems(split) yields problems
+# `splits`: the hub's names for our train and test splits, where they differ.
+# PUZZLES: the functions that make a puzzle. make(rng, difficulty) returns (split_key, problem), see `puzzles`.
 
 DATASETS = {
     "arithmetic": {"make": arithmetic},
-    "knights": {"puzzles": [knights]},  # puzzles have a difficulty from 1 to 5: `knights:3`; without one it is 1
-    "order": {"puzzles": [order]},
-    "countdown": {"puzzles": [countdown]},
-    "logic": {"puzzles": [knights, order, countdown]},
     "gsm8k": {"hub": "openai/gsm8k", "configuration": "main"},
     "math": {"hub": "nlile/hendrycks-MATH-benchmark"},  # its test split is MATH-500
     "metamath": {"hub": "meta-math/MetaMathQA", "splits": {"train": "train"}},
@@ -426,54 +419,54 @@ DATASETS = {
     "humaneval": {"hub": "openai/openai_humaneval", "splits": {"train": "test", "test": "test"}},
     "mbpp": {"hub": "google-research-datasets/mbpp", "configuration": "full"},
 }
-
-
-def entry_of(name):
-    """The DATASETS entry of a name such as `gsm8k` or `logic:3`; a new entry for a path or `owner/name`."""
-    task, colon, difficulty = name.partition(":")
-    makers, entry = DATASETS.get(task, {}).get("puzzles"), DATASETS.get(name, {"hub": name})
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    if makers and colon and difficulty not in tuple("12345"):
-        raise DataError(f"{name}: the difficulty of {task} is a number from 1 to 5, as in {task}:3")
-    if makers:
-        entry = {"make": lambda split: puzzles(makers, split, int(difficulty or 1))}
-    elif name not in DATASETS and not on_hub and not os.path.exists(name):
-        raise DataError(f"unknown data set: {name} is none of {', '.join(DATASETS)}, and no file or folder")
-    return {"splits": {"train": "train", "test": "test"}} | entry
+PUZZLES = {"knights": [knights], "order": [order], "countdown": [countdown], "logic": [knights, order, countdown]}
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
-    entry = entry_of(name)
-    if split not in entry["splits"] and not os.path.exists(name):  # a file or folder can be for any split
+    task, _, difficulty = name.partition(":")
+    if name in PUZZLES or (task in PUZZLES and difficulty in tuple("12345")):
+        return puzzles(PUZZLES[task], int(difficulty or 1), split)
+    entry = DATASETS.get(name, {"hub": name})
+    if "make" in entry:
+        return entry["make"](split)
+    if os.path.exists(name):  # a file or folder of your own comes before the hub
+        return problems(name, {"path": name}, split)
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
+    if name not in DATASETS and not on_hub:
+        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder"
+        hint = "the difficulty of a puzzle is from 1 to 5, as in logic:3"
+        raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
+    if split not in entry.get("splits", [split]):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
-    return entry["make"](split) if "make" in entry else problems(name, entry, split)
+    return problems(name, entry, split)
 
 
 def stages(spec):
     """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)]."""
-    if os.path.exists(spec):
+    if os.path.exists(spec):  # a path can have commas and colons in it
         return [(spec, None)]
     found = []
     for stage in spec.split(","):
-        name, *parts = stage.strip().split(":")
-        if parts and "puzzles" in DATASETS.get(name, {}):
-            name = f"{name}:{parts.pop(0)}"
-        entry_of(name)
-        if len(parts) > 1 or (parts and not re.fullmatch("[1-9][0-9]{0,8}", parts[0])):
+        name, *numbers = stage.strip().split(":")
+        if not name:
+            raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
+        if numbers and name in PUZZLES:
+            name = f"{name}:{numbers.pop(0)}"
+        if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
-        found.append((name, int(parts[0]) if parts else None))
+        found.append((name, int(numbers[0]) if numbers else None))
     if len(found) > 1 and any(steps is None for _, steps in found):
         raise DataError(f"{spec}: each of several stages needs its steps, as in logic:3:100,gsm8k:400")
     return found
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split without end, from number `position` on. The seed gives each epoch its own order."""
+    """The problems of a split, epoch after epoch without end, from number `position` on. Each epoch has a new order."""
     for epoch in itertools.count():
         rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
-        while block := list(itertools.islice(stream, 10_000)):  # block by block, as a data set can exceed the memory
+        while block := list(itertools.islice(stream, 10_000)):  # in blocks, as a data set can be larger than the memory
             empty = False
             rng.shuffle(block)
             yield from block[position:]

@@ -287,6 +287,38 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
         assert list(rldatasets.load(str(tmp_path / f"rows.{ending}"), "test")) == expected
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz"])
+def test_a_file_can_begin_with_a_byte_order_mark(tmp_path, ending):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    texts = {"json": json.dumps(ROWS, indent=2), "csv": "question,answer\nHow many?,So many. #### 12\n"}
+    content = texts.get(ending, text).encode("utf-8-sig")
+    path = tmp_path / f"rows.{ending}"
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    assert next(iter(rldatasets.load(str(path), "train")))["answer"] == "12"
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_line_that_is_not_json_is_named_by_its_file_and_row(tmp_path, bad):
+    lines = [json.dumps(row) for row in ROWS]
+    lines[bad] = '{"question": "How many?", "answer" "#### 12"}'
+    (tmp_path / "train.jsonl").write_text("\n\n".join(lines))
+    for name in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(rldatasets.DataError, match=f'row {bad}: .*train.jsonl.* "answer" \'') as error:
+            list(rldatasets.load(str(name), "train"))
+        assert "\n" not in str(error.value)
+
+
+def test_a_list_of_rows_can_be_on_one_line_or_on_several(tmp_path):
+    first, second, third = map(json.dumps, ROWS)
+    for text in (
+        f"[{first}, {second}, {third}]",
+        f"[{first},\n{second},\n{third}]",
+        f"[{first}\n, {second}, {third}\n]",
+    ):
+        (tmp_path / "rows.json").write_text(text)
+        assert len(list(rldatasets.load(str(tmp_path / "rows.json"), "train"))) == 3
+
+
 @pytest.mark.parametrize("start", ["\n", " \n\n"])
 def test_blank_lines_before_the_first_row_are_left_out(tmp_path, start):
     for name, text in (("rows.jsonl", "\n".join(map(json.dumps, ROWS))), ("rows.json", json.dumps(ROWS, indent=2))):
@@ -582,9 +614,13 @@ def test_logic_is_the_three_kinds_in_turn_and_always_the_same():
     assert "Zoe" not in rldatasets.NAMES and "Yan" not in rldatasets.NAMES  # the example of the question
 
 
+def load_stages(spec):
+    return [rldatasets.load(name, "train") for name, _ in rldatasets.stages(spec)]
+
+
 @pytest.mark.parametrize("name", ["logic:0", "logic:6", "knights:", "order:x", "countdown:1:1", "logic:٣", "gsm8k:1"])
 def test_a_difficulty_from_1_to_5_and_only_for_puzzles(name):
-    for ask in (lambda: rldatasets.load(name, "train"), lambda: rldatasets.stages(f"{name}:5,gsm8k:5")):
+    for ask in (lambda: rldatasets.load(name, "train"), lambda: load_stages(f"{name}:5,gsm8k:5")):
         with pytest.raises(rldatasets.DataError) as error:
             ask()
         assert "\n" not in str(error.value) and name in str(error.value)
@@ -632,7 +668,7 @@ def test_the_example_of_stages_is_what_it_returns():
 )
 def test_a_broken_curriculum_is_refused_in_one_line(spec):
     with pytest.raises(rldatasets.DataError) as error:
-        rldatasets.stages(spec)
+        load_stages(spec)
     assert "\n" not in str(error.value)
 
 
@@ -640,3 +676,14 @@ def test_half_a_character_in_a_row_is_named_like_any_mistake(tmp_path):
     (tmp_path / "rows.jsonl").write_text(r'{"question": "a \ud800 b", "answer": "x #### 2"}' + "\n")
     with pytest.raises(rldatasets.DataError, match="row 0"):
         list(rldatasets.load(str(tmp_path / "rows.jsonl"), "train"))
+
+
+@pytest.mark.parametrize("spec", ["", ",", " ", "gsm8k:5,", ",gsm8k:5", ":5"])
+def test_a_missing_name_is_named_as_what_is_missing(spec):
+    with pytest.raises(rldatasets.DataError, match="^[^\n]*the name of a data set is missing[^\n]*$"):
+        rldatasets.stages(spec)
+
+
+def test_a_missing_name_among_the_test_sets_is_named_as_what_is_missing():
+    with pytest.raises(rldatasets.DataError, match="^unknown data set: an empty name [^\n]*$"):
+        rldatasets.load("", "test")
