@@ -26,6 +26,7 @@ import bisect
 import copy
 import functools
 import gc
+import itertools
 import json
 import logging
 import math
@@ -50,7 +51,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -365,20 +365,27 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
 transformers.AttentionInterface.register("packed", packed_attention)
 
 
+def run_model(model, layout, ids, positions, **options):
+    """What a model, or its trunk, makes of tokens that lie as the layout says; ids and positions [rows, tokens]."""
+    options |= {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
+    return model(input_ids=ids, position_ids=positions, **options)
+
+
 @torch.no_grad()
 def use_packed_attention(model, name):
     """Give a model the attention of this section; ModelError if a short text does not have the same logits with it."""
-    ids, attention, mask = batch([[3, 1, 4, 1, 5]], [[2, 6, 5]], model.device)
-    expected = model(ids).logits[0, :-1]  # [7, V]
+    prompt, output = [3, 1, 4, 1, 5], [2, 6, 5]
+    expected = model(torch.tensor([prompt + output], device=model.device)).logits[0, :-1]  # [7, V]
     check_finite(expected)
     model.set_attn_implementation("packed")
-    packed, config = PackedBatch(ids, attention, mask, keep_kv=True), model.config.get_text_config()
+    packed, config = PackedBatch([(prompt, [output])], model.device, keep_kv=True), model.config.get_text_config()
     # what a short text cannot show: sliding windows, and a cap that its small logits do not reach
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     supported &= getattr(config, "final_logit_softcapping", None) is None
     try:
-        logits = model.get_output_embeddings()(model.base_model(**packed.inputs()).last_hidden_state[0])  # [7, V]
+        hidden = run_model(model.base_model, packed, packed.ids, packed.positions).last_hidden_state[0]
+        logits = model.get_output_embeddings()(hidden)  # [7, V]
         supported &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
         supported &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
     except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
@@ -388,37 +395,30 @@ def use_packed_attention(model, name):
 
 
 class PackedBatch:
-    """Rows packed into one sequence, q₁ o₁ o₂ … q₂ o_{G+1} …: consecutive rows with the same prompt share it.
+    """Prompts and their outputs packed into one sequence: q₁ o₁ o₂ … q₂ o_{G+1} …
 
     The last token of each output is left out, for nothing is predicted from it.
     """
 
-    def __init__(self, ids, attention, mask, keep_kv=False):
-        N, T, P = *mask.shape, ids.shape[1] - mask.shape[1]
-        prompts = torch.where(attention[:, :P] > 0, ids[:, :P], -1)
-        new_prompt = torch.ones(N, dtype=torch.bool, device=ids.device)  # [N]  it differs from that of the row above
-        new_prompt[1:] = (prompts[1:] != prompts[:-1]).any(1) | (T == 0)  # with T = 0, in prefill, each counts as new
-        has_next = F.pad(mask[:, 1:], (0, min(1, T)))  # [N, T]  completion tokens after which another follows
-        packed = torch.cat([(attention[:, :P] > 0) & new_prompt[:, None], has_next], 1)  # [N, P + T]
-        self.ids = ids[packed][None]  # [1, tokens]
-        self.positions = (attention.cumsum(1) - 1)[packed][None]  # [1, tokens]  each token's position in its own row
-        index = packed.flatten().cumsum(0).view_as(packed) - 1  # [N, P + T]  place of a token in the packed sequence
-        self.prompt_ends = index[new_prompt, P - 1]  # [prompts]  they predict the first tokens of their outputs
-        predictors = torch.cat([self.prompt_ends[new_prompt.cumsum(0) - 1, None], index[:, P:-1]], 1)
-        self.predictors = predictors[:, :T][mask]  # [completion tokens]  place of the token that predicts each
+    def __init__(self, groups, device, keep_kv=False):
+        """groups: [(a prompt, [its outputs])], all of them lists of token ids."""
+        ids, positions, predictors = [], [], []
         self.groups = []  # (prompt length, outputs, longest output, filled cells of [outputs, longest output])
-        lengths, has_next = attention[:, :P].sum(1).tolist(), has_next.cpu()
-        starts = new_prompt.nonzero().flatten().tolist()
-        for start, stop in zip(starts, [*starts[1:], N]):
-            rows = has_next[start:stop, : int(has_next[start:stop].sum(1).max())]
-            cells = rows.flatten().nonzero().flatten().to(ids.device)
-            self.groups.append((lengths[start], *rows.shape, cells))
+        for prompt, outputs in groups:
+            ids += prompt
+            positions += range(len(prompt))
+            prompt_end = len(ids) - 1  # it predicts the first token of each output
+            lengths = [len(output) - 1 for output in outputs]
+            for output, length in zip(outputs, lengths):
+                predictors += [prompt_end, *range(len(ids), len(ids) + length)]
+                ids += output[:-1]
+                positions += range(len(prompt), len(prompt) + length)
+            longest = max(lengths, default=0)
+            cells = [row * longest + t for row, length in enumerate(lengths) for t in range(length)]
+            self.groups.append((len(prompt), len(outputs), longest, torch.tensor(cells, device=device)))
+        self.ids, self.positions = torch.tensor([[ids], [positions]], device=device)  # 2 × [1, tokens]
+        self.predictors = torch.tensor(predictors, device=device)  # place of the token that predicts each output token
         self.kv = [] if keep_kv else None  # (layer, keys, values), each [1, heads, tokens, D]
-
-    def inputs(self):
-        """The arguments of a model, or of its trunk."""
-        layout = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
-        return {"input_ids": self.ids, "position_ids": self.positions} | layout
 
     def attention(self, layer, query, key, value, scaling):
         """Causal attention of every output to its prompt and itself: [1, heads, tokens, D] -> [1, tokens, heads, D]."""
@@ -458,40 +458,23 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
-    ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
     rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size
     before = group_size * sum(count for count, _ in of_ranks[:RANK])  # outputs of the ranks before this one
-    total = group_size * sum(count for count, _ in of_ranks)
-    uniform = torch.rand(total if temperature else 0, max_new_tokens, generator=generator)[before:]
-    decoding = decoding_batch(model, rows, columns, max_new_tokens, ends, temperature)
-    tokens, logp, entropy = sample_all(decoding, rows, prompts, group_size, uniform)  # 3 lists of N, each [|o_i|]
+    total, N = group_size * sum(count for count, _ in of_ranks), group_size * len(prompts)
+    uniform = torch.rand(total if temperature else 0, max_new_tokens, generator=generator)[before : before + N]
+    ends = end_tokens(model, tokenizer)
+    decoding = decoding_batch(model, (N, rows, columns, max_new_tokens), ends)
+    decoding.reset(temperature, uniform)
+    decoding.sample_all(prompts, group_size, rows)
 
-    completions = [output.tolist() for output in tokens]
-    tensors = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
-    truncated = ~torch.isin(torch.stack([output[-1] for output in tokens]), ends)
-    without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated.tolist())]
+    completions = [row[:n] for row, n in zip(decoding.tokens[:N].tolist(), decoding.length.tolist())]
+    ids, attention, mask = batch([q for q in prompts for _ in range(group_size)], completions, model.device)
+    logp, entropy = (x[:N, : mask.shape[1]].where(mask, 0.0) for x in (decoding.logp, decoding.entropy))  # [N, T]
+    truncated = [output[-1] not in ends for output in completions]
+    without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated)]
     texts = [tokenizer.decode(output, skip_special_tokens=True) for output in without_end]
-    return Rollout(*tensors, pad_sequence(logp, True), pad_sequence(entropy, True), truncated, texts)
-
-
-def sample_all(decoding, rows, prompts, group_size, uniform):
-    """Token ids, log-probabilities and entropies of all outputs; where some end, those of the next prompts begin."""
-    results, question = [None] * len(prompts) * group_size, 0
-    options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
-    with tqdm(total=len(results), desc="sampling", **options) as bar:
-        while question < len(prompts) or decoding.outputs:
-            # refill when an eighth of the rows is free; read at most 16 prompts in one pass
-            while question < len(prompts) and (free := rows - len(decoding.outputs)) >= max(group_size, rows // 8):
-                new = prompts[question:][: min(16, free // group_size)]
-                outputs = range(question * group_size, (question + len(new)) * group_size)
-                decoding.prefill(new, outputs, uniform[outputs.start : outputs.stop])
-                question += len(new)
-            decoding.decode()
-            for number, result in decoding.remove_ended():
-                results[number] = result
-                bar.update()
-    return zip(*results)
+    return Rollout(ids, attention, mask, logp, entropy, torch.tensor(truncated, device=model.device), texts)
 
 
 def sample_token(logits, temperature, uniform):
@@ -521,55 +504,78 @@ def check_finite(logits):
 
 
 class DecodingBatch:
-    """Outputs that are being sampled, with their KV cache. Row i of each tensor is output number `outputs[i]`."""
+    """N outputs, and a KV cache in which some of them are sampled at a time: row i is that of output `output[i]`."""
 
-    def __init__(self, model, rows, columns, max_new_tokens, ends, temperature):
-        self.model, self.ends, self.temperature = model, ends, temperature
-        self.columns, self.limit = columns, max_new_tokens
-        self.outputs, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
+    def __init__(self, model, size, ends):
+        self.model, self.size, (N, rows, self.columns, self.limit) = model, size, size
+        self.ends = torch.tensor(ends, device=model.device)
+        self.cache = {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
         self.graphs, self.recordable = {}, True  # on a GPU: {(n, width, τ): the CUDA graph of a decode step}
-        # of each row: the newest token, its position, the number of sampled tokens
-        self.token, self.position, self.length = torch.zeros(3, rows, dtype=torch.long, device=model.device)
-        self.ended = torch.ones(rows, dtype=torch.bool, device=model.device)
-        # one spare column absorbs tokens sampled after the end
-        self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=model.device)
-        self.logp, self.entropy, self.uniform = torch.zeros(3, rows, max_new_tokens + 1, device=model.device)
+        # one output and one column more absorb what is computed in rows without an output, and sampled after an end
+        self.tokens = torch.zeros(N + 1, self.limit + 1, dtype=torch.long, device=model.device)
+        self.logp, self.entropy, self.uniform = torch.zeros(3, N + 1, self.limit + 1, device=model.device)
+        # of each output: the number of sampled tokens, and where the newest one stands in prompt and output
+        self.length, self.position = torch.zeros(2, N + 1, dtype=torch.long, device=model.device)
+        self.ended = torch.ones(N + 1, dtype=torch.bool, device=model.device)
+        self.output = torch.zeros(rows, dtype=torch.long, device=model.device)
 
-    def prefill(self, prompts, outputs, uniform):
+    def reset(self, temperature, uniform):
+        """Begin anew: no output has begun. uniform [N, T] decides about the tokens, [0, T] at temperature 0."""
+        self.temperature, self.begun, self.active = temperature, 0, 0  # outputs that have begun; rows in use
+        self.uniform[: len(uniform), :-1] = uniform.to(self.uniform.device)
+        self.output.fill_(-1)
+
+    def sample_all(self, prompts, group_size, rows):
+        """Sample all outputs, in at most so many rows at once; where some end, those of the next prompts begin."""
+        waiting = list(prompts)
+        options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
+        with tqdm(total=len(prompts) * group_size, desc="sampling", **options) as bar:
+            while waiting or self.active:
+                # refill when an eighth of the rows is free; read at most 16 prompts in one pass
+                while waiting and (free := rows - self.active) >= max(group_size, rows // 8):
+                    count = min(16, free // group_size)
+                    self.prefill(waiting[:count], group_size)
+                    del waiting[:count]
+                self.decode()
+                bar.update(self.remove_ended())
+
+    def prefill(self, prompts, group_size):
         """Read each prompt once, copy its keys and values to the rows of its outputs, and sample their first tokens."""
-        packed = PackedBatch(*batch(prompts, [[]] * len(prompts), self.token.device), keep_kv=True)
-        logits = self.model(**packed.inputs(), logits_to_keep=packed.prompt_ends).logits[0]  # [Q, V]
+        packed = PackedBatch([(prompt, []) for prompt in prompts], self.output.device, keep_kv=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.output.device)
+        options = {"logits_to_keep": lengths.cumsum(0) - 1}
+        logits = run_model(self.model, packed, packed.ids, packed.positions, **options).logits[0]  # [Q, V]
         check_finite(logits)
-        lengths, group_size = [len(prompt) for prompt in prompts], len(outputs) // len(prompts)
-        rows = slice(len(self.outputs), len(self.outputs) + len(outputs))
+        first, n = self.active, len(prompts) * group_size
         for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
             if layer not in self.cache:
-                self.cache[layer] = [x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3]) for x in kv]
+                self.cache[layer] = [x.new_zeros(len(self.output), x.shape[1], self.columns, x.shape[3]) for x in kv]
             for cache, x in zip(self.cache[layer], kv):
-                for row, prompt in zip(range(rows.start, rows.stop, group_size), x[0].split(lengths, 1)):
+                for row, prompt in zip(range(first, first + n, group_size), x[0].split(lengths.tolist(), 1)):
                     cache[row : row + group_size, :, : prompt.shape[1]] = prompt
-        self.outputs += outputs
-        self.position[rows] = torch.tensor(lengths, device=self.token.device).repeat_interleave(group_size)
-        self.length[rows], self.ended[rows] = 0, False
-        if self.temperature:
-            self.uniform[rows, :-1] = uniform.to(self.token.device)
-        self.append_tokens(rows, logits.repeat_interleave(group_size, 0))
+        output = torch.arange(self.begun, self.begun + n, device=self.output.device)
+        self.output[first : first + n] = output
+        self.position[output] = lengths.repeat_interleave(group_size) - 1
+        self.length[output], self.ended[output] = 0, False
+        self.begun, self.active = self.begun + n, self.active + n
+        self.append_tokens(output, logits.repeat_interleave(group_size, 0))
 
-    def append_tokens(self, rows, logits):
-        """Sample the next token of some rows and write it down: logits [n, V]."""
-        length = self.length[rows, None]  # [n, 1]
-        sampled = sample_token(logits, self.temperature, self.uniform[rows].gather(1, length))  # 3 × [n, 1]
-        for table, x in zip((self.tokens, self.logp, self.entropy), sampled):
-            table[rows].scatter_(1, length, x)
-        self.token[rows] = sampled[0][:, 0]
-        self.length[rows] += ~self.ended[rows]
-        self.ended[rows] |= (sampled[0] == self.ends).any(1) | (self.length[rows] == self.limit)
+    def append_tokens(self, output, logits):
+        """Sample the next token of some outputs and write it down: output [n], logits [n, V]."""
+        place = output, self.length[output]
+        token, logp, entropy = sample_token(logits, self.temperature, self.uniform[place][:, None])  # 3 × [n, 1]
+        self.tokens[place], self.logp[place], self.entropy[place] = token[:, 0], logp[:, 0], entropy[:, 0]
+        goes_on = ~self.ended[output]  # [n]
+        self.length[output] += goes_on
+        self.position[output] += goes_on
+        self.ended[output] |= (token == self.ends).any(1) | (self.length[output] == self.limit)
 
     def attention(self, layer, query, key, value, scaling):
         """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
-        n, (keys, values) = len(query), self.cache[layer]
-        keys[self.rows, :, self.position[:n]], values[self.rows, :, self.position[:n]] = key[:, :, 0], value[:, :, 0]
-        keys, values = keys[:n, :, : self.width], values[:n, :, : self.width]
+        keys, values = self.cache[layer]
+        keys[self.new_cells], values[self.new_cells] = key[:, :, 0], value[:, :, 0]
+        n, _, _, width = self.bias.shape
+        keys, values = keys[:n, :, :width], values[:n, :, :width]
         # the query heads that share a key head stand where several query tokens would: no key is repeated
         queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads of each, D]
         out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
@@ -577,24 +583,23 @@ class DecodingBatch:
 
     def decode_step(self, n, width):
         """Read the newest token of the first n rows, and sample the next. The cache is read up to column `width`."""
-        position = self.position[:n, None]
-        self.rows, self.width = torch.arange(n, device=position.device), width
-        columns = torch.arange(width, device=position.device)
+        output = self.output[:n]
+        position = self.position[output]  # [n]
+        self.new_cells = torch.arange(n, device=position.device), slice(None), position  # of the cache
+        unfilled = torch.arange(width, device=position.device) > position[:, None]  # [n, width]
         self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
-        self.bias.masked_fill_((columns > position)[:, None, None], -math.inf)  # columns that a row has not filled yet
-        layout = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
-        logits = self.model(input_ids=self.token[:n, None], position_ids=position, **layout).logits[:, -1]  # [n, V]
-        self.position[:n] += ~self.ended[:n]
-        self.append_tokens(slice(0, n), logits)
+        self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
+        token = self.tokens[output, self.length[output] - 1]  # [n]
+        logits = run_model(self.model, self, token[:, None], position[:, None]).logits[:, -1]  # [n, V]
+        self.append_tokens(output, logits)
 
     def decode(self):
-        """Sample the next token of every output; on a GPU the next 16, replayed from CUDA graphs."""
-        active = len(self.outputs)
-        last = int(self.position[:active].max())
+        """Sample the next token of every row in use; on a GPU the next 16, replayed from CUDA graphs."""
+        last = int(self.position[self.output[: self.active]].max())
         if self.position.device.type != "cuda":
-            return self.decode_step(active, last + 1)
+            return self.decode_step(self.active, last + 1)
         # rounded up, so that few graphs are needed; at least 2 rows, since one alone is computed less exactly
-        n = min(len(self.position), max(2, 2 ** (active - 1).bit_length()))
+        n = min(len(self.output), max(2, 2 ** (self.active - 1).bit_length()))
         width = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, width, self.temperature)) in self.graphs:
@@ -619,45 +624,36 @@ class DecodingBatch:
             tqdm.write(f"note: sampling without CUDA graphs, which is slower: {str(error).splitlines()[0]}")
 
     def remove_ended(self):
-        """Take out the outputs that have ended: [(number, [tokens, log π, entropies])]. The last rows fill the gaps."""
-        active, tables = len(self.outputs), (self.tokens, self.logp, self.entropy)
-        ended, lengths = self.ended[:active].nonzero().flatten().tolist(), self.length[:active].tolist()
-        results = [(self.outputs[row], [x[row, : lengths[row]].clone() for x in tables]) for row in reversed(ended)]
-        order = list(range(active))
-        for row in reversed(ended):
-            order[row] = order[-1]
-            order.pop()
-        gaps = [row for row, old in enumerate(order) if row != old]
-        sources = [order[row] for row in gaps]
-        caches = [x for kv in self.cache.values() for x in kv]
-        for x in (self.token, self.position, self.length, self.ended, self.uniform, *tables, *caches) if gaps else ():
-            x[gaps] = x[sources]
-        self.outputs, self.ended[len(order) : active] = [self.outputs[row] for row in order], True
-        return results
+        """Free the rows of the outputs that have ended, and return their number. The last rows fill the gaps."""
+        ended = self.ended[self.output[: self.active]].tolist()
+        before, going_on = self.active, [row for row, end in enumerate(ended) if not end]
+        self.active = len(going_on)
+        gaps = [row for row in range(self.active) if ended[row]]
+        last = going_on[self.active - len(gaps) :]  # as many rows stand after the first `active` ones
+        for x in (self.output, *(x for kv in self.cache.values() for x in kv)) if gaps else ():
+            x[gaps] = x[last]
+        self.output[self.active : before] = -1
+        return before - self.active
 
 
 DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatch, with its CUDA graphs}
 
 
-def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
-    """An empty DecodingBatch: with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
+def decoding_batch(model, size, ends):
+    """A DecodingBatch with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
 
+    size: outputs, rows and columns of the cache, longest output. A batch that is large enough is used again.
     Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
     """
     if model.device.type == "cpu" and model not in SHARDED:
-        return DecodingBatch(model, rows, columns, max_new_tokens, ends, temperature)
-    last = DECODING.get(model)
-    if not (last and last.tokens.shape[0] >= rows and last.columns >= columns and last.limit == max_new_tokens):
-        del last  # its memory is free before the next takes some
+        return DecodingBatch(model, size, ends)
+    if model not in DECODING or any(had < now for had, now in zip(DECODING[model].size, size)):
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
         copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device)
-        DECODING[model] = DecodingBatch(copied.requires_grad_(False), rows, columns, max_new_tokens, ends, temperature)
-    decoding = DECODING[model]
-    copy_weights(decoding.model, model)
-    decoding.outputs, decoding.temperature = [], temperature
-    decoding.ended.fill_(True)
-    return decoding
+        DECODING[model] = DecodingBatch(copied.requires_grad_(False), size, ends)
+    copy_weights(DECODING[model].model, model)
+    return DECODING[model]
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -678,10 +674,8 @@ def with_full_weights(function):
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / τ) of each completion token, fp32, [N, T]; 0 off the mask."""
     head = model.get_output_embeddings()
-    with autocast(model):
-        hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
-    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
-    dtype = dtype if precision(model.device) is torch.float32 else torch.bfloat16
+    hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
+    dtype = hidden.dtype if precision(model.device) is torch.float32 else torch.bfloat16
     targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
     logp = HeadLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature, dtype)  # [tokens]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
@@ -701,19 +695,23 @@ class Critic(nn.Module):
     @with_full_weights
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
-        with autocast(self.trunk):
-            hidden = hidden_states(self.trunk, ids, attention, mask)  # [tokens, D]
+        hidden = hidden_states(self.trunk, ids, attention, mask)  # [tokens, D]
         values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)  # [tokens], never in bf16
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def hidden_states(trunk, ids, attention, mask):
     """The trunk's last hidden state from which each completion token is predicted, row after row: [tokens, D]."""
-    packed = PackedBatch(ids, attention, mask)
+    P = ids.shape[1] - mask.shape[1]
+    lengths = zip(ids.tolist(), attention[:, :P].sum(1).tolist(), mask.sum(1).tolist())
+    rows = [(row[P - prompt : P], row[P : P + output]) for row, prompt, output in lengths]
+    groups = [(prompt, [output for _, output in same]) for prompt, same in itertools.groupby(rows, lambda row: row[0])]
+    packed = PackedBatch(groups, ids.device)  # consecutive rows with the same prompt share it
     trunk.train(torch.is_grad_enabled())  # gradient checkpointing needs train mode; nothing else does, dropout is 0
-    hidden = trunk(**packed.inputs()).last_hidden_state[0].index_select(0, packed.predictors)
+    with autocast(trunk):
+        hidden = run_model(trunk, packed, packed.ids, packed.positions).last_hidden_state[0]
     trunk.eval()
-    return hidden
+    return hidden.index_select(0, packed.predictors)
 
 
 class HeadLogprobs(torch.autograd.Function):

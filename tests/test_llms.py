@@ -425,10 +425,11 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
     model, tokenizer = llms.load(checkpoint("qwen2"))
     asked = prompts(tokenizer, (3, 9))
     expected = draw_plainly(model, tokenizer, asked)
-    ends = torch.tensor(llms.end_tokens(model, tokenizer))
-    decoding = llms.DecodingBatch(model, 10, 21, 12, ends, 1.0)  # and two rows more than there are outputs
+    # 8 outputs in a cache of 10 rows, two more than needed, and 21 columns; up to 12 tokens
+    decoding = llms.DecodingBatch(model, (8, 10, 21, 12), llms.end_tokens(model, tokenizer))
+    decoding.reset(1.0, torch.rand(8, 12, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        decoding.prefill(asked, range(8), torch.rand(8, 12, generator=torch.Generator().manual_seed(0)))
+        decoding.prefill(asked, 4)
         for _ in range(16):
             decoding.decode_step(10, 21)
     assert decoding.ended.all() and decoding.length[:8].tolist() == expected.mask.sum(1).tolist()
