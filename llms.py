@@ -34,9 +34,9 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import weakref
 import zlib
-from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -126,9 +126,7 @@ def refuse_pickles(name, config):
 
 def explain(name, error):
     """Why a model could not be loaded, and what to do about it, in one line."""
-    causes, cause = "", error
-    while cause is not None:
-        causes, cause = f"{causes} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
+    causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors behind it
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
@@ -149,10 +147,20 @@ def save(model, tokenizer, folder):
     shutil.rmtree(unfinished, ignore_errors=True)
     merge_lora(model)
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    model.save_pretrained(unfinished, state_dict=weights)
-    tokenizer.save_pretrained(unfinished)
+    with disk_errors(folder):
+        model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+@contextmanager
+def disk_errors(folder):
+    """A block that writes to a folder: its errors, a full disk's say, become OSErrors."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have errors of their own, or raise plain Exception
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def checkpoint_layers(model):
@@ -165,81 +173,74 @@ def checkpoint_layers(model):
 
 
 def named_tensors(networks, optimizer, generator):
-    """Every tensor of a checkpoint by name, without a copy; tied or shared weights appear once.
+    """Every tensor of a checkpoint by name, without a copy; tied weights appear once.
 
     networks is {name: module}. With LoRA the frozen weights are those of the model as it was loaded, and left out.
     """
-    names = {}  # {weight: name}
-    for network, module in networks.items():
-        for name, weight in module.named_parameters():
-            names.setdefault(weight, f"{network}/{name}")
-    lora = any(".lora_" in name for name in names.values())
-    saved = lambda name, weight: weight.requires_grad or not lora or ".lora_" in name  # also the reference's adapter
-    tensors = {name: weight.detach() for weight, name in names.items() if saved(name, weight)}
-    for weight, moments in optimizer.state.items():
-        tensors |= {f"adam/{key}/{names[weight]}": value for key, value in moments.items()}
+    weights = {f"{network}/{name}": w for network, module in networks.items() for name, w in module.named_parameters()}
+    if any(".lora_" in name for name in weights):  # the trained ones, and the reference's adapter
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad or ".lora_" in name}
+    tensors = {name: weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state.get(weight, {}).items()}
     return tensors | {"generator": generator.get_state()}
 
 
-def checksum(read, names, about):
-    """A CRC of a text and of the tensors that read(name) returns, so that a damaged file is noticed."""
+def checksum(tensors, about):
+    """A CRC of tensors and of the text beside them, so that a damaged file is noticed."""
     total = zlib.crc32(about.encode())
-    for name in sorted(names):
-        total = zlib.crc32(read(name).contiguous().view(-1).view(torch.uint8).numpy(), total)
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
     return str(total)
 
 
 def save_checkpoint(folder, networks, optimizer, generator, about):
-    """Replace the folder's state.safetensors, whole or not at all; about is a text. Nothing is pickled."""
-    tensors = {}
+    """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled."""
+    tensors, about = {}, json.dumps(about)
     for name, tensor in named_tensors(networks, optimizer, generator).items():
         tensor = full_tensor(tensor)  # by all ranks
         if RANK == 0:
             tensors[name] = tensor.cpu()
     if RANK == 0:
         folder.mkdir(exist_ok=True)
-        metadata = {"about": about, "checksum": checksum(tensors.get, tensors, about)}
-        try:
+        metadata = {"about": about, "checksum": checksum(tensors, about)}
+        with disk_errors(folder):
             safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{folder} cannot be written: {error}") from None
         with open(folder / "unfinished", "rb") as file:
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(folder / "unfinished", folder / "state.safetensors")
 
 
-def checkpoint_text(folder):
-    """The text of a checkpoint; ModelError if the file is damaged."""
+def read_checkpoint(folder):
+    """What was saved as `about`, and the tensors of a checkpoint; ModelError if the file is damaged."""
     path = folder / "state.safetensors"
     try:
-        file = safetensors.safe_open(path, "pt")
-        metadata = file.metadata() or {}
-        intact = metadata["checksum"] == checksum(file.get_tensor, file.keys(), metadata["about"])
+        tensors = safetensors.torch.load_file(path)  # read from the disk when they are used
+        metadata = safetensors.safe_open(path, "pt").metadata() or {}
+        intact = metadata["checksum"] == checksum(tensors, metadata["about"])
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
         raise ModelError(f"{path} is damaged: its bytes are not those that were written")
-    return metadata["about"]
+    return json.loads(metadata["about"]), tensors
 
 
 @torch.no_grad()
-def load_checkpoint(folder, networks, optimizer, generator):
-    """Fill networks, optimizer and generator with what a checkpoint holds of them."""
-    file = safetensors.safe_open(folder / "state.safetensors", "pt")
-    names = set(file.keys())
-    if any(name.startswith("adam/") for name in names):  # AdamW's state as after its first step, filled below
+def load_checkpoint(saved, networks, optimizer, generator):
+    """Fill networks, optimizer and generator with the tensors of a checkpoint."""
+    if any(name.startswith("adam/") for name in saved):  # AdamW's state as after its first step, filled below
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
             moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
             optimizer.state[weight] = {"step": torch.zeros(())} | moments
     tensors = named_tensors(networks, optimizer, generator)
-    if different := tensors.keys() ^ names:
-        raise ModelError(f"{folder} was made with another model: only one of the two has {min(different)}")
+    if different := tensors.keys() ^ saved.keys():
+        raise ModelError(f"the checkpoint was made with another model: only one of the two has {min(different)}")
     try:
         for name, tensor in tensors.items():
-            fill(tensor, file.get_tensor(name))
+            fill(tensor, saved[name])
     except RuntimeError as error:  # the same names, other shapes
-        raise ModelError(f"{folder} was made with another model: {error}") from error
-    generator.set_state(file.get_tensor("generator"))
+        raise ModelError(f"the checkpoint was made with another model: {error}") from error
+    generator.set_state(saved["generator"])
 
 
 # ---- prompts and batches -------------------------------------------------------------------------------------------
@@ -307,11 +308,10 @@ class Rollout(NamedTuple):
         """
         completions, totals = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()
         prompts = [total - completion for total, completion in zip(totals, completions)]
-        longest = defaultdict(int)  # tokens in the longest row of each question
-        for row in rows:
-            longest[row // group_size] = max(longest[row // group_size], totals[row])
+        questions = [list(same) for _, same in itertools.groupby(rows, lambda row: row // group_size)]
+        questions.sort(key=lambda rows: -max(totals[row] for row in rows))
         batches = []
-        for row in sorted(rows, key=lambda row: (-longest[row // group_size], row // group_size, -completions[row])):
+        for row in (row for rows in questions for row in sorted(rows, key=lambda row: -completions[row])):
             candidate = [*batches[-1], row] if batches else [row]
             width = max(prompts[i] for i in candidate) + max(completions[i] for i in candidate)
             if batches and len(candidate) * width <= token_budget:
@@ -453,16 +453,15 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
     which uses its part of the generator's numbers: the outputs are the same for any number of ranks.
     """
-    of_ranks = gather([(len(prompts), max(map(len, prompts)))])  # (prompts, longest prompt) of each rank
-    longest = max(length for _, length in of_ranks) + max_new_tokens
+    longest = max(map(len, prompts)) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
     rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size
-    before = group_size * sum(count for count, _ in of_ranks[:RANK])  # outputs of the ranks before this one
-    total, N = group_size * sum(count for count, _ in of_ranks), group_size * len(prompts)
-    uniform = torch.rand(total if temperature else 0, max_new_tokens, generator=generator)[before : before + N]
+    counts = gather([group_size * len(prompts)])  # outputs of each rank
+    N, before = counts[RANK], sum(counts[:RANK])
+    uniform = torch.rand(sum(counts) if temperature else 0, max_new_tokens, generator=generator)[before : before + N]
     ends = end_tokens(model, tokenizer)
     decoding = decoding_batch(model, (N, rows, columns, max_new_tokens), ends)
     decoding.reset(temperature, uniform)
@@ -936,9 +935,8 @@ def device_name():
 
 def size(model):
     """How many parameters a model has and how many of them are trained, in words."""
-    sizes = [(weight.numel() / 1e6, weight.requires_grad) for weight in model.parameters()]
-    trained = sum(millions for millions, trains in sizes if trains)
-    return f"{sum(millions for millions, _ in sizes):.1f} M parameters, {trained:.1f} M of them trained"
+    total, trained = model.num_parameters() / 1e6, model.num_parameters(only_trainable=True) / 1e6
+    return f"{total:.1f} M parameters, {trained:.1f} M of them trained"
 
 
 # ---- a learned reward model ----------------------------------------------------------------------------------------
@@ -1021,27 +1019,21 @@ def tiny_tokenizer(texts):
 def build_tiny(folder, corpus):
     """Train a Qwen2 of half a million parameters on [(messages, completion)], and save it: a minute on two cores."""
     torch.manual_seed(0)
-    texts = [
-        text
-        for messages, completion in corpus
-        for message in messages
-        for text in (message["role"], message["content"], "assistant", completion)
-    ]
+    texts = []
+    for messages, completion in corpus:
+        for message in messages:
+            texts += [message["role"], message["content"], "assistant", completion]
     tokenizer = tiny_tokenizer(texts)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text in corpus]
     pairs = list(zip([encode(tokenizer, messages) for messages, _ in corpus], completions))
     for step in tqdm(range(TINY["steps"]), "building the tiny model, once", leave=False, disable=RANK > 0 or None):
         rows = [pairs[(step * TINY["rows"] + row) % len(pairs)] for row in range(TINY["rows"])]
         ids, attention, mask = batch(*zip(*rows), model.device)
-        inputs = {"attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-        hidden = model.base_model(input_ids=ids, **inputs, use_cache=False).last_hidden_state  # [N, P + T, D]
-        T = mask.shape[1]  # position j predicts token j + 1
-        hidden, targets = hidden[:, -T - 1 : -1][mask], ids[:, -T:][mask]  # [tokens, D], [tokens]
-        loss = -HeadLogprobs.apply(hidden, model.lm_head.weight, None, targets, 1.0, hidden.dtype).mean()
+        loss = -token_logprobs(model, ids, attention, mask, 1.0)[mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -1054,10 +1046,10 @@ def build_tiny(folder, corpus):
 def tiny_folder(runs, corpus):
     """The folder of the tiny model, which is built when it is first asked for."""
     folder = runs / f"tiny-base-{zlib.crc32(repr((corpus, TINY)).encode()):08x}"
-    with one_first():
-        if not folder.exists():
-            runs.mkdir(exist_ok=True)
-            build_tiny(folder, corpus)
+    if LOCAL_RANK == 0 and not folder.exists():  # by one rank of each machine
+        runs.mkdir(exist_ok=True)
+        build_tiny(folder, corpus)
+    gather([])  # the others wait for it
     return str(folder)
 
 
@@ -1095,16 +1087,6 @@ def lost_another_rank(error):
 def on_rank_0(function):
     """A function that only rank 0 runs: it writes or draws something, and returns nothing."""
     return function if RANK == 0 else functools.wraps(function)(lambda *inputs, **named: None)
-
-
-@contextmanager
-def one_first():
-    """A block that one rank of each machine runs before its other ranks, so that they find what it has made."""
-    if LOCAL_RANK:
-        gather([])
-    yield
-    if not LOCAL_RANK:
-        gather([])
 
 
 def gather(rows):

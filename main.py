@@ -39,7 +39,6 @@ import ast
 import difflib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -685,12 +684,12 @@ def save_checkpoint(state):
     about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
     report.sync(state.run)
     everything = state.networks(), state.optimizer, state.generator
-    llms.save_checkpoint(state.run / "checkpoint", *everything, json.dumps(about))
+    llms.save_checkpoint(state.run / "checkpoint", *everything, about)
 
 
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
-    about = json.loads(llms.checkpoint_text(state.run / "checkpoint"))
+    about, tensors = llms.read_checkpoint(state.run / "checkpoint")
     before, now = about["settings"], settings()
     if differ := [name for name in before if name not in MAY_CHANGE and before[name] != now.get(name)]:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
@@ -698,7 +697,7 @@ def load_checkpoint(state):
         setattr(state, name, value)
     if needs_reference() and state.step:
         state.reference = llms.frozen_copy(state.policy, adapter=state.step > STEPS)
-    llms.load_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator)
+    llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
 
 
 # ==== The command line ==============================================================================================
