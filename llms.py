@@ -453,21 +453,22 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
     which uses its part of the generator's numbers: the outputs are the same for any number of ranks.
     """
-    longest = max(map(len, prompts)) + max_new_tokens
+    counts, lengths = zip(*gather([(len(prompts), max(map(len, prompts)))]))  # prompts, and the longest, of each rank
+    longest = max(lengths) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
-    rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size
-    counts = gather([group_size * len(prompts)])  # outputs of each rank
-    N, before = counts[RANK], sum(counts[:RANK])
-    uniform = torch.rand(sum(counts) if temperature else 0, max_new_tokens, generator=generator)[before : before + N]
+    rows = min(max(counts), max(1, cache_tokens // (columns * group_size))) * group_size
     ends = end_tokens(model, tokenizer)
-    decoding = decoding_batch(model, (N, rows, columns, max_new_tokens), ends)
-    decoding.reset(temperature, uniform)
+    # the same size on all ranks, which copy sharded weights together or not at all
+    decoding = decoding_batch(model, (max(counts) * group_size, rows, columns, max_new_tokens), ends)
+    uniform = torch.rand(sum(counts) * group_size if temperature else 0, max_new_tokens, generator=generator)
+    before, N = sum(counts[:RANK]) * group_size, len(prompts) * group_size  # outputs of the ranks before this one
+    decoding.reset(temperature, uniform[before : before + N])
     decoding.sample_all(prompts, group_size, rows)
 
-    completions = [row[:n] for row, n in zip(decoding.tokens[:N].tolist(), decoding.length.tolist())]
+    completions = [row[:n].tolist() for row, n in zip(decoding.tokens[:N].cpu(), decoding.length.tolist())]
     ids, attention, mask = batch([q for q in prompts for _ in range(group_size)], completions, model.device)
     logp, entropy = (x[:N, : mask.shape[1]].where(mask, 0.0) for x in (decoding.logp, decoding.entropy))  # [N, T]
     truncated = [output[-1] not in ends for output in completions]
@@ -561,9 +562,9 @@ class DecodingBatch:
 
     def append_tokens(self, output, logits):
         """Sample the next token of some outputs and write it down: output [n], logits [n, V]."""
-        place = output, self.length[output]
-        token, logp, entropy = sample_token(logits, self.temperature, self.uniform[place][:, None])  # 3 × [n, 1]
-        self.tokens[place], self.logp[place], self.entropy[place] = token[:, 0], logp[:, 0], entropy[:, 0]
+        place = output[:, None], self.length[output, None]  # row and column in the tables, 2 × [n, 1]
+        token, self.logp[place], self.entropy[place] = sample_token(logits, self.temperature, self.uniform[place])
+        self.tokens[place] = token
         goes_on = ~self.ended[output]  # [n]
         self.length[output] += goes_on
         self.position[output] += goes_on

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -298,6 +299,33 @@ def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, t
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), opened.parameters()))
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("writes", ["the weights", "the tokenizer", "a checkpoint"])
+def test_a_full_disk_is_an_os_error_of_one_line_and_leaves_what_was_there(setup, tmp_path, monkeypatch, writes):
+    state, _ = setup()
+    folder = tmp_path / ("checkpoint" if writes == "a checkpoint" else "model")
+
+    def save():
+        if writes == "a checkpoint":
+            llms.save_checkpoint(folder, state.networks(), state.optimizer, state.generator, "text")
+        else:
+            llms.save(state.policy, state.tokenizer, folder)
+
+    save()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if writes == "the tokenizer":
+        monkeypatch.setattr(state.policy, "save_pretrained", lambda folder, state_dict: Path(folder).mkdir())
+    next(state.policy.parameters()).data.add_(1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))  # no file may become longer, as on a disk that is full
+    try:
+        with pytest.raises(OSError, match=f"{folder} cannot be written: .*File too large") as error:
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert {name: (folder / name).read_bytes() for name in before} == before
 
 
 def test_a_frozen_copy_shares_no_memory_and_asks_for_no_gradient(checkpoint):
