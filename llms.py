@@ -4,7 +4,7 @@ Everything between a checkpoint and the maths: weights, token ids, masks and log
 what an advantage is, what β and ε are, is not known here.
 
     load, save, checkpoint_layers         a model and its tokenizer, from the Hugging Face hub or a folder
-    save_checkpoint, load_checkpoint      all that a run cannot make again, in one file
+    save_, read_, load_checkpoint         all that a run cannot make again, in one file
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
@@ -504,24 +504,28 @@ def check_finite(logits):
 
 
 class DecodingBatch:
-    """N outputs, and a KV cache in which some of them are sampled at a time: row i is that of output `output[i]`."""
+    """N outputs that are being sampled, and a KV cache for some of them at a time.
+
+    Row i of the cache is that of output `output[i]`. What belongs to an output stands in tables, in its own row; their
+    last row, -1, and last column take what is computed for free rows of the cache, and what is sampled after an end.
+    """
 
     def __init__(self, model, size, ends):
-        self.model, self.size, (N, rows, self.columns, self.limit) = model, size, size
+        self.model, self.size = model, size
+        N, rows, self.columns, self.limit = size
         self.ends = torch.tensor(ends, device=model.device)
         self.cache = {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
         self.graphs, self.recordable = {}, True  # on a GPU: {(n, width, τ): the CUDA graph of a decode step}
-        # one output and one column more absorb what is computed in rows without an output, and sampled after an end
+        self.output = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.tokens = torch.zeros(N + 1, self.limit + 1, dtype=torch.long, device=model.device)
         self.logp, self.entropy, self.uniform = torch.zeros(3, N + 1, self.limit + 1, device=model.device)
         # of each output: the number of sampled tokens, and where the newest one stands in prompt and output
         self.length, self.position = torch.zeros(2, N + 1, dtype=torch.long, device=model.device)
         self.ended = torch.ones(N + 1, dtype=torch.bool, device=model.device)
-        self.output = torch.zeros(rows, dtype=torch.long, device=model.device)
 
     def reset(self, temperature, uniform):
-        """Begin anew: no output has begun. uniform [N, T] decides about the tokens, [0, T] at temperature 0."""
-        self.temperature, self.begun, self.active = temperature, 0, 0  # outputs that have begun; rows in use
+        """Forget all outputs. uniform [N, T]: the random numbers for their tokens, [0, T] at temperature 0."""
+        self.temperature, self.begun, self.active = temperature, 0, 0  # …, outputs that have begun, rows in use
         self.uniform[: len(uniform), :-1] = uniform.to(self.uniform.device)
         self.output.fill_(-1)
 
@@ -629,7 +633,7 @@ class DecodingBatch:
         before, going_on = self.active, [row for row, end in enumerate(ended) if not end]
         self.active = len(going_on)
         gaps = [row for row in range(self.active) if ended[row]]
-        last = going_on[self.active - len(gaps) :]  # as many rows stand after the first `active` ones
+        last = going_on[self.active - len(gaps) :]  # the rows in use that are not among the first `active`
         for x in (self.output, *(x for kv in self.cache.values() for x in kv)) if gaps else ():
             x[gaps] = x[last]
         self.output[self.active : before] = -1
@@ -642,12 +646,13 @@ DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatc
 def decoding_batch(model, size, ends):
     """A DecodingBatch with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
 
-    size: outputs, rows and columns of the cache, longest output. A batch that is large enough is used again.
+    size: outputs, rows and columns of the cache, longest output. A copy whose batch is large enough is used again.
     Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
     """
     if model.device.type == "cpu" and model not in SHARDED:
         return DecodingBatch(model, size, ends)
-    if model not in DECODING or any(had < now for had, now in zip(DECODING[model].size, size)):
+    last = DECODING[model].size if model in DECODING else (0, 0, 0, 0)
+    if last[-1] != size[-1] or any(old < new for old, new in zip(last, size)):
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
         copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device)
