@@ -95,8 +95,6 @@ def load(name):
 
 def from_pretrained(auto_class, name, **options):
     """A model and its tokenizer, from a folder or from the hub. No pickle is opened, no code of a download is run."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         # no dropout: the policy that is scored must be the one that sampled
@@ -130,7 +128,8 @@ def explain(name, error):
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
-        return f"unknown model: {name} is neither a folder nor on the Hugging Face hub (a private one needs HF_TOKEN)"
+        nowhere = "no such model folder, and not on the Hugging Face hub either (a private one needs HF_TOKEN)"
+        return f"unknown model: {name}: {nowhere}"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
         offline = "offline, give a folder with the model, or use --model tiny"
         return f"{name} is not on this machine and the Hugging Face hub cannot be reached: {offline}"
@@ -655,10 +654,12 @@ def decoding_batch(model, size, ends):
     if last[-1] != size[-1] or any(old < new for old, new in zip(last, size)):
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
-        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device)
-        DECODING[model] = DecodingBatch(copied.requires_grad_(False), size, ends)
-    copy_weights(DECODING[model].model, model)
-    return DECODING[model]
+        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
+        DECODING[model] = DecodingBatch(copied, size, ends)
+    decoding = DECODING[model]
+    for weight, new in zip(decoding.model.parameters(), model.parameters()):
+        weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
+    return decoding
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -860,13 +861,6 @@ def copy_with(module, change=None):
         for old, weight in zip(source.parameters(), module.parameters())
     }
     return copy.deepcopy(source, memo)
-
-
-@torch.no_grad()
-def copy_weights(target, source):
-    """Set the weights of a copy to those of its source, in place."""
-    for weight, new in zip(target.parameters(), source.parameters()):
-        weight.copy_(full_tensor(new, weight.dtype))
 
 
 # ---- memory and time -----------------------------------------------------------------------------------------------

@@ -335,7 +335,9 @@ def test_a_frozen_copy_shares_no_memory_and_asks_for_no_gradient(checkpoint):
         assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr() and not theirs.requires_grad
 
 
-@pytest.mark.parametrize("name, says", [("./nowhere", "no such model folder"), ("not a name", "unknown model")])
+@pytest.mark.parametrize(
+    "name, says", [("./nowhere", "no such model folder"), ("not a name", "unknown model: not a name")]
+)
 def test_an_unknown_model_is_refused_in_one_line(name, says):
     with pytest.raises(llms.ModelError, match=says) as error:
         llms.load(name)
@@ -466,15 +468,18 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
     assert ((decoding.logp[:8, :T] - expected.logp) * expected.mask).abs().max() < 1e-5
 
 
-def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint):
+def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint, monkeypatch):
     model, _ = llms.load(checkpoint("qwen2"))
     llms.add_lora(model, 2, 4.0)
-    copied = llms.copy_with(model, torch.Tensor.bfloat16)
-    before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
+    monkeypatch.setitem(llms.SHARDED, model, (None, model))  # now a copy is sampled from, as on a GPU
+    monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
+    size, ends = (4, 4, 20, 8), [11]
     with torch.no_grad():
+        copied = llms.decoding_batch(model, size, ends).model
+        before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight))
-    llms.copy_weights(copied, model)
+        assert llms.decoding_batch(model, size, ends).model is copied
     weights = dict(model.named_parameters())
     assert set(before) == set(weights) and any("lora_B" in name for name in before)
     for name, weight in copied.named_parameters():
@@ -733,6 +738,9 @@ def test_the_copy_that_is_sampled_from_follows_the_model_is_used_again_and_can_b
         assert draw(model, tokenizer, n=n, seed=n).texts == texts
         used.append(llms.DECODING[model])
     assert used[0] is used[1] is not used[2]
+    longer = draw(model, tokenizer, n=4, longest=20)  # another limit is one too
+    assert llms.DECODING[model] is not used[2] and longer.mask.shape[1] > 12
+    assert draw(model, tokenizer, n=4, seed=4).texts == expected[0]
     llms.free_copies()
     assert len(llms.DECODING) == 0
     monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
