@@ -124,7 +124,7 @@ def refuse_pickles(name, config):
 
 def explain(name, error):
     """Why a model could not be loaded, and what to do about it, in one line."""
-    causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors behind it
+    causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors that led to it
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
@@ -1147,6 +1147,5 @@ def full_tensor(tensor, dtype=None):
 def fill(tensor, values):
     """Copy values into a tensor, or this rank's part of them into a sharded one."""
     if isinstance(tensor, DTensor):
-        values = values.to(tensor.device)
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
