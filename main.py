@@ -42,7 +42,6 @@ import ast
 import difflib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -694,20 +693,23 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
 
 def save_checkpoint(state):
     """Replace the run's checkpoint by the state as it is, for any number of ranks to go on from."""
-    about = json.dumps({"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()})
+    about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
     report.sync(state.run)
     llms.save_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
 
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
-    about = json.loads(llms.checkpoint_text(state.run / "checkpoint"))
-    if differ := dict(about["settings"].items() - settings().items()).keys() - MAY_CHANGE:
+    about, tensors = llms.read_checkpoint(state.run / "checkpoint")
+    differ = [
+        name for name, value in settings().items() if name not in MAY_CHANGE and about["settings"].get(name) != value
+    ]
+    if differ:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
     if needs_reference() and state.step:
         state.reference = llms.frozen_copy(state.policy, adapter=state.step > STEPS)
-    llms.load_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator)
+    llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
 
 
 # ==== The command line ==============================================================================================
