@@ -1097,6 +1097,11 @@ def gather(rows):
     return [row for part in parts for row in part]
 
 
+def sums_over_ranks(*numbers):
+    """Each of some numbers, added up over all ranks."""
+    return [sum(of_ranks) for of_ranks in zip(*gather([numbers]))]
+
+
 def share(rows):
     """This rank's share of a list that all ranks have; `gather` puts the shares together again."""
     return rows[len(rows) * RANK // WORLD : len(rows) * (RANK + 1) // WORLD]

@@ -22,14 +22,11 @@ Departures: where the code leaves the paper or decides what the paper leaves ope
  1. The reward is a rule, or a model that stays frozen (REWARD_MODEL): Algorithm 1, line 12, trains nothing. No setting.
  2. std(r) is unbiased (correction=0 for biased) and has 1e-4 added; equal rewards give exactly 0: `group_advantages`.
  3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0 gives the formulas as printed.
- 4. With μ = 1, π_θold is π_θ itself: log π_θold is `logp.detach()` in `backward`, which is exact. To compute it
-    before the update, as with μ > 1, delete `if MU > 1` in `take_step`.
- 5. SUPERVISION = "process" is the formula of §4.1.3 as printed. The rewards in it are ours: a rule rewards the steps,
-    and the answer is one more step, at the end of the output, with the reward r_i. "both" is ours too: outcome
-    supervision plus WEIGHT_STEPS times the advantages of the steps, without that last one.
+ 4. With μ = 1, π_θold is π_θ: log π_θold is logp.detach() in `backward`, which is exact. `if MU > 1` in `take_step`.
+ 5. SUPERVISION = "process" is §4.1.3 as printed, with rewards of ours: a rule rewards the steps, and the answer is
+    one more step at the end, with reward r_i. "both": outcome supervision plus WEIGHT_STEPS × advantages of the steps.
  6. An output that is cut at MAX_NEW_TOKENS stays in the loss: MASK_TRUNCATED = True leaves its tokens out.
- 7. With β = 0 and without a critic, an output with Â = 0 has no gradient. It is skipped, but counts in N and Σ|o_i|:
-    `rows` in `backward`.
+ 7. With β = 0 and no critic, an output with Â = 0 has no gradient and is skipped; it counts in N, Σ|o_i|: `backward`.
  8. RFT and DPO sample anew from the reference (π_sft) at every step; the paper samples once, before. No setting.
  9. DPO's coefficient is the derivative of (12); (14) as printed lacks its factor β: drop it where `preference` sets GC.
 10. PPO's value function is a network of its own (Figure 4), its advantages are not whitened. No setting.
@@ -63,8 +60,7 @@ from plots import plot, report
 
 # ==== Constants =====================================================================================================
 # Each is also a flag of the same name (--group_size 8); its comment is the flag's help. These values are for
-# Qwen2.5-1.5B-Instruct on GSM8K with one 80 GB GPU, and the paper's (§4.2) wherever the paper gives one. The default
-# model, tiny, has some values of its own: TINY, below the constants.
+# Qwen2.5-1.5B-Instruct on GSM8K with an 80 GB GPU, the paper's (§4.2) where it gives one. TINY, below, replaces some.
 
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model built here, with the settings of TINY below
@@ -249,8 +245,7 @@ def take_step(state):
     if SUPERVISION == "outcome":
         advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
     else:
-        # 9: Â_{i,t}, [N, T]; the steps' mean rewards are only recorded
-        advantages, by_name["steps"] = supervise_steps(state, rollout, problems, rewards)
+        advantages, by_name["steps"] = supervise_steps(state, rollout, problems, rewards)  # 9: Â_{i,t}, [N, T]
     with llms.timed("update"):
         updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11
     return record_step(state, problems, rollout, by_name, rewards, advantages, updates)
@@ -265,8 +260,7 @@ def train(state, after_step):
     for iteration in range(ITERATIONS):  # 2
         if state.step == iteration * STEPS and needs_reference():  # otherwise it came with the checkpoint
             state.reference = None  # frees its memory first
-            # 3: π_ref ← π_θ; with LoRA the first reference is the model without an adapter
-            state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)
+            state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)  # 3: π_ref ← π_θ
         while state.step < (iteration + 1) * STEPS:  # 4
             metrics = one_step(state)  # 5 to 11
             # 12: the reward is a rule or a frozen model, there is nothing to train
@@ -346,10 +340,8 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # without KL and critic, Â = 0 has no gradient
         has_advantage = A.any(1).tolist()
         rows = [row for row in rows if has_advantage[row]]
-    counts = llms.gather([(N, local_tokens, int(lengths[rows].sum()))])
-    num_sequences, num_tokens, learned_tokens = (max(1, sum(of_ranks)) for of_ranks in zip(*counts))
+    num_sequences, num_tokens, learned_tokens = llms.sums_over_ranks(N, local_tokens, int(lengths[rows].sum()))
     parts = []
-    # is_real is False for the dummy batches of a rank that waits for the others
     for batch, is_real in llms.lockstep(rollout.micro_batches(rows, GROUP_SIZE, token_budget)):
         ids, attention, mask = rollout.rows(batch)
         T = mask.shape[1]
@@ -357,7 +349,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
         logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
         old = logp.detach() if old is None else old
         loss = loss_function(logp, old, ref, A[batch, :T], mask, num_sequences, num_tokens)
-        (loss * is_real).backward()
+        (loss * is_real).backward()  # adds 0 for a dummy batch, by which a rank that has finished waits for the others
         if is_real:
             parts.append({"loss": loss.item(), **diagnose(logp, old, ref, sampled, A[batch, :T], mask, learned_tokens)})
         if targets:
@@ -455,7 +447,7 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
     rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
     for group, good, bad in zip(rows, right & usable, ~right & usable):
         pairs += zip(group[good].tolist(), group[bad].tolist())
-    num_pairs, num_outputs = map(sum, zip(*llms.gather([(len(pairs), right.numel())])))
+    num_pairs, num_outputs = llms.sums_over_ranks(len(pairs), right.numel())
     GC, extra = torch.zeros(right.numel()), {"dpo/pairs": num_pairs}  # [N]
     if num_pairs:
         plus, minus = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T  # 2 × [pairs]
@@ -589,10 +581,9 @@ def log_probs(state, model, rollout):
 
 
 @llms.timed("logprobs")
-def per_token(state, function, model, rollout):
-    """function(model, ids, attention, mask) of all rows of a rollout, in micro-batches, without gradient: [N, T]."""
-    in_batches = lambda tokens: llms.in_micro_batches(function, model, rollout, GROUP_SIZE, tokens)
-    return state.memory.fit("token_budget", in_batches)
+def per_token(state, read, model, rollout):
+    """read(model, ids, attention, mask) of all rows of a rollout, in micro-batches, without gradient: [N, T]."""
+    return state.memory.fit("token_budget", lambda n: llms.in_micro_batches(read, model, rollout, GROUP_SIZE, n))
 
 
 @llms.timed("reward")
@@ -603,7 +594,7 @@ def score_outputs(rollout, problems, reward_model=None):
     by_name, failures = evaluator.score(rollout.texts, problems, threads)  # {name: N numbers}, [why a rule failed]
     if failures:
         tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
-    failed, outputs = map(sum, zip(*llms.gather([(len(failures), len(problems))])))
+    failed, outputs = llms.sums_over_ranks(len(failures), len(problems))
     if failed == outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
     overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
@@ -620,7 +611,7 @@ def weighted_sum(by_name):
 
 
 def supervise_steps(state, rollout, problems, rewards):
-    """Process supervision by a rule: Â_{i,t} [N, T], and the mean reward of each output's steps [Q, G]."""
+    """Process supervision by a rule: Â_{i,t} [N, T]; and to record, each output's mean step reward [Q, G]."""
     steps = [evaluator.step_rewards(text, problems[i // GROUP_SIZE]) for i, text in enumerate(rollout.texts)]
     step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, steps)  # [N, T]
     means = (step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)).view(rewards.shape)
@@ -750,7 +741,8 @@ def parse(argv):
     one_of.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     one_of.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
     one_of.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
-    sections = {section: parser.add_argument_group(section) for section, _, _ in CONSTANTS.values()}
+    titles = dict.fromkeys(section for section, _, _ in CONSTANTS.values())
+    sections = {title: parser.add_argument_group(title) for title in titles}
     for name, (section, default, comment) in CONSTANTS.items():
         flag = {"type": type(default), "metavar": type(default).__name__.upper(), "default": argparse.SUPPRESS}
         if isinstance(default, bool):  # --tensorboard alone is --tensorboard true
@@ -758,9 +750,7 @@ def parse(argv):
             flag |= {"type": true_or_false, "choices": [True, False], "nargs": "?", "const": True}
         flag["help"] = f"{comment.replace('%', '%%')} (default: {default!r})"
         sections[section].add_argument(f"--{name.lower()}", **flag)
-    argv = [
-        re.sub(r"(?<=^--)[\w-]+", lambda match: match[0].replace("-", "_"), flag) for flag in argv
-    ]  # --a-b is --a_b
+    argv = [re.sub(r"(?<=^--)[\w-]+", lambda word: word[0].replace("-", "_"), flag) for flag in argv]  # --a-b is --a_b
     actions, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.lower()}" for name in CONSTANTS], 1)
@@ -782,8 +772,7 @@ def choose_settings(actions, flags):
         ):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
     model = actions.evaluate or (defaults | known | flags)["MODEL"]
-    settings_of = known or (TINY if model == "tiny" else {})
-    values = defaults | settings_of | flags | {"MODEL": model}
+    values = defaults | (known or (TINY if model == "tiny" else {})) | flags | {"MODEL": model}
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
     if any(counts) and not known:  # a curriculum determines its number of steps
         if flags.get("STEPS", sum(counts)) != sum(counts):
@@ -916,7 +905,7 @@ def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
         raise RunError("three steps in a row were not finite; the last checkpoint was saved before them")
     if evaluates_at(state.step):
         record_evaluation(state, problems)
-    stopped = max(llms.gather([state.stop_signal or signal.SIGTERM if llms.orphaned() else 0]))
+    stopped = max(llms.gather([state.stop_signal or (signal.SIGTERM if llms.orphaned() else 0)]))
     if stopped or state.step == ITERATIONS * STEPS or (state.step % SAVE_EVERY == 0 and not state.failures):
         save_checkpoint(state)
     return stopped
@@ -941,7 +930,6 @@ def run_training(actions):
         load_checkpoint(state)
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
-
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         return run_steps(state, problems, lambda step: step == last or (step % EVAL_EVERY == 0 and not actions.test))
 
