@@ -572,13 +572,14 @@ def stated(text):
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
 
+OPPOSITE = {"knight": "knave", "knave": "knight"}
 DOUBT = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
 KNIGHTS_WORDS = {
     "doubt": DOUBT,
     "rest": "the rest|the others?|every(?:one|body) else|all others",
-    "none": "no ?one|nobody|none|neither",
-    "all": "every(?:one|body)|all|both|each",
-    "not": "not|no|never",
+    "none": "no ?one|nobody|none",
+    "all": "every(?:one|body)|all|each",
+    "not": "not|no|never|neither",
     "knight": "knights?|truth(?:[ -]?tellers?|ful)?",
     "knave": "knaves?|liars?|lies|lying",
 }
@@ -591,70 +592,58 @@ ORDER_WORDS = {
 
 
 def words_that_matter(answer, names, choices):
-    """The names and the given words in an answer, in order: [(kind, word, does `is`, `are`, `:` or `=` follow?)]."""
-    answer = answer.replace("?", " or ") if len(answer) <= 10_000 else "or"  # no right answer is that long
+    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if one expresses doubt."""
+    answer = answer.replace("?", " or ") if len(answer) <= 10_000 else ""  # no right answer is that long
     answer = re.sub(r"n['’]t\b", " not", answer)
+    answer = re.sub(r"\[\s*\]", " none ", answer)  # an empty list of JSON
     answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"'“”{}()\[\]$]""", " ", answer)  # the markup of LaTeX, markdown and JSON
-    answer = " ".join(answer.lower().split())
     choices = choices | {"name": "|".join(map(re.escape, names))}
     pattern = "|".join(rf"(?P<{kind}>\b(?:{words})\b)" for kind, words in choices.items())
-    verb = re.compile(r" ?(?:is\b|are\b|[:=])")
-    return [(m.lastgroup, m[0], bool(verb.match(answer, m.end()))) for m in re.finditer(pattern, answer)]
+    found = [(match.lastgroup, match[0]) for match in re.finditer(pattern, " ".join(answer.lower().split()))]
+    return [] if any(kind == "doubt" for kind, _ in found) else found
 
 
 def knights_equal(answer, problem):
-    """Does an answer give everybody's role, as in `Ada is a knight`, `Knaves: Ben, Cleo` or `Everyone is a knave`?"""
-    gold = {tuple(pair.split(": ")) for pair in problem["answer"].lower().split(", ")}
-    names = [name.lower() for name in problem["names"]]
-    claims, waiting = set(), []  # (name, role) so far; names that wait for their role
-    heading, last_role, negated = None, None, False  # heading: the role of the names that follow it
-    for kind, word, verb_follows in words_that_matter(answer, names, KNIGHTS_WORDS):
-        if kind == "doubt":
-            return False
-        if kind == "none" and heading:
-            continue  # Knights: none
-        if kind in ("knight", "knave"):
-            role = kind if not negated else {"knight": "knave", "knave": "knight"}[kind]
-            claims |= {(name, role) for name in waiting}  # Ada and Ben are knights
-            if not waiting and (verb_follows or heading or last_role is None):
-                heading = role  # Knights: Ada, Ben
-            elif not waiting and role != last_role:
-                return False  # Ada is a knight and a knave
-            last_role, negated, waiting = role, False, []
+    """Does an answer give everybody's role: `Ada is a knight, the others are knaves`, or `Knights: Ada. Knaves: Ben`?"""
+    gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
+    choices = dict(KNIGHTS_WORDS)
+    if len(gold) == 2:
+        choices |= {"all": choices["all"] + "|both", "none": choices["none"] + "|neither"}
+    words = words_that_matter(answer, gold, choices)
+    if words and words[0][0] in OPPOSITE:
+        words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: now names come first
+    claims, waiting, negated, last_role = set(), [], False, None  # waiting: names that wait for their role
+    for kind, word in words:
         negated = negated or kind in ("not", "none")
-        if kind == "name":
-            heading = None if verb_follows else heading
-            waiting = [word] if waiting is names else [*waiting, word]  # both Ada and Ben: these names
-        elif kind == "rest":
-            waiting = [name for name in names if name not in dict(claims)]
-        elif kind in ("all", "none") and not waiting and (word != "both" or len(names) == 2):
-            waiting = names
-        if heading:
-            claims |= {(name, heading) for name in waiting}
-            waiting = []
-    return claims == gold
+        if kind in ("name", "rest"):
+            waiting.append(word if kind == "name" else "the rest")
+        elif kind in ("all", "none"):
+            waiting = waiting or list(gold)
+        elif kind in OPPOSITE:
+            role = OPPOSITE[kind] if negated else kind
+            if not waiting and role != last_role:
+                return False  # Ada is a knight and a knave
+            claims |= {(name, role) for name in waiting}
+            waiting, negated, last_role = [], False, role
+    rest = gold.keys() - dict(claims).keys()
+    return {(name, role) for who, role in claims for name in (rest if who == "the rest" else [who])} == set(gold.items())
 
 
 def order_equal(answer, problem):
     """Does an answer give every name once: in the right order, or each with its right place (`Ben: 2, Ada: 1`)?"""
-    gold, names = problem["answer"].lower().split(", "), []
-    places, names_before = [], []  # how many names stand before each place
-    for kind, word, _ in words_that_matter(answer, gold, ORDER_WORDS):
-        if kind == "doubt":
-            return False
+    gold, names, places, numbered = problem["answer"].lower().split(", "), [], [], True
+    numbers = {"last": len(gold), "second last": len(gold) - 1} | {word: n for n, word in enumerate(ORDINALS, 1)}
+    for kind, word in words_that_matter(answer, gold, ORDER_WORDS):
         if kind == "name":
             names.append(word)
         elif kind == "place":
-            if word.endswith("last"):
-                places.append(len(gold) - word.startswith("second"))
-            else:
-                places.append(ORDINALS.index(word) + 1 if word in ORDINALS else int(re.match(r"\d+", word)[0]))
-            names_before.append(len(names))
-    # one place before each name, or one after each: `2: Ada, 1: Ben` or `Ada: 2, Ben: 1`
-    if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):
-        return len(names) == len(gold) and sorted(zip(places, names)) == list(enumerate(gold, 1))
-    # else the places only number the list
-    return names == gold and all(place in (n, n + 1) and place <= len(gold) for place, n in zip(places, names_before))
+            word = re.sub(r"[ -](?:to[ -])?", " ", word)
+            places.append(numbers.get(word) or int(re.match(r"\d+", word)[0]))
+            # a place may only number the list: it stands before or after the name in this place
+            numbered = numbered and places[-1] in (len(names), len(names) + 1) and places[-1] <= len(gold)
+    if len(places) == len(names):
+        return sorted(zip(places, names)) == list(enumerate(gold, 1))
+    return numbered and names == gold
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
