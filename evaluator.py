@@ -57,15 +57,12 @@ def outside_reasoning(completion):
 BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
 for _ in range(9):
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
+BOX = re.compile(rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|([^\s{{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z)))?")
 BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?"
-ITEM = rf"(?!\{{)(?:(?!,?(?:[\s$]|\\f?box)).){{1,500}}+(?={BETWEEN_BOXES}\\f?box)"  # 2 in `\boxed 2 and \boxed 5`
-BARE = r"(?!\{)(?:(?!\\f?box)[^$\n]){0,500}"
-# group 1: in braces; group 2: bare, before another box of its list; group 3: bare, not consumed
-BOX = re.compile(rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|({ITEM})|(?=({BARE})))?")
 
 
 def boxed(text):
-    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}` or `\boxed 5`.
+    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}`, or `\boxed 5` up to the next space or $.
 
     Boxes with only `and`, `or`, `x =` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
     """
@@ -648,22 +645,18 @@ def order_equal(answer, problem):
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
 
-ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|d?frac|left|right)")
+ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|frac)")
 
 
 def countdown_equal(answer, problem):
     """Does a calculation reach the target, with only + - * / and each of the given numbers at most once?"""
-    plain = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
-    text = tidy(plain)
-    sides = [side for side in text.split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
-    if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in plain or re.search(r"\d\s+\d", plain):
+    text = tidy(answer)
+    sides = [side for side in text.split("=") if side.strip() != str(problem["target"])]
+    if len(sides) != 1 or ARITHMETIC.sub("", text) or re.search(r"\*\*|\d\s+\d", text):
         return False  # not one calculation, or with other signs
-    unused = list(problem["numbers"])
-    for used in map(int, re.findall(r"\d+", sides[0])):
-        if used not in unused:
-            return False
-        unused.remove(used)
-    return number(sides[0]) == problem["target"]
+    if number(sides[0]) != problem["target"]:
+        return False
+    return Counter(map(int, re.findall(r"\d+", sides[0]))) <= Counter(problem["numbers"])
 
 
 # ---- programs, graded by tests in a sandbox ------------------------------------------------------------------------
@@ -818,11 +811,9 @@ def encoded(value):
     """A value for JSON. What JSON does not know is a list that begins with the name of its type: ["set", 1, 2]."""
     if value is None or isinstance(value, (int, float, str)):
         return value
-    if isinstance(value, dict):
-        return ["dict", *map(encoded, value.items())]
-    for kind in (list, tuple, set, frozenset, bytes):
+    for kind in (dict, list, tuple, set, frozenset, bytes):
         if isinstance(value, kind):
-            return [kind.__name__, *map(encoded, value)]
+            return [kind.__name__, *map(encoded, value.items() if kind is dict else value)]
     if isinstance(value, complex):
         return ["complex", value.real, value.imag]
     raise TypeError(f"a {type(value).__name__} cannot be sent")
@@ -832,10 +823,9 @@ def decoded(value):
     """The value that `encoded` wrote for JSON, in plain built-in types: a Counter has become a dict."""
     if not isinstance(value, list):
         return value
-    kind, items = value[0], map(decoded, value[1:])
-    if kind == "complex":
-        return complex(*items)
-    return {"dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}[kind](items)
+    name, *items = map(decoded, value)
+    kinds = {kind.__name__: kind for kind in (dict, list, tuple, set, frozenset, bytes)}
+    return complex(*items) if name == "complex" else kinds[name](items)
 
 
 def confine(uid, limits):
@@ -882,7 +872,10 @@ def majority(completions):
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 STEP = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|$)")  # a line, or a sentence of it
-MATH_CHARS = "0123456789.,+-−*/×÷()$% "
+CHARS = r"[\d.,+\-−*/×÷()$% ]"
+CALCULATION = re.compile(  # groups: left of the =, the number right of it, its decimals. Not 12 in `= 12 + 5`
+    rf"(?<!{CHARS})({CHARS}*+)(?==[\s$]*(-?\d[\d,]{{0,20}}+(?:\.(\d{{1,20}}+))?+)(?!\s*[-+*/×÷]\s*[\d(]|\d))"
+)
 
 
 def step_rewards(completion, problem):
@@ -905,15 +898,12 @@ def step_rewards(completion, problem):
 def calculations(step):
     """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
     for text in re.findall(r"<<([^<>]*)>>", step)[:9] or [step]:
-        for left, right_side in itertools.pairwise(text.split("=")[:9]):
-            left, right_side = left[-80:], right_side[:80]
-            left = left[len(left.rstrip(MATH_CHARS)) :]  # keep only the calculation at its end
-            calculated = re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left)
-            written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
-            value = number(left.replace("%", "/100")) if calculated and written else None
+        for left, written, decimals in CALCULATION.findall(text)[:9]:
+            calculated = re.search(r"\d[\s%)]*[-+−*/×÷][\s$(]*\d", left)
+            value = number(left.replace("%", "/100")) if calculated else None
             if value is not None:
-                result, decimals = Fraction(written[1].replace(",", "")), len(written[1].partition(".")[2])
-                yield result, value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
+                result = Fraction(written.replace(",", ""))
+                yield result, value == result or decimals > "" and abs(value - result) * 2 * 10 ** len(decimals) <= 1
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
@@ -942,13 +932,12 @@ def score(completions, problems, threads):
 
     def score_one(completion, problem):
         try:
-            values, failure = rewards(completion, problem), None
+            values = rewards(completion, problem)
+            if not all(map(math.isfinite, values.values())):
+                raise ValueError(f"a reward is no finite number: {values}")
+            return values, None
         except Exception as error:  # a fault in one rule must not end the training
-            values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
-        for name, value in values.items():
-            if not math.isfinite(value):
-                values[name], failure = 0.0, failure or f"{name} is {value}"
-        return values, failure and f"{failure} (question: {problem['question']})"
+            return {"correctness": 0.0, "strict_format": 0.0}, f"{error!r} (question: {problem['question']})"
 
     with ThreadPoolExecutor(threads) as pool:
         scored = list(pool.map(score_one, completions, problems))

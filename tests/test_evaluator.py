@@ -201,13 +201,14 @@ def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monke
     found = {
         "right": {"correctness": 1.0, "strict_format": 0.5},
         "program": {"correctness": 1.0, "strict_format": 1.0, "tests": 0.5},
-        "odd": {"correctness": math.nan, "strict_format": math.inf, "tests": 0.25},
+        "odd": {"correctness": 1.0, "strict_format": math.inf, "tests": math.nan},
     }
     monkeypatch.setattr(evaluator, "rewards", lambda completion, problem: dict(found[completion]))  # else a KeyError
     completions = ["right", "boom", "program", "odd"]
     values, failures = evaluator.score(completions, [{"question": f"about {one}"} for one in completions], threads=2)
-    assert values == {"correctness": [1, 0, 1, 0], "strict_format": [0.5, 0, 1, 0], "tests": [0, 0, 0.5, 0.25]}
-    assert failures == ["KeyError('boom') (question: about boom)", "correctness is nan (question: about odd)"]
+    assert values == {"correctness": [1, 0, 1, 0], "strict_format": [0.5, 0, 1, 0], "tests": [0, 0, 0.5, 0]}
+    assert failures[0] == "KeyError('boom') (question: about boom)"
+    assert "'strict_format': inf, 'tests': nan" in failures[1] and "about odd" in failures[1] and len(failures) == 2
     assert evaluator.score(["right"], [{}], threads=2) == ({"correctness": [1], "strict_format": [0.5]}, [])
 
 
@@ -457,7 +458,7 @@ def test_steps_are_lines_and_sentences_and_right_ones_earn_more_than_true_ones_a
     "line, reward",
     [
         ("<<48/2=24>>24", 1.0), ("$48 ÷ 2 = $24.00", 1.0), ("48 - 24 = 24 and 24 + 24 = 49", 0.0), ("50 * 20% = 10", 0.5),
-        ("10 / 3 = 3.33", 0.5), ("10 / 3 = 3", 0.0), ("2 * 3 = 6 = 3 + 3", 0.5), ("1,000 + 80 = 1,080", 0.5),
+        ("10 / 3 = 3.33", 0.5), ("10 / 3 = 3", 0.0), ("2 * 3 = 6 = 3 + 3", 0.5), ("6 * 4 = 12 + 12 = 24", 1.0), ("1,000 + 80 = 1,080", 0.5),
     ],
 )  # fmt: skip
 def test_a_calculation_holds_by_value_or_rounded_to_the_decimals_it_shows(line, reward):
