@@ -78,8 +78,8 @@ def boxed(text):
 
 
 # ---- what does an answer mean? -------------------------------------------------------------------------------------
-# An answer is brought into one notation, cut into tokens and evaluated by recursive descent. Each variable stands for
-# a random number, and this is done at several points: two expressions that agree at all points are the same.
+# `tidy` brings an answer into one notation, `tokenize` cuts it into tokens, and `Reader` computes its value. A variable
+# stands for a random number. This is done at several points: two expressions that agree at all of them are the same.
 # No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
@@ -88,20 +88,26 @@ LARGEST = 20_000  # bits of an exact number
 POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # below 0 some variables are negative (all at -1), so x differs from |x|
 
 nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
-SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
+SIGNS = str.maketrans("−–—⁻×·⋅∙÷∕⁄’", "----****///'", "\u200b€£¥₹")  # the last ones are removed
 COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
-SIGNS |= {pair[0]: f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
-SIGNS |= {sign: "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
-NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-WORDS = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
+SIGNS |= {ord(pair[0]): f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
+SIGNS |= {ord(sign): "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # not a label: `not: 72`
+TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
+MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 
 
 def mixed_number(match):
     """A mixed number as a sum: 1\\frac12 and 1 1/2 as (1+1/2). But 3\\frac52 stays a product."""
     integer, top, bottom = (part for part in match.groups() if part)
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
+
+
+def repeating_decimal(match):
+    """0.1\\overline{6} as (16-1)/90."""
+    before, after, repeated = match.groups()
+    return f"((0{before}{after}{repeated}-0{before}{after})/{'9' * len(repeated)}{'0' * len(after)})"
 
 
 def matrix(match):
@@ -113,45 +119,37 @@ def matrix(match):
     return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # not a label: `not: 72`
-TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
-MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
-WORD_NUMBER = rf"({'|'.join(WORDS)})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"[₀-₉]+", lambda run: "_{" + nfkc(run[0]) + "}"),  # NFKC alone turns x₂ into x2, and 10² into 102
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + nfkc(run[0]).replace("−", "-") + "}"),
-    (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
-    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0])),
+    # signs and markup
+    (r"[₀-₉]+", r"_{\g<0>}"),  # before NFKC, which turns x₂ into x2
+    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
+    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0].translate(SIGNS))),
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
-    (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
+    (r"<\|\w+\|>|</?(?:b|i|em|strong)>|`|\\\\$", ""),
     (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
-    (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|~|\$", " "),
-    (rf"\\(?:{TEXT})\*?\s*\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"\\(?:{TEXT})\*?(?=\s*\{{)|\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])", " "),
-    (r"\\(?:text)?color\s*\{[a-z]*\}|\\(?=%)", " "),
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"{TEXT}(?=\{{)|\\(?:q?quad|large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}"
+        r"|(?<!\\)\\[,;: ()\[\]$]|\\(?=%)|~|\$", " "),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
+    # words
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
-    (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
-    (r"^\((\d+)\)(?=_)", r"\1"),
-    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),
     (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
     (rf" \((?!{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
     (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
-    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda part:  # 0.1\overline{6} is (16-1)/90
-        f"((0{part[1]}{part[2]}{part[3]}-0{part[1]}{part[2]})/{'9' * len(part[3])}{'0' * len(part[2])})"),
     (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),
     (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
-    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
-    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
-    (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)",
-        lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
-    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
+    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),  # 9:00 a.m.
     (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
         lambda part: f"{part[1]} {UNITS[part[2]]}"),
+    # numbers
+    (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", repeating_decimal),
+    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
+    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
+    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
     (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
         + text[1].replace("\\pm", "-").replace("\\mp", "+")),
 )]  # fmt: skip
@@ -192,28 +190,27 @@ def split_units(text):
 
 UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
-GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
+GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau)(?![a-z])"
+PLAIN_COMMANDS = "sin cos tan cot ln log exp sqrt pi".split()  # also understood without the backslash
 TOKEN = (
-    rf"(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|\{{\w+\}})|\\(?:{GREEK})(?![a-z])"
-    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])"  # AB is one name
-    rf"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
+    rf"(?P<command>(?!{GREEK})\\(?:[A-Za-z]+|.)"
+    rf"|(?<![A-Za-z])(?i:{'|'.join(PLAIN_COMMANDS)}|inf|infinity|and|or)(?![A-Za-z]))"
+    rf"|(?P<letter>(?:[A-Za-z]|{GREEK})_(?:\w|\{{\w+\}})|{GREEK}"
+    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
 )
-SPELLINGS = {
-    "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
-    "\\cdot": "*", "\\times": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\langle": "(",
-    "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",", "\\and": ",", "\\or": ",",
-    "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
-    "\\inf": "\\infty", "\\infinity": "\\infty",
+OTHER_SPELLINGS = {f"\\{name}": name for name in PLAIN_COMMANDS} | {
+    ",": "; and or \\cup \\bigcup \\lor", "^": "**", "*": "\\cdot \\times", "/": ": \\div", "<": "\\lt", ">": "\\gt",
+    "\\le": "<= \\leq \\leqslant", "\\ge": ">= \\geq \\geqslant", "|": "\\lvert \\rvert", "(": "\\langle",
+    ")": "\\rangle", "\\{": "\\lbrace", "\\}": "\\rbrace", "\\emptyset": "\\varnothing", "\\infty": "inf infinity",
 }  # fmt: skip
-COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
+SPELLINGS = {other: token for token, others in OTHER_SPELLINGS.items() for other in others.split()}
 
 
 def tokenize(text, number_pattern):
     """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
-    text = COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
     matches = re.finditer(rf"\s*(?:(?P<number>{number_pattern})|{TOKEN})", text)
     tokens = [(match.lastgroup, match[match.lastgroup]) for match in matches]
-    return [*((kind, SPELLINGS.get(token, token)) for kind, token in tokens), ("end", "")]
+    return [*((kind, SPELLINGS.get(token.lower(), token)) for kind, token in tokens), ("end", "")]
 
 
 Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"

@@ -262,8 +262,8 @@ complex          2+3i == 3i+2 == i(3-2i)
 repeating        0.\overline{3} == 1/3 == 0.333333333333
 functions        \log_2 8 == 3 == \lfloor \pi \rfloor == |-3| == \binom{3}{1} == 3!/2 == \sin^2 x + \cos^2 x + 2
 bases            1101_2 == 1101_{2} == 1101
-spelled          seventy-two == 72 == seventy two clips == 72 (seventy-two)
-large            2 million == 2,000,000 == 2 \times 10^6 == two million
+spelled          72 == 72 clips == 72 (seventy-two)
+large            2 million == 2,000,000 == 2 \times 10^6
 sentences        72 == **72** == The answer is $72. == So the final answer is: \(72\) == about 72
 calculated       48 + 24 = 72 == 72 == 6 \cdot 12 == <<48+24=72>>72 clips == \boxed{72} == Total: 72
 chains           8\sqrt{2} \approx 11.3 == 8\sqrt2
@@ -279,8 +279,8 @@ months           12 months == 12
 degree lists     45^\circ, 135^\circ == 45, 135 == (45^\circ, 135^\circ)
 repeating later  0.1\overline{6} == 1/6
 capital words    \text{Yes} == yes == YES
-bold             \frac{7}{9} == \mathbf{\frac{7}{9}} == \boldsymbol{\dfrac79} == {7 \over 9}
-base in words    2516_8 == 2516 \text{ (base }8) == (2516)_8 == 2516₈
+bold             \frac{7}{9} == \mathbf{\frac{7}{9}} == \boldsymbol{\dfrac79}
+base in words    2516_8 == 2516 \text{ (base }8) == 2516₈
 matrix rows      \begin{pmatrix} 5 \\[6pt] 6 \end{pmatrix} == \begin{bmatrix}5\\6\end{bmatrix}
 per hour         45 mph == 45 miles per hour == 45
 times of day     9\text{ a.m.} == 9 AM == 9:00 a.m.
