@@ -4,7 +4,6 @@ Completions and problems are plain text and dicts. `rewards` gives every reward 
 many. They are unweighted. If a rule raises an exception, `score` counts that completion as wrong and reports it.
 To add a reward, write a function under `@reward` (last section) and its weight in main.py.
 """
-# ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
 import ast
 import cmath
@@ -100,7 +99,7 @@ MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 
 def mixed_number(match):
     """A mixed number as a sum: 1\\frac12 and 1 1/2 as (1+1/2). But 3\\frac52 stays a product."""
-    integer, top, bottom = (part for part in match.groups() if part)
+    integer, top, bottom = match.groups()
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
@@ -131,7 +130,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
     (rf"{TEXT}(?=\{{)|\\(?:q?quad|large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}"
         r"|(?<!\\)\\[,;: ()\[\]$]|\\(?=%)|~|\$", " "),
-    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\[dtc]?frac\s*(?:(\d)\s*(\d))?", lambda part: f"\\frac{{{part[1]}}}{{{part[2]}}}" if part[1] else "\\frac"),
+    (r"\\(binom|log\s*_|(?:sin|cos|tan)\s*\^)\s*(\d)", r"\\\1{\2}"),  # \log_28 is \log_{2}8
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
     # words
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
@@ -147,7 +147,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     # numbers
     (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
     (r"(\d*)\.(\d*)\\overline\{(\d+)\}", repeating_decimal),
-    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
+    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
     (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
@@ -248,6 +248,9 @@ FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan",
 FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
 FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
+ENCLOSED = {
+    "|": abs, "\\lfloor": lambda value: Fraction(math.floor(value)), "\\lceil": lambda value: Fraction(math.ceil(value))
+}  # fmt: skip
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
@@ -263,7 +266,7 @@ class Reader:
     """
 
     def __init__(self, tokens, point):
-        self.tokens, self.point, self.position = tokens.copy(), point, 0
+        self.tokens, self.point, self.position = tokens, point, 0
         self.open_bars = 0  # how many | are open: the next one closes
 
     def take(self, *texts):
@@ -282,24 +285,27 @@ class Reader:
 
     def relation(self):
         """A value, an equation, or an inequality (as an interval)."""
-        sides, names, signs, sign = [], [], [], True  # names: the text of a side with a variable, else ""
-        while sign:
-            start = self.position
-            sides.append(self.sum())
-            side = self.tokens[start : self.position]
-            variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
-            names.append("".join(text for _, text in side) if variable else "")
-            sign = self.take("=", "<", ">", "\\le", "\\ge", "\\in")
+        sides, signs = [self.side()], []
+        while sign := self.take("=", "<", ">", "\\le", "\\ge", "\\in"):
             signs.append(sign)
-        if set(signs) & {"<", ">", "\\le", "\\ge"}:
-            return as_interval(sides, names, signs[:-1])
-        if len(sides) == 1 or not any(names):  # 3 + 4 = 7
-            return sides[-1]
-        if not names[0] and DEFINED.fullmatch(names[-1]):  # 5 = x
-            names, sides = names[::-1], sides[::-1]
-        groups = any(isinstance(side, Group) for side in sides)
-        difference = math.nan if groups else bounded(sides[0] - sides[-1])
-        return Equation(names[0] if DEFINED.fullmatch(names[0]) else "", sides[-1], difference)
+            sides.append(self.side())
+        if not {"<", ">", "\\le", "\\ge"}.isdisjoint(signs):
+            return as_interval(sides, signs)
+        if len(sides) == 1 or not any(name for _, name in sides):  # 3 + 4 = 7
+            return sides[-1][0]
+        if not sides[0][1] and DEFINED.fullmatch(sides[-1][1]):  # 5 = x
+            sides.reverse()
+        (left, name), (right, _) = sides[0], sides[-1]
+        groups = isinstance(left, Group) or isinstance(right, Group)
+        difference = math.nan if groups else bounded(left - right)
+        return Equation(name if DEFINED.fullmatch(name) else "", right, difference)
+
+    def side(self):
+        """The value of one side of a relation, and its text if it has a variable, else ""."""
+        start, value = self.position, self.sum()
+        side = self.tokens[start : self.position]
+        variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
+        return value, "".join(text for _, text in side) if variable else ""
 
     def sum(self):
         value = self.product()
@@ -364,17 +370,14 @@ class Reader:
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
         return -size if negative else size
 
-    def argument(self, one_digit=True):
-        """What a command takes: {…}, or the next digit or letter, as in \\frac12 (or the whole number)."""
-        kind, text = self.tokens[self.position]
-        if kind == "number" and text.isdigit() and one_digit:
-            self.tokens[self.position : self.position + 1] = [("number", digit) for digit in text]
-        return self.signed() if text == "-" else self.atom()
+    def argument(self):
+        """What a command takes: {…}, a digit or a letter; maybe with a sign, as in e^-x."""
+        return self.signed() if self.tokens[self.position][1] == "-" else self.atom()
 
     def root(self):
         """\\sqrt x or \\sqrt[3]{x}. The odd root of a negative number is real."""
         index = natural(self.bracket("["), 100) if self.take("[") else 2
-        value = bounded(self.argument(one_digit=False))
+        value = bounded(self.argument())
         negative = index % 2 == 1 and not isinstance(value, complex) and value < 0
         return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
 
@@ -386,9 +389,8 @@ class Reader:
         self.open_bars -= opening == "|"
         if closing is None:
             raise ValueError("never closed")
-        if opening in ("|", "\\lfloor", "\\lceil"):
-            value = bounded(value)
-            return abs(value) if opening == "|" else Fraction((math.floor if "floor" in opening else math.ceil)(value))
+        if opening in ENCLOSED:
+            return ENCLOSED[opening](bounded(value))
         if opening != "{" and isinstance(value, Group) and value.kind == "list":
             return Group("set" if opening == "\\{" else opening + closing, value.items)
         return value
@@ -409,17 +411,17 @@ class Reader:
         return power(bounded(value), exponent)
 
 
-def as_interval(sides, names, signs):
+def as_interval(sides, signs):
     """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
-    flipped = {">": "<", "\\ge": "\\le"}
-    if signs[0] in flipped:
-        sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
-    unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
-    if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
+    if signs[0] in (">", "\\ge"):
+        sides, signs = sides[::-1], [{">": "<", "\\ge": "\\le"}.get(sign) for sign in signs[::-1]]
+    unknown = [place for place, (_, name) in enumerate(sides) if name]
+    if not {"<", "\\le"}.issuperset(signs) or len(unknown) != 1 or not DEFINED.fullmatch(sides[unknown[0]][1]):
         raise ValueError("no interval")
-    sides, signs = [-math.inf, *sides, math.inf], ["<", *signs, "<"]  # padded: side n is now at n + 1
-    brackets = ("[" if signs[unknown] == "\\le" else "(") + ("]" if signs[unknown + 1] == "\\le" else ")")
-    return Group(brackets, [sides[unknown], sides[unknown + 2]])
+    values = [-math.inf, *(value for value, _ in sides), math.inf]
+    left, right = ["<", *signs, "<"][unknown[0] :][:2]  # the signs beside the unknown
+    brackets = ("[" if left == "\\le" else "(") + ("]" if right == "\\le" else ")")
+    return Group(brackets, [values[unknown[0]], values[unknown[0] + 2]])
 
 
 def readings(text):
