@@ -104,12 +104,6 @@ def mixed_number(match):
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
-def repeating_decimal(match):
-    """0.1\\overline{6} as (16-1)/90."""
-    before, after, repeated = match.groups()
-    return f"((0{before}{after}{repeated}-0{before}{after})/{'9' * len(repeated)}{'0' * len(after)})"
-
-
 def matrix(match):
     """A matrix as a list of lists, and one with a single row or column as a tuple."""
     rows = re.split(r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", match[1].strip().removesuffix("\\\\"))
@@ -146,8 +140,6 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
         lambda part: f"{part[1]} {UNITS[part[2]]}"),
     # numbers
-    (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
-    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", repeating_decimal),
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
@@ -546,91 +538,71 @@ def exact_number(found):
             return value
 
 
+DOUBT = "not?|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|almost|nearly"
+DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
+CHANGED = re.compile(  # words that change a number, LaTeX and code
+    r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
+    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
+)
 STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
     rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
-)
-UNCLEAR = re.compile(  # anywhere doubt; after the last = also words that change a number, LaTeX and code
-    r"(?is)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
-    r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e"
-    r"|(?:\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
-    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\()(?!.*=)"
 )
 
 
 def stated(text):
     """The one number in a sentence, or None: 'It is 72 clips.' None for 'not 72', '72 or 73', '72 (of 100)'."""
-    if len(text) > LONGEST or UNCLEAR.search(text):
+    result = text.rpartition("=")[2].strip()
+    if len(text) > LONGEST or DOUBTFUL.search(text) or CHANGED.search(result):
         return None
-    text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
-    words = [word for word in text.split() if re.search(r"\d", word)]
+    result = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", result)
+    words = [word for word in result.split() if re.search(r"\d", word)]
     match = STATED.fullmatch(words[0]) if len(words) == 1 else None
     return exact_number(readings(match[1])) if match else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
 
-OPPOSITE = {"knight": "knave", "knave": "knight"}
-DOUBT = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
-KNIGHTS_WORDS = {
-    "doubt": DOUBT,
-    "rest": "the rest|the others?|every(?:one|body) else|all others",
-    "none": "no ?one|nobody|none",
-    "all": "every(?:one|body)|all|each",
-    "not": "not|no|never|neither",
-    "knight": "knights?|truth(?:[ -]?tellers?|ful)?",
-    "knave": "knaves?|liars?|lies|lying",
-}
+PUZZLE_DOUBT = rf"{DOUBT}|may|might|could|\w+n['’]t"
+ROLES = {"knight": "knights?|truth(?:[ -]?tellers?|ful)?", "knave": "knaves?|liars?|lies|lying"}
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
-ORDER_WORDS = {
-    "doubt": DOUBT + "|not|after|behind|reversed?",
+PLACES = {
     "ignored": "first to last|1st to last",  # here first and last are not places
     "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
 }
 
 
-def words_that_matter(answer, names, choices):
-    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if one expresses doubt."""
-    answer = answer.replace("?", " or ") if len(answer) <= 10_000 else ""  # no right answer is that long
-    answer = re.sub(r"n['’]t\b", " not", answer)
-    answer = re.sub(r"\[\s*\]", " none ", answer)  # an empty list of JSON
-    answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"'“”{}()\[\]$]""", " ", answer)  # the markup of LaTeX, markdown and JSON
-    choices = choices | {"name": "|".join(map(re.escape, names))}
-    pattern = "|".join(rf"(?P<{kind}>\b(?:{words})\b)" for kind, words in choices.items())
+def words_that_matter(answer, names, choices, doubt):
+    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if a word of doubt is there."""
+    answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"“”{}()\[\]$]""", " ", answer[:10_000])  # markup of LaTeX, markdown and JSON
+    choices = {"doubt": rf"{doubt}|\?"} | choices | {"name": "|".join(map(re.escape, names))}
+    pattern = "|".join(rf"(?P<{kind}>(?<!\w)(?:{words})(?!\w))" for kind, words in choices.items())
     found = [(match.lastgroup, match[0]) for match in re.finditer(pattern, " ".join(answer.lower().split()))]
     return [] if any(kind == "doubt" for kind, _ in found) else found
 
 
 def knights_equal(answer, problem):
-    """Does an answer give everybody's role: `Ada is a knight, the others are knaves`, or `Knights: Ada. Knaves: Ben`?"""
+    """Does an answer give each person one role: `Ada: knight, Ben: knave`, or by role `Knights: Ada. Knaves: Ben`?"""
     gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
-    choices = dict(KNIGHTS_WORDS)
-    if len(gold) == 2:
-        choices |= {"all": choices["all"] + "|both", "none": choices["none"] + "|neither"}
-    words = words_that_matter(answer, gold, choices)
-    if words and words[0][0] in OPPOSITE:
-        words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: now names come first
-    claims, waiting, negated, last_role = set(), [], False, None  # waiting: names that wait for their role
+    words = words_that_matter(answer, gold, ROLES, PUZZLE_DOUBT)
+    if words and words[0][0] != "name":
+        words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: names before their role
+    claims, waiting, last_role = set(), [], None  # waiting: names that wait for their role
     for kind, word in words:
-        negated = negated or kind in ("not", "none")
-        if kind in ("name", "rest"):
-            waiting.append(word if kind == "name" else "the rest")
-        elif kind in ("all", "none"):
-            waiting = waiting or list(gold)
-        elif kind in OPPOSITE:
-            role = OPPOSITE[kind] if negated else kind
-            if not waiting and role != last_role:
-                return False  # Ada is a knight and a knave
-            claims |= {(name, role) for name in waiting}
-            waiting, negated, last_role = [], False, role
-    rest = gold.keys() - dict(claims).keys()
-    return {(name, role) for who, role in claims for name in (rest if who == "the rest" else [who])} == set(gold.items())
+        if kind == "name":
+            waiting.append(word)
+        elif not waiting and kind != last_role:
+            return False  # Ada is a knight and a knave
+        else:
+            claims |= {(name, kind) for name in waiting}
+            waiting, last_role = [], kind
+    return claims == set(gold.items())
 
 
 def order_equal(answer, problem):
     """Does an answer give every name once: in the right order, or each with its right place (`Ben: 2, Ada: 1`)?"""
     gold, names, places, numbered = problem["answer"].lower().split(", "), [], [], True
     numbers = {"last": len(gold), "second last": len(gold) - 1} | {word: n for n, word in enumerate(ORDINALS, 1)}
-    for kind, word in words_that_matter(answer, gold, ORDER_WORDS):
+    for kind, word in words_that_matter(answer, gold, PLACES, f"{PUZZLE_DOUBT}|after|behind|reversed?"):
         if kind == "name":
             names.append(word)
         elif kind == "place":
