@@ -119,21 +119,17 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
     (r"[^\x00-\x7f]+", lambda run: nfkc(run[0].translate(SIGNS))),
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
-    (r"<\|\w+\|>|</?(?:b|i|em|strong)>|`|\\\\$", ""),
-    (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
+    (r"<<[^<>]*>>", ""),  # <<3*4=12>> is GSM8K's
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
     (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
     (rf"{TEXT}(?=\{{)|\\(?:q?quad|large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}"
         r"|(?<!\\)\\[,;: ()\[\]$]|\\(?=%)|~|\$", " "),
     (r"\\[dtc]?frac\s*(?:(\d)\s*(\d))?", lambda part: f"\\frac{{{part[1]}}}{{{part[2]}}}" if part[1] else "\\frac"),
-    (r"\\(binom|log\s*_|(?:sin|cos|tan)\s*\^)\s*(\d)", r"\\\1{\2}"),  # \log_28 is \log_{2}8
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
     # words
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
     (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
-    (rf" \((?!{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
-    (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
-    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),
     (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
     (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),  # 9:00 a.m.
@@ -241,9 +237,7 @@ FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan",
 FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
 FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
-ENCLOSED = {
-    "|": abs, "\\lfloor": lambda value: Fraction(math.floor(value)), "\\lceil": lambda value: Fraction(math.ceil(value))
-}  # fmt: skip
+ROUNDED = {"\\lfloor": math.floor, "\\lceil": math.ceil, "|": abs}
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
@@ -282,7 +276,7 @@ class Reader:
         while sign := self.take("=", "<", ">", "\\le", "\\ge", "\\in"):
             signs.append(sign)
             sides.append(self.side())
-        if not {"<", ">", "\\le", "\\ge"}.isdisjoint(signs):
+        if set(signs) - {"=", "\\in"}:
             return as_interval(sides, signs)
         if len(sides) == 1 or not any(name for _, name in sides):  # 3 + 4 = 7
             return sides[-1][0]
@@ -382,8 +376,9 @@ class Reader:
         self.open_bars -= opening == "|"
         if closing is None:
             raise ValueError("never closed")
-        if opening in ENCLOSED:
-            return ENCLOSED[opening](bounded(value))
+        if opening in ROUNDED:
+            value = ROUNDED[opening](bounded(value))
+            return Fraction(value) if isinstance(value, int) else value
         if opening != "{" and isinstance(value, Group) and value.kind == "list":
             return Group("set" if opening == "\\{" else opening + closing, value.items)
         return value
@@ -406,15 +401,16 @@ class Reader:
 
 def as_interval(sides, signs):
     """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
-    if signs[0] in (">", "\\ge"):
+    if signs[0] in (">", "\\ge"):  # x > 5 as 5 < x
         sides, signs = sides[::-1], [{">": "<", "\\ge": "\\le"}.get(sign) for sign in signs[::-1]]
-    unknown = [place for place, (_, name) in enumerate(sides) if name]
-    if not {"<", "\\le"}.issuperset(signs) or len(unknown) != 1 or not DEFINED.fullmatch(sides[unknown[0]][1]):
+    if sides[0][1]:  # x < 5 as -∞ < x < 5
+        sides, signs = [(-math.inf, ""), *sides], ["<", *signs]
+    if sides[-1][1]:  # 5 < x as 5 < x < ∞
+        sides, signs = [*sides, (math.inf, "")], [*signs, "<"]
+    (low, _), (_, name), (high, _) = sides  # else a ValueError
+    if not DEFINED.fullmatch(name) or set(signs) - {"<", "\\le"}:
         raise ValueError("no interval")
-    values = [-math.inf, *(value for value, _ in sides), math.inf]
-    left, right = ["<", *signs, "<"][unknown[0] :][:2]  # the signs beside the unknown
-    brackets = ("[" if left == "\\le" else "(") + ("]" if right == "\\le" else ")")
-    return Group(brackets, [values[unknown[0]], values[unknown[0] + 2]])
+    return Group(("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")"), [low, high])
 
 
 def readings(text):
@@ -919,7 +915,7 @@ def score(completions, problems, threads):
 def correctness(completion, problem):
     """1 if the answer is right; for a program, if it passes all tests."""
     if problem.get("kind") == "program":
-        return test_results(completion, problem)[0] == 1
+        return test_results(completion, json.dumps(problem))[0] == 1
     return right(extract_answer(completion), problem)
 
 
@@ -935,14 +931,14 @@ def integer(completion, problem):
 def tests(completion, problem):
     """1 if a program passes all of its tests; a part of 1 for a part of them (only programs)."""
     if problem.get("kind") == "program":
-        return test_results(completion, problem)[0]
+        return test_results(completion, json.dumps(problem))[0]
 
 
 @reward
 def compiles(completion, problem):
     """1 if a program compiles without an error and without a warning (only programs)."""
     if problem.get("kind") == "program":
-        return test_results(completion, problem)[1]
+        return test_results(completion, json.dumps(problem))[1]
 
 
 @reward
@@ -978,13 +974,10 @@ UNSAFE = re.compile(
 REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
 
 
+@functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
 def test_results(completion, problem):
     """The share of tests that a completion's program passes, and whether it compiles without a warning."""
-    return run_tests_once(program_source(completion), json.dumps(problem))
-
-
-@functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
-def run_tests_once(source, problem):
+    source = program_source(completion)
     return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
 
 
