@@ -4,6 +4,7 @@ Completions and problems are plain text and dicts. `rewards` gives every reward 
 many. They are unweighted. If a rule raises an exception, `score` counts that completion as wrong and reports it.
 To add a reward, write a function under `@reward` (last section) and its weight in main.py.
 """
+# ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
 import ast
 import cmath
@@ -57,7 +58,9 @@ def outside_reasoning(completion):
 BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
 for _ in range(9):
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
-BOX = re.compile(rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|([^\s{{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z)))?")
+BOX = re.compile(
+    rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|([^\s{{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z)))?"
+)
 BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?"
 
 
@@ -83,7 +86,6 @@ def boxed(text):
 # No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
-LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
 POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # below 0 some variables are negative (all at -1), so x differs from |x|
 
@@ -123,9 +125,11 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
     (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"{TEXT}(?=\{{)|\\(?:q?quad|large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}"
-        r"|(?<!\\)\\[,;: ()\[\]$]|\\(?=%)|~|\$", " "),
-    (r"\\[dtc]?frac\s*(?:(\d)\s*(\d))?", lambda part: f"\\frac{{{part[1]}}}{{{part[2]}}}" if part[1] else "\\frac"),
+    (rf"{TEXT}(?=\{{)|\\(?:q?quad|large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\{{[a-z]*\}}", " "),
+    (r"(?<!\\)\\[,;: ()\[\]$]|\\(?=%)|~|\$", " "),
+    (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"),
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
+    (r"(\\(?:sin|cos|tan|log)\s*[_^])\s*(\d)", r"\1{\2}"),  # \log_2 256 is not \log_{2 256}
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
     # words
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
@@ -178,7 +182,7 @@ def split_units(text):
 
 
 UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
+GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
 GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau)(?![a-z])"
 PLAIN_COMMANDS = "sin cos tan cot ln log exp sqrt pi".split()  # also understood without the backslash
 TOKEN = (
@@ -265,7 +269,7 @@ class Reader:
     def answer(self):
         """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
-        while len(items) < LONGEST_LIST and self.take(","):
+        while self.take(","):
             self.take(",")  # `, and`
             items.append(self.relation())
         return items[0] if len(items) == 1 else Group("list", items)
@@ -413,23 +417,19 @@ def as_interval(sides, signs):
     return Group(("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")"), [low, high])
 
 
-def readings(text):
-    """The ways to read a text as mathematics, maybe none: [(values, units)]. 100,200 is a number or a list.
+def reading(text):
+    """A text read as mathematics: (its value at each of POINTS, its units), or None.
 
-    values has one entry per point of POINTS: a number, a Group, an Equation, or None (only at negative points).
+    A value is a number, a Group, an Equation, or None (only at negative points).
     """
     if len(text) > LONGEST:
-        return []
+        return None
     text, units = split_units(text)
-    grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
-    ways = [grouped] if grouped == ungrouped else [grouped, ungrouped]
-    if re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):
-        ways = [ungrouped]  # (12,102) is a pair
-    elif any(re.match(r"0\d", token) for _, token in ungrouped):
-        ways = [grouped]  # 080 is no item: 10,080
-    points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
-    found = [[value_at(tokens, point) for point in points] for tokens in ways]
-    return [(values, units) for values in found if None not in values[:4]]  # no None at points >= 0
+    pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102)
+    tokens = tokenize(text, UNGROUPED if pair else f"{GROUPED}|{UNGROUPED}")
+    points = POINTS if any(kind in ("letter", "word") for kind, _ in tokens) else POINTS[:1]
+    values = [value_at(tokens, point) for point in points]
+    return None if None in values[:4] else (values, units)
 
 
 def value_at(tokens, point):
@@ -453,17 +453,15 @@ def math_equal(prediction, gold):
         prediction, gold = BASE.sub("", prediction), BASE.sub("", gold)
     if as_text(prediction) == as_text(gold):
         return True
-    first, second = readings(prediction), readings(gold)
-    if len(first) == len(second) == 2:  # groups of three digits on both sides are thousands
-        first, second = first[:1], second[:1]
-    if any(agree(a, b) for a in first for b in second):
+    first, second = reading(prediction), reading(gold)
+    if first and second and agree(first, second):
         return True
-    target = exact_number(second)
-    if target is None or exact_number(first) is not None:
+    if exact_number(second) is None or exact_number(first) is not None:
         return False
-    units = second[0][1]
-    sentence = not first or bool(re.search("[A-Za-z]{4}", prediction))  # a sentence may state the gold number
-    return sentence and all(unit in prediction for unit in units) and stated(prediction) == target
+    # the prediction may be a sentence that states the gold number
+    sentence = first is None or re.search("[A-Za-z]{4}", prediction)
+    right_units = all(unit in prediction for unit in second[1])
+    return bool(sentence) and right_units and stated(prediction) == exact_number(second)
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
@@ -503,8 +501,8 @@ def same(a, b):
         return close(a, b)
     if kinds <= {"list", "set", "number"}:  # a number is a list of one: `1/2 or 0.5` is 1/2
         xs, ys = (value.items if isinstance(value, Group) else [value] for value in (a, b))
-        covered = all(any(same(x, y) for y in ys) for x in xs)
-        return covered and all(any(same(x, y) for x in xs) for y in ys)
+        table = [[same(x, y) for y in ys] for x in xs]  # each must be in the other list
+        return bool(xs) == bool(ys) and all(map(any, table)) and all(map(any, zip(*table)))
     matching = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
     return matching and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
 
@@ -520,18 +518,18 @@ def close(a, b):
 
 
 def number(text):
-    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7  seventy-two."""
+    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7."""
     text = tidy(text)
-    found = readings(text)
+    found = reading(text)
     return exact_number(found) if found else stated(text)
 
 
 def exact_number(found):
-    """The first exact number among some readings, or None; 5 for x = 5."""
-    for values, _ in found:
-        value = values[0].value if isinstance(values[0], Equation) and values[0].name else values[0]
-        if isinstance(value, Fraction):
-            return value
+    """The number of a reading if it is exact, else None; 5 for x = 5."""
+    value = found[0][0] if found else None
+    if isinstance(value, Equation) and value.name:
+        value = value.value
+    return value if isinstance(value, Fraction) else None
 
 
 DOUBT = "not?|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|almost|nearly"
@@ -553,24 +551,27 @@ def stated(text):
     result = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", result)
     words = [word for word in result.split() if re.search(r"\d", word)]
     match = STATED.fullmatch(words[0]) if len(words) == 1 else None
-    return exact_number(readings(match[1])) if match else None
+    return exact_number(reading(match[1])) if match else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
 
-PUZZLE_DOUBT = rf"{DOUBT}|may|might|could|\w+n['’]t"
-ROLES = {"knight": "knights?|truth(?:[ -]?tellers?|ful)?", "knave": "knaves?|liars?|lies|lying"}
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
-PLACES = {
-    "ignored": "first to last|1st to last",  # here first and last are not places
-    "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
+ROLES = {
+    "doubt": rf"{DOUBT}|may|might|could|\w+n['’]t|\?",
+    "knight": "knights?|truth(?:[ -]?tellers?|ful)?",
+    "knave": "knaves?|liars?|lies|lying",
+}
+NUMBERING = {
+    "ignored": "first to last|1st to last",
+    "doubt": rf"{ROLES['doubt']}|first|second|third|fourth|fifth|sixth|seventh|last|after|behind|reversed?",
+    "number": r"\d{1,9}(?:st|nd|rd|th)?",
 }
 
 
-def words_that_matter(answer, names, choices, doubt):
-    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if a word of doubt is there."""
+def words_that_matter(answer, names, choices):
+    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if one of them is a doubt."""
     answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"“”{}()\[\]$]""", " ", answer[:10_000])  # markup of LaTeX, markdown and JSON
-    choices = {"doubt": rf"{doubt}|\?"} | choices | {"name": "|".join(map(re.escape, names))}
+    choices = choices | {"name": "|".join(map(re.escape, names))}
     pattern = "|".join(rf"(?P<{kind}>(?<!\w)(?:{words})(?!\w))" for kind, words in choices.items())
     found = [(match.lastgroup, match[0]) for match in re.finditer(pattern, " ".join(answer.lower().split()))]
     return [] if any(kind == "doubt" for kind, _ in found) else found
@@ -579,7 +580,7 @@ def words_that_matter(answer, names, choices, doubt):
 def knights_equal(answer, problem):
     """Does an answer give each person one role: `Ada: knight, Ben: knave`, or by role `Knights: Ada. Knaves: Ben`?"""
     gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
-    words = words_that_matter(answer, gold, ROLES, PUZZLE_DOUBT)
+    words = words_that_matter(answer, gold, ROLES)
     if words and words[0][0] != "name":
         words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: names before their role
     claims, waiting, last_role = set(), [], None  # waiting: names that wait for their role
@@ -595,20 +596,12 @@ def knights_equal(answer, problem):
 
 
 def order_equal(answer, problem):
-    """Does an answer give every name once: in the right order, or each with its right place (`Ben: 2, Ada: 1`)?"""
-    gold, names, places, numbered = problem["answer"].lower().split(", "), [], [], True
-    numbers = {"last": len(gold), "second last": len(gold) - 1} | {word: n for n, word in enumerate(ORDINALS, 1)}
-    for kind, word in words_that_matter(answer, gold, PLACES, f"{PUZZLE_DOUBT}|after|behind|reversed?"):
-        if kind == "name":
-            names.append(word)
-        elif kind == "place":
-            word = re.sub(r"[ -](?:to[ -])?", " ", word)
-            places.append(numbers.get(word) or int(re.match(r"\d+", word)[0]))
-            # a place may only number the list: it stands before or after the name in this place
-            numbered = numbered and places[-1] in (len(names), len(names) + 1) and places[-1] <= len(gold)
-    if len(places) == len(names):
-        return sorted(zip(places, names)) == list(enumerate(gold, 1))
-    return numbered and names == gold
+    """Does an answer give every name once, in the right order? They may be numbered: `1. Ben 2. Ada`."""
+    gold = problem["answer"].lower().split(", ")
+    words = words_that_matter(answer, gold, NUMBERING)
+    names = [word for kind, word in words if kind == "name"]
+    numbers = [int(re.match(r"\d+", word)[0]) for kind, word in words if kind == "number"]
+    return names == gold and numbers in ([], list(range(1, len(gold) + 1)))
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------

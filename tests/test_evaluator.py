@@ -243,12 +243,13 @@ words            \text{Monday} == monday == \textbf{Monday} == Monday.
 choices          \text{(C)} == C == (C) == \textbf{(C)}
 spacing          \left( 3, \frac{\pi}{2} \right) == (3,\pi/2) == \bigl(3,\;\tfrac\pi2\bigr) == (3, π/2)
 sets             \{1,2,3\} == {3, 2, 1} == 1, 2, 3 == 1,2 \text{ and } 3 == \left\{3,1,2\right\}
-big sets         100,200,300 == 300, 200, 100
+big sets         100, 200, 300 == 300, 200, 100 == \{100,200,300\}
 intervals        [1, 2) == \left[1,2\right) == 1 \le x < 2 == x \in [1,2) == 2 > x \geq 1
 unions           (-\infty,3)\cup(5,\infty) == x < 3 \text{ or } x > 5 == (5,+\infty) \cup (-\infty, 3)
 matrices         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} == [[1,2],[3,4]]
 columns          \begin{pmatrix} 1 \\ -2 \end{pmatrix} == (1,-2) == \left[\begin{array}{c}1\\-2\end{array}\right]
 roots            \frac{\sqrt{3}}{3} == \frac{1}{\sqrt{3}} == \sqrt3/3 == 3^{-1/2} == √3/3
+logarithm base   \log_2 2048 == 11 == \log_{2}2048 == \log_2(2048)
 more roots       2\sqrt{2} == \sqrt{8} == \sqrt[3]{16\sqrt{2}}
 pi               \frac{1}{2}\pi == \frac{\pi}{2} == 0.5π == pi/2
 scientific       3.2\times 10^5 == 320000 == 3.2e5 == 3.2 × 10⁵ == 32 \cdot 10^{4}
@@ -260,7 +261,7 @@ names            f(x) = 2x+3 == 3+2x
 lines            x+y=3 == 2x+2y=6 == y = 3-x == -x-y+3=0
 complex          2+3i == 3i+2 == i(3-2i)
 long decimals    1/3 == 0.333333333333
-functions        \log_2 8 == 3 == \lfloor \pi \rfloor == |-3| == \binom{3}{1} == 3!/2 == \sin^2 x + \cos^2 x + 2
+functions        \log_2 8 == 3 == \binom31 == \lfloor \pi \rfloor == |-3| == \binom{3}{1} == 3!/2 == \sin^2 x + \cos^2 x + 2
 bases            1101_2 == 1101_{2} == 1101
 large            2 million == 2,000,000 == 2 \times 10^6
 sentences        72 == **72** == The answer is $72. == So the final answer is: \(72\) == about 72
@@ -398,6 +399,13 @@ def test_no_text_of_100_kilobytes_is_slow_or_raises(piece):
                 evaluator.step_rewards(completion, problem)
             evaluator.math_equal(text, text)
             assert time.perf_counter() - start < 2  # a few hundredths, unless something backtracks
+
+
+def test_sets_in_sets_are_compared_in_time():
+    nested = "\\{" * 60 + "1" + ", 1\\}" * 60
+    start = time.perf_counter()
+    assert evaluator.math_equal(nested, "1") and not evaluator.math_equal(nested, "2")
+    assert time.perf_counter() - start < 1  # a few milliseconds, unless each level is compared twice
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
