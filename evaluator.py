@@ -87,15 +87,15 @@ def boxed(text):
 
 LONGEST = 500  # characters of an answer that is read as mathematics
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # below 0 some variables are negative (all at -1), so x differs from |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, below it some: so x differs from |x|
 
 nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
-SIGNS = str.maketrans("−–—⁻×·⋅∙÷∕⁄’", "----****///'", "\u200b€£¥₹")  # the last ones are removed
+SIGNS = str.maketrans("−–—⁻×·⋅∙÷∕⁄’", "----****///'", "\u200b€£¥₹")  # the third text is removed
 COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
 SIGNS |= {ord(pair[0]): f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
 SIGNS |= {ord(sign): "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # not a label: `not: 72`
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # no labels: `not: 72`
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 
@@ -125,8 +125,8 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
     (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"{TEXT}(?=\{{)|\\(?:q?quad|large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\{{[a-z]*\}}", " "),
-    (r"(?<!\\)\\[,;: ()\[\]$]|\\(?=%)|~|\$", " "),
+    (rf"{TEXT}(?=\{{)|\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}", " "),
+    (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|\\(?=%)|~|\$", " "),
     (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"),
     (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
     (r"(\\(?:sin|cos|tan|log)\s*[_^])\s*(\d)", r"\1{\2}"),  # \log_2 256 is not \log_{2 256}
@@ -327,7 +327,7 @@ class Reader:
         if self.take("^"):
             value = power(value, self.signed())
         if self.point < 0 and isinstance(value, complex):
-            raise ValueError("only real values at negative points, where the complex √x √y is not √(xy)")
+            raise ValueError("no complex value at a negative point: there √x √y is not √(xy)")
         return value
 
     def atom(self):
@@ -355,7 +355,7 @@ class Reader:
         raise ValueError("not mathematics")
 
     def variable(self, name):
-        """A random number for a name at a point: in quarter `point % 4` of 0.1 … 32, on a log scale."""
+        """A random number for a name. Its size is between 0.1 and 32, in one quarter of this range for each point."""
         rng = random.Random(f"{name} {self.point}")
         size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
@@ -443,7 +443,7 @@ def value_at(tokens, point):
 
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
-# math_equal: answers; agree: readings; same: values; close: numbers.
+# math_equal compares answers, agree their readings, same the values at one point, and close two numbers.
 
 
 def math_equal(prediction, gold):
@@ -456,12 +456,12 @@ def math_equal(prediction, gold):
     first, second = reading(prediction), reading(gold)
     if first and second and agree(first, second):
         return True
-    if exact_number(second) is None or exact_number(first) is not None:
+    target = exact_number(second)
+    if target is None or exact_number(first) is not None:
         return False
-    # the prediction may be a sentence that states the gold number
-    sentence = first is None or re.search("[A-Za-z]{4}", prediction)
-    right_units = all(unit in prediction for unit in second[1])
-    return bool(sentence) and right_units and stated(prediction) == exact_number(second)
+    # the prediction may be a sentence that states the gold number and, if the gold has units, names them
+    sentence = first is None or re.search("[A-Za-z]{4}", prediction) is not None
+    return sentence and all(unit in prediction for unit in second[1]) and stated(prediction) == target
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
@@ -648,17 +648,17 @@ def run_tests(code, problem):
     os.close(replies_in)  # so the tests notice when the program ends
     ends = (requests_in, replies_out)
     command = sandboxed(f"tests_process({requests_in}, {replies_out}, {REPLY_BYTES})")
-    with tempfile.TemporaryFile() as verdicts:  # a file, because the sandbox limits the size of files
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            options = {"input": task.getvalue(), "stdout": verdicts, "pass_fds": ends, "timeout": SECONDS}
+    with tempfile.TemporaryFile() as verdicts:  # a file, because RLIMIT_FSIZE limits what can be written to it
+        options = {"input": task.getvalue(), "stdout": verdicts, "pass_fds": ends, "timeout": SECONDS}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the tests that were passed in time still count
             subprocess.run(command, check=False, **options, **apart)
         program.kill()  # this ends all processes in its sandbox
         program.wait()
         for end in ends:
             os.close(end)
         verdicts.seek(0)
-        compiled, *passed = verdicts.read(1 + sum(asserts)).ljust(1, b"0")
-    return passed.count(ord("1")) / sum(asserts), compiled == ord("1")
+        verdict = verdicts.read(1 + sum(asserts))  # one character for `it compiles`, then one for each test
+    return verdict[1:].count(b"1") / sum(asserts), verdict[:1] == b"1"
 
 
 @functools.cache
