@@ -8,10 +8,8 @@ To add a reward, write a function under `@reward` (last section) and its weight 
 
 import ast
 import cmath
-import contextlib
 import functools
 import inspect
-import io
 import itertools
 import json
 import math
@@ -22,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import unicodedata
 import warnings
 from collections import Counter, namedtuple
@@ -639,25 +638,28 @@ def run_tests(code, problem):
     """(The share of the tests with an assert that a program passes, does it compile without a warning?)"""
     asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
     tests = list(zip(problem["tests"], asserts))
-    send(task := io.BytesIO(), (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
     # no environment: /proc/1/environ would show it; a new session: Ctrl-C does not reach the sandboxes
-    apart = {"env": {}, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    (requests_out, requests_in), (replies_out, replies_in) = os.pipe(), os.pipe()
-    program = subprocess.Popen(sandboxed("program_process()"), stdin=requests_out, stdout=replies_in, **apart)
-    os.close(requests_out)
-    os.close(replies_in)  # so the tests notice when the program ends
-    ends = (requests_in, replies_out)
-    command = sandboxed(f"tests_process({requests_in}, {replies_out}, {REPLY_BYTES})")
-    with tempfile.TemporaryFile() as verdicts:  # a file, because RLIMIT_FSIZE limits what can be written to it
-        options = {"input": task.getvalue(), "stdout": verdicts, "pass_fds": ends, "timeout": SECONDS}
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the tests that were passed in time still count
-            subprocess.run(command, check=False, **options, **apart)
-        program.kill()  # this ends all processes in its sandbox
-        program.wait()
-        for end in ends:
-            os.close(end)
-        verdicts.seek(0)
-        verdict = verdicts.read(1 + sum(asserts))  # one character for `it compiles`, then one for each test
+    start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
+    requests, replies = os.pipe(), os.pipe()  # each has a reading end [0] and a writing end [1]
+    with tempfile.TemporaryFile() as task:
+        send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
+        task.seek(0)
+        try:
+            entry = f"tests_process({requests[1]}, {replies[0]}, {REPLY_BYTES})"
+            processes = [
+                start(sandboxed(entry), stdin=task, stdout=subprocess.PIPE, pass_fds=(requests[1], replies[0])),
+                start(sandboxed("program_process()"), stdin=requests[0], stdout=replies[1]),
+            ]
+        finally:
+            for end in (*requests, *replies):
+                os.close(end)
+    deadline = threading.Timer(SECONDS, lambda: [process.kill() for process in processes])
+    deadline.start()
+    verdict = processes[0].stdout.read(1 + sum(asserts))  # one character for `it compiles`, then one for each test
+    deadline.cancel()
+    for process in processes:
+        process.kill()  # this ends all processes in its sandbox
+        process.communicate()
     return verdict[1:].count(b"1") / sum(asserts), verdict[:1] == b"1"
 
 
