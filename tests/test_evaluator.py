@@ -243,13 +243,14 @@ words            \text{Monday} == monday == \textbf{Monday} == Monday.
 choices          \text{(C)} == C == (C) == \textbf{(C)}
 spacing          \left( 3, \frac{\pi}{2} \right) == (3,\pi/2) == \bigl(3,\;\tfrac\pi2\bigr) == (3, π/2)
 sets             \{1,2,3\} == {3, 2, 1} == 1, 2, 3 == 1,2 \text{ and } 3 == \left\{3,1,2\right\}
+lists            1,2,345 == 345, 2, 1
 big sets         100, 200, 300 == 300, 200, 100 == \{100,200,300\}
 intervals        [1, 2) == \left[1,2\right) == 1 \le x < 2 == x \in [1,2) == 2 > x \geq 1
 unions           (-\infty,3)\cup(5,\infty) == x < 3 \text{ or } x > 5 == (5,+\infty) \cup (-\infty, 3)
 matrices         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} == [[1,2],[3,4]]
 columns          \begin{pmatrix} 1 \\ -2 \end{pmatrix} == (1,-2) == \left[\begin{array}{c}1\\-2\end{array}\right]
 roots            \frac{\sqrt{3}}{3} == \frac{1}{\sqrt{3}} == \sqrt3/3 == 3^{-1/2} == √3/3
-logarithm base   \log_2 2048 == 11 == \log_{2}2048 == \log_2(2048)
+logarithm base   \log_3 729 == 6 == \log_{3}729 == \log_3(729)
 more roots       2\sqrt{2} == \sqrt{8} == \sqrt[3]{16\sqrt{2}}
 pi               \frac{1}{2}\pi == \frac{\pi}{2} == 0.5π == pi/2
 scientific       3.2\times 10^5 == 320000 == 3.2e5 == 3.2 × 10⁵ == 32 \cdot 10^{4}
@@ -309,7 +310,7 @@ six or seven != 6   one third != 1       1/0 != 1              1e999999 != 1    
 \pi r^2 h != \pi r^2    2m+1 != 3    2m != 2     n + 2m != n + 2   h + 2 != 2   x^2 m != x^2       r != R
 \frac{R}{r} != \frac{r}{R}    Ab != aB    x != |x|     x != \sqrt{x^2}    x^3 != |x|^3     xy != |xy|
 \cos(x)^2 != \cos(x^2)    \sin^{-1} x != \frac{1}{\sin x}    72 squared != 72
-\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1
+\begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1    \emptyset != \{1,2\}
 """
 DIFFERENT = [pair.split(" != ") for pair in re.findall(r"\S.*? != .*?(?=\s{3}|\n|$)", DIFFERENT)]
 
@@ -402,7 +403,7 @@ def test_no_text_of_100_kilobytes_is_slow_or_raises(piece):
 
 
 def test_sets_in_sets_are_compared_in_time():
-    nested = "\\{" * 60 + "1" + ", 1\\}" * 60
+    nested = "\\{" * 20 + "1" + ", 1\\}" * 20
     start = time.perf_counter()
     assert evaluator.math_equal(nested, "1") and not evaluator.math_equal(nested, "2")
     assert time.perf_counter() - start < 1  # a few milliseconds, unless each level is compared twice
@@ -461,7 +462,8 @@ def test_steps_are_lines_and_sentences_and_right_ones_earn_more_than_true_ones_a
     "line, reward",
     [
         ("<<48/2=24>>24", 1.0), ("$48 ÷ 2 = $24.00", 1.0), ("48 - 24 = 24 and 24 + 24 = 49", 0.0), ("50 * 20% = 10", 0.5),
-        ("10 / 3 = 3.33", 0.5), ("10 / 3 = 3", 0.0), ("2 * 3 = 6 = 3 + 3", 0.5), ("6 * 4 = 12 + 12 = 24", 1.0), ("1,000 + 80 = 1,080", 0.5),
+        ("10 / 3 = 3.33", 0.5), ("10 / 3 = 3", 0.0), ("2 * 3 = 6 = 3 + 3", 0.5), ("6 * 4 = 12 + 12 = 24", 1.0),
+        ("1,000 * 2 = 1,000 + 1,000 = 2,000", 0.5), ("1,000 + 80 = 1,080", 0.5),
     ],
 )  # fmt: skip
 def test_a_calculation_holds_by_value_or_rounded_to_the_decimals_it_shows(line, reward):

@@ -1,4 +1,4 @@
-"""The checkers of logic puzzles: any right answer in any sensible notation, and no other."""
+"""The checkers of logic puzzles: a right answer in the form that the question wants, as a list or a table too; no other."""
 
 import itertools
 import random
