@@ -41,23 +41,25 @@ def extract_answer(completion):
         answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     elif BOX.search(text):
         answer = boxed(text)
+    elif "####" in text:
+        answer = text.rpartition("####")[2].strip().partition("\n")[0]
     else:
-        answer = text.rpartition("####")[2].strip().partition("\n")[0] if "####" in text else ""
+        return None
     return answer.strip() or None
 
 
 def outside_reasoning(completion):
     """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>."""
-    head, mark, rest = completion.rpartition("</reasoning>")
-    before, _, unclosed = rest.partition("<reasoning>")
-    outside = re.sub(r"<reasoning>.*?</reasoning>", "", head + mark, flags=re.DOTALL)
-    return outside + before + "".join(unclosed.partition("<answer>")[1:])  # from <answer> on
+    head, last_end, rest = completion.rpartition("</reasoning>")
+    head = re.sub(r"<reasoning>.*?</reasoning>", "", head + last_end, flags=re.DOTALL)
+    rest = re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", rest, count=1, flags=re.DOTALL)
+    return head + rest
 
 
-BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
-for _ in range(9):
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text without braces; \{ and \} count as text
+for _ in range(9):  # each time it may hold one more level of braces
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
-BOX = re.compile(
+BOX = re.compile(  # group 1: what is in braces; group 2: what stands without braces; no group: a box never closed
     rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|([^\s{{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z)))?"
 )
 BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?"
@@ -94,6 +96,12 @@ COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪c
 SIGNS |= {ord(pair[0]): f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
 SIGNS |= {ord(sign): "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
+NUMERAL_VALUES = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
+IN_WORDS = rf"(?:(?:{'|'.join(NUMERALS[20:])})[ -](?:{'|'.join(NUMERALS[1:10])})|{'|'.join(NUMERALS)})\b"  # seventy-two
+FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
+ANOTHER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|hal(?:f|ves)|thirds?|quarters?|{FRACTION_WORD})\b)"  # five sixths
 MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # no labels: `not: 72`
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
@@ -120,7 +128,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
     (r"[^\x00-\x7f]+", lambda run: nfkc(run[0].translate(SIGNS))),
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
-    (r"<<[^<>]*>>", ""),  # <<3*4=12>> is GSM8K's
+    (r"<<[^<>]*>>|<\|\w+\|>|</?(?:s|b|i|em|strong)>", ""),  # <<3*4=12>> is GSM8K's, <|im_end|> ends a chat
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
     (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
@@ -132,13 +140,21 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
     # words
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
+    (r"(?i)(?<=\w)[\W_]*(?:in )?\bbase\W*(\d+)\W*$", r"_{\1}"),  # 101 (base 2)
+    (r"^\((\d+)\)(?=_)", r"\1"),  # (101)_2
     (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
+    (rf"(?<=\S) \((?!.*{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
+    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),  # x \approx 5
     (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
     (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),  # 9:00 a.m.
     (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
         lambda part: f"{part[1]} {UNITS[part[2]]}"),
     # numbers
+    (rf"(?i)^{IN_WORDS}(?!.*{ANOTHER})",
+        lambda words: str(sum(NUMERAL_VALUES[word] for word in re.split("[ -]", words[0].lower())))),
+    (r"(?i)^(?:minus|negative) (?=[\d.\\])", "-"),
+    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # 0.1\overline{6}
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
@@ -166,7 +182,6 @@ UNITS = dict(short.split("=") for short in """
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
 UNIT_NAMES = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
-FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
 TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes `,`, `)` or the end of the answer
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
@@ -213,7 +228,7 @@ def bounded(value):
     """A number, real where it can be; ValueError if it is no number or too large."""
     if isinstance(value, tuple) or value != value:  # a Group, an Equation or nan
         raise ValueError("no number")
-    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator) >> LARGEST:
+    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator).bit_length() > LARGEST:
         raise ValueError("too large")
     return value.real if isinstance(value, complex) and value.imag == 0 else value
 
@@ -257,7 +272,7 @@ class Reader:
 
     def __init__(self, tokens, point):
         self.tokens, self.point, self.position = tokens, point, 0
-        self.open_bars = 0  # how many | are open: the next one closes
+        self.in_bars = False  # is | the innermost open bracket? Then the next | closes it
 
     def take(self, *texts):
         """The next token, if it is one of these; otherwise None."""
@@ -294,22 +309,29 @@ class Reader:
         """The value of one side of a relation, and its text if it has a variable, else ""."""
         start, value = self.position, self.sum()
         side = self.tokens[start : self.position]
-        variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
-        return value, "".join(text for _, text in side) if variable else ""
+        has_variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
+        return value, ("".join(text for _, text in side) if has_variable else "")
 
     def sum(self):
         value = self.product()
         while sign := self.take("+", "-"):
-            value = bounded(value + self.product() if sign == "+" else value - self.product())
+            term = self.product()
+            value = bounded(value + term if sign == "+" else value - term)
+        if self.take("\\over"):  # {1 + x \over 2}
+            value = bounded(value / self.sum())
         return value
 
     def product(self):
         value = self.signed()
         while True:
             kind, text = self.tokens[self.position]
-            if sign := self.take("*", "/"):
-                value = bounded(value * self.signed() if sign == "*" else value / self.signed())
-            elif kind == "letter" or text in FACTORS or text in BRACKETS and (text != "|" or not self.open_bars):
+            if self.take("*"):
+                value = bounded(value * self.signed())
+            elif self.take("/"):
+                value = bounded(value / self.signed())
+            elif text == "|" and self.in_bars:  # it closes |x|
+                return value
+            elif kind == "letter" or text in FACTORS or text in BRACKETS:  # 2x
                 value = bounded(value * self.raised())
             else:
                 return value
@@ -333,8 +355,8 @@ class Reader:
         kind, text = self.tokens[self.position]
         self.position += 1
         if kind == "number":  # exact, as it is written: 1,080 and .5 and 6e3 and 101_2
-            text = text.replace(",", "").replace(" ", "")
-            return Fraction(int(text, natural(self.argument(), 36)) if self.take("_") else text)
+            digits = text.replace(",", "").replace(" ", "")
+            return Fraction(int(digits, natural(self.argument(), 36))) if self.take("_") else Fraction(digits)
         if text in CONSTANTS:
             return CONSTANTS[text]
         if kind in ("letter", "word"):
@@ -372,11 +394,11 @@ class Reader:
         return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
 
     def bracket(self, opening):
-        self.open_bars += opening == "|"
+        outer_in_bars, self.in_bars = self.in_bars, opening == "|"
         empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
         value = Group("list", []) if empty else self.answer()
         closing = self.take(*BRACKETS[opening])
-        self.open_bars -= opening == "|"
+        self.in_bars = outer_in_bars
         if closing is None:
             raise ValueError("never closed")
         if opening in ROUNDED:
@@ -450,6 +472,7 @@ def math_equal(prediction, gold):
     prediction, gold = tidy(prediction), tidy(gold)
     if bool(BASE.search(prediction)) != bool(BASE.search(gold)):  # the question may name the base: 101 for 101_2
         prediction, gold = BASE.sub("", prediction), BASE.sub("", gold)
+    prediction, gold = spaced_like(gold, prediction), spaced_like(prediction, gold)
     if as_text(prediction) == as_text(gold):
         return True
     first, second = reading(prediction), reading(gold)
@@ -459,11 +482,17 @@ def math_equal(prediction, gold):
     if target is None or exact_number(first) is not None:
         return False
     # the prediction may be a sentence that states the gold number and, if the gold has units, names them
-    sentence = first is None or re.search("[A-Za-z]{4}", prediction) is not None
-    return sentence and all(unit in prediction for unit in second[1]) and stated(prediction) == target
+    if first and not re.search("[A-Za-z]{4}", prediction):
+        return False
+    return stated(prediction) == target and all(unit in prediction for unit in second[1])
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
+
+
+def spaced_like(other, text):
+    """300,200,100 as 300, 200, 100 (three numbers), if the other text is such a list."""
+    return re.sub(",(?=[1-9])", ", ", text) if ", " in other and ", " not in text else text
 
 
 def as_text(text):
@@ -485,7 +514,7 @@ def agree(one, other):
         return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
     if ("%" in units) != ("%" in other_units) and not isinstance(a, tuple) and not isinstance(b, tuple):
         percent, value = (a, b) if "%" in units else (b, a)
-        return close(percent / 100, value) or abs(value) >= 1 and close(percent, value)
+        return close(percent / 100, value) or (abs(value) >= 1 and close(percent, value))
     return all(same(x, y) for x, y in pairs)
 
 
@@ -510,7 +539,7 @@ def close(a, b):
     """The same number? Exactly the same, where both are exact."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         long_decimal = max(a.denominator, b.denominator) > 10**9  # 0.3333333333 is 1/3
-        return a == b or long_decimal and abs(a - b) * 10**9 < abs(a)
+        return a == b or (long_decimal and abs(a - b) * 10**9 < abs(a))
     if max(abs(a), abs(b)) > 1e300:
         return a == b
     return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
@@ -547,7 +576,7 @@ def stated(text):
     result = text.rpartition("=")[2].strip()
     if len(text) > LONGEST or DOUBTFUL.search(text) or CHANGED.search(result):
         return None
-    result = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", result)
+    result = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", result)  # - 5 as -5, 3 / 4 as 3/4
     words = [word for word in result.split() if re.search(r"\d", word)]
     match = STATED.fullmatch(words[0]) if len(words) == 1 else None
     return exact_number(reading(match[1])) if match else None
@@ -850,8 +879,11 @@ def step_rewards(completion, problem):
     steps = []
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         if found := list(calculations(match[0])):
-            holds = all(correct for _, correct in found)
-            steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for result, _ in found))))
+            if not all(correct for _, correct in found):
+                value = 0.0
+            else:
+                value = 1.0 if any(result in known for result, _ in found) else 0.5
+            steps.append((match.end(), value))
     return steps
 
 
@@ -863,7 +895,8 @@ def calculations(step):
             value = number(left.replace("%", "/100")) if calculated else None
             if value is not None:
                 result = Fraction(written.replace(",", ""))
-                yield result, value == result or decimals > "" and abs(value - result) * 2 * 10 ** len(decimals) <= 1
+                rounding = Fraction(1, 2 * 10 ** len(decimals)) if decimals else 0  # 3.33 may be 0.005 away
+                yield result, abs(value - result) <= rounding
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
@@ -940,8 +973,10 @@ def compiles(completion, problem):
 def strict_format(completion, problem):
     """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
     form = r"<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>"
-    match = tag_count(completion, problem) == 1 and re.fullmatch(form, completion.strip(), re.DOTALL)
-    return bool(match) and all(part.strip() for part in match.groups())
+    if tag_count(completion, problem) < 1:
+        return False
+    match = re.fullmatch(form, completion.strip(), re.DOTALL)
+    return match is not None and all(part.strip() for part in match.groups())
 
 
 @reward

@@ -244,7 +244,8 @@ choices          \text{(C)} == C == (C) == \textbf{(C)}
 spacing          \left( 3, \frac{\pi}{2} \right) == (3,\pi/2) == \bigl(3,\;\tfrac\pi2\bigr) == (3, π/2)
 sets             \{1,2,3\} == {3, 2, 1} == 1, 2, 3 == 1,2 \text{ and } 3 == \left\{3,1,2\right\}
 lists            1,2,345 == 345, 2, 1
-big sets         100, 200, 300 == 300, 200, 100 == \{100,200,300\}
+big sets         100,200,300 == 300, 200, 100 == 200, 100, 300
+sets in braces   \{100,200,300\} == 300, 200, 100 == \{300, 200, 100\}
 intervals        [1, 2) == \left[1,2\right) == 1 \le x < 2 == x \in [1,2) == 2 > x \geq 1
 unions           (-\infty,3)\cup(5,\infty) == x < 3 \text{ or } x > 5 == (5,+\infty) \cup (-\infty, 3)
 matrices         \begin{pmatrix}1&2\\3&4\end{pmatrix} == \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix} == [[1,2],[3,4]]
@@ -261,13 +262,17 @@ polynomials      x^2+2x+1 == (x+1)^2 == 1 + 2x + x^2 == y = x^{2} + 2x + 1
 names            f(x) = 2x+3 == 3+2x
 lines            x+y=3 == 2x+2y=6 == y = 3-x == -x-y+3=0
 complex          2+3i == 3i+2 == i(3-2i)
-long decimals    1/3 == 0.333333333333
+repeating        0.\overline{3} == 1/3 == 0.333333333333 == 0.\bar{3} == .\overline{3}
+repeating later  0.1\overline{6} == 1/6 == 0.1\bar6
 functions        \log_2 8 == 3 == \binom31 == \lfloor \pi \rfloor == |-3| == \binom{3}{1} == 3!/2 == \sin^2 x + \cos^2 x + 2
 bases            1101_2 == 1101_{2} == 1101
-large            2 million == 2,000,000 == 2 \times 10^6
+spelled          seventy-two == 72 == seventy two clips == 72 (seventy-two)
+comments         \frac{3}{8} == \frac{3}{8} (three eighths) == 3/8 (of the cake)
+large            2 million == 2,000,000 == 2 \times 10^6 == two million
 sentences        72 == **72** == The answer is $72. == So the final answer is: \(72\) == about 72
 calculated       48 + 24 = 72 == 72 == 6 \cdot 12 == <<48+24=72>>72 clips == \boxed{72} == Total: 72
 chains           8\sqrt{2} \approx 11.3 == 8\sqrt2
+nearly equal     x \approx 5.25 == 5.25 == x ≈ 5.25 == x = 5.25
 inverse          \sin^{-1}(x/9) == \arcsin(x/9) == \arcsin\frac{x}{9}
 powers outside   \cos(x)^2 == \cos^2 x == (\cos x)^2 == 1 - \sin(x)^2
 squared roots    \sqrt{x^2} == |x| == \left|-x\right|
@@ -279,12 +284,14 @@ hours            7 h == 7 == 7\text{ hours} == x = 7 h
 months           12 months == 12
 degree lists     45^\circ, 135^\circ == 45, 135 == (45^\circ, 135^\circ)
 capital words    \text{Yes} == yes == YES
-bold             \frac{7}{9} == \mathbf{\frac{7}{9}} == \boldsymbol{\dfrac79}
-subscripts       2516_8 == 2516_{8} == 2516₈
+bold             \frac{7}{9} == \mathbf{\frac{7}{9}} == \boldsymbol{\dfrac79} == {7 \over 9} == 7 \over 9
+over             \frac{1+\sqrt5}{2} == {1 + \sqrt{5} \over 2} == 1+\sqrt5 \over 2
+base in words    2516_8 == 2516_{8} == 2516 \text{ (base }8) == (2516)_8 == 2516₈ == 2516 in base 8
 matrix rows      \begin{pmatrix} 5 \\[6pt] 6 \end{pmatrix} == \begin{bmatrix}5\\6\end{bmatrix}
 per hour         45 mph == 45 miles per hour == 45
 times of day     9\text{ a.m.} == 9 AM == 9:00 a.m.
-sizes            $\large 1234$ == 1,234\\ == 1'234
+minus in words   -50 == negative 50 == minus 50
+ends of chats    $\large 1234$ == 1234<|im_end|> == 1234<|endoftext|> == 1234</s> == 1,234\\ == <b>1'234</b>
 """
 SAME = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in SAME.strip().split("\n"))
 
@@ -311,6 +318,9 @@ six or seven != 6   one third != 1       1/0 != 1              1e999999 != 1    
 \frac{R}{r} != \frac{r}{R}    Ab != aB    x != |x|     x != \sqrt{x^2}    x^3 != |x|^3     xy != |xy|
 \cos(x)^2 != \cos(x^2)    \sin^{-1} x != \frac{1}{\sin x}    72 squared != 72
 \begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1    \emptyset != \{1,2\}
+101 (base 2) != 101 (base 3)    0.\overline{3} != 0.3    0.\overline{3} != 0.33    two and three != 2     two, three != 2
+one half != 1       one and a half != 1   two point five != 2   five sixths != 5        negative of 50 != 50
+1,080 != 1, 80      1,080, 2,000 != 2,080, 1,000             \frac12 (or not) != \frac12
 """
 DIFFERENT = [pair.split(" != ") for pair in re.findall(r"\S.*? != .*?(?=\s{3}|\n|$)", DIFFERENT)]
 
@@ -352,6 +362,8 @@ def test_answers_of_different_kinds_are_never_the_same():
         frozenset(pair)
         for pair in [
             ("thousands", "currency"),
+            ("spelled", "sentences"),
+            ("spelled", "calculated"),
             ("sentences", "calculated"),
         ]
     }
