@@ -52,8 +52,7 @@ def outside_reasoning(completion):
     """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>."""
     head, last_end, rest = completion.rpartition("</reasoning>")
     head = re.sub(r"<reasoning>.*?</reasoning>", "", head + last_end, flags=re.DOTALL)
-    rest = re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", rest, count=1, flags=re.DOTALL)
-    return head + rest
+    return head + re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", rest, count=1, flags=re.DOTALL)
 
 
 BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text without braces; \{ and \} count as text
@@ -101,8 +100,8 @@ NUMERALS = """zero one two three four five six seven eight nine ten eleven twelv
 NUMERAL_VALUES = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
 IN_WORDS = rf"(?:(?:{'|'.join(NUMERALS[20:])})[ -](?:{'|'.join(NUMERALS[1:10])})|{'|'.join(NUMERALS)})\b"  # seventy-two
 FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
-ANOTHER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|hal(?:f|ves)|thirds?|quarters?|{FRACTION_WORD})\b)"  # five sixths
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # no labels: `not: 72`
+OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|hal(?:f|ves)|thirds?|quarters?|{FRACTION_WORD})\b)"
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # `not: 72` is no label
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 
@@ -151,10 +150,10 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
         lambda part: f"{part[1]} {UNITS[part[2]]}"),
     # numbers
-    (rf"(?i)^{IN_WORDS}(?!.*{ANOTHER})",
+    (rf"(?i)^{IN_WORDS}(?!.*{OTHER_NUMBER})",  # seventy-two, but not five sixths
         lambda words: str(sum(NUMERAL_VALUES[word] for word in re.split("[ -]", words[0].lower())))),
     (r"(?i)^(?:minus|negative) (?=[\d.\\])", "-"),
-    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # 0.1\overline{6}
+    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # 20 periods
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
@@ -425,7 +424,7 @@ class Reader:
 
 
 def as_interval(sides, signs):
-    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
+    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]. A side is (its value, its text if it has a variable)."""
     if signs[0] in (">", "\\ge"):  # x > 5 as 5 < x
         sides, signs = sides[::-1], [{">": "<", "\\ge": "\\le"}.get(sign) for sign in signs[::-1]]
     if sides[0][1]:  # x < 5 as -∞ < x < 5
@@ -435,7 +434,8 @@ def as_interval(sides, signs):
     (low, _), (_, name), (high, _) = sides  # else a ValueError
     if not DEFINED.fullmatch(name) or set(signs) - {"<", "\\le"}:
         raise ValueError("no interval")
-    return Group(("[" if signs[0] == "\\le" else "(") + ("]" if signs[1] == "\\le" else ")"), [low, high])
+    opening, closing = ("[" if signs[0] == "\\le" else "("), ("]" if signs[1] == "\\le" else ")")
+    return Group(opening + closing, [low, high])
 
 
 def reading(text):
@@ -446,7 +446,7 @@ def reading(text):
     if len(text) > LONGEST:
         return None
     text, units = split_units(text)
-    pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102)
+    pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102) is a pair, no number
     tokens = tokenize(text, UNGROUPED if pair else f"{GROUPED}|{UNGROUPED}")
     points = POINTS if any(kind in ("letter", "word") for kind, _ in tokens) else POINTS[:1]
     values = [value_at(tokens, point) for point in points]
@@ -479,12 +479,11 @@ def math_equal(prediction, gold):
     if first and second and agree(first, second):
         return True
     target = exact_number(second)
-    if target is None or exact_number(first) is not None:
+    sentence = first is None or re.search("[A-Za-z]{4}", prediction)
+    if target is None or exact_number(first) is not None or not sentence:
         return False
-    # the prediction may be a sentence that states the gold number and, if the gold has units, names them
-    if first and not re.search("[A-Za-z]{4}", prediction):
-        return False
-    return stated(prediction) == target and all(unit in prediction for unit in second[1])
+    _, units = second  # a sentence may state the gold number; if the gold has units, it must name them
+    return stated(prediction) == target and all(unit in prediction for unit in units)
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
@@ -492,7 +491,8 @@ BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
 
 def spaced_like(other, text):
     """300,200,100 as 300, 200, 100 (three numbers), if the other text is such a list."""
-    return re.sub(",(?=[1-9])", ", ", text) if ", " in other and ", " not in text else text
+    is_list = re.search(r"\d, -?\d", other) and ", " not in text
+    return re.sub(",(?=[1-9])", ", ", text) if is_list else text
 
 
 def as_text(text):
@@ -879,11 +879,8 @@ def step_rewards(completion, problem):
     steps = []
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         if found := list(calculations(match[0])):
-            if not all(correct for _, correct in found):
-                value = 0.0
-            else:
-                value = 1.0 if any(result in known for result, _ in found) else 0.5
-            steps.append((match.end(), value))
+            value = 1.0 if any(result in known for result, _ in found) else 0.5
+            steps.append((match.end(), value if all(correct for _, correct in found) else 0.0))
     return steps
 
 

@@ -276,6 +276,7 @@ nearly equal     x \approx 5.25 == 5.25 == x ≈ 5.25 == x = 5.25
 inverse          \sin^{-1}(x/9) == \arcsin(x/9) == \arcsin\frac{x}{9}
 powers outside   \cos(x)^2 == \cos^2 x == (\cos x)^2 == 1 - \sin(x)^2
 squared roots    \sqrt{x^2} == |x| == \left|-x\right|
+bars in bars     \left|\frac{3|x|}{2}\right| == 3|x|/2 == |-3x/2|
 positive only    \sqrt{x}\sqrt{y} == \sqrt{xy} == (xy)^{1/2}
 logarithms       \ln(x^2) == 2\ln x == 2 \ln(x)
 cube roots       \sqrt[3]{x^3} == x == \sqrt[3]{x}^3
@@ -320,7 +321,7 @@ six or seven != 6   one third != 1       1/0 != 1              1e999999 != 1    
 \begin{pmatrix}1&2\\3&4\end{pmatrix} != \begin{pmatrix}1&3\\2&4\end{pmatrix}          |x-1| != x-1    \emptyset != \{1,2\}
 101 (base 2) != 101 (base 3)    0.\overline{3} != 0.3    0.\overline{3} != 0.33    two and three != 2     two, three != 2
 one half != 1       one and a half != 1   two point five != 2   five sixths != 5        negative of 50 != 50
-1,080 != 1, 80      1,080, 2,000 != 2,080, 1,000             \frac12 (or not) != \frac12
+1,080 != 1, 80      1,200, 3,400 != 3,200, 1,400             \frac12 (or not) != \frac12
 """
 DIFFERENT = [pair.split(" != ") for pair in re.findall(r"\S.*? != .*?(?=\s{3}|\n|$)", DIFFERENT)]
 
@@ -341,6 +342,7 @@ def test_what_is_not_the_same(left, right):
 @pytest.mark.parametrize("sentence", ["It is 72 clips.", "Therefore, 72", "She sold 48 + 24 = 72 clips in all.", "72?"])
 def test_a_sentence_with_one_number_in_it_says_that_number(sentence):
     assert evaluator.math_equal(sentence, "72") and not evaluator.math_equal(sentence, "73")
+    assert evaluator.math_equal(sentence.replace("72", "1,272"), "1,272")
 
 
 @pytest.mark.parametrize(
