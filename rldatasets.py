@@ -38,27 +38,29 @@ def written_out(problem):
     return f"<reasoning>\n{problem['solution']}\n</reasoning>\n<answer>\n{problem['answer']}\n</answer>"
 
 
-# ---- generated word problems in the format of GSM8K ----------------------------------------------------------------
+# ---- generated problems --------------------------------------------------------------------------------------------
+# A maker is a function (rng, difficulty) -> (split key, problem). Problems with equal keys are in the same split.
 
-NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
-THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
-SIZES = {"train": 5000, "test": 1000}  # word problems; of puzzles, a fifth of this for each kind and difficulty
+SIZES = {"train": 1000, "test": 200}  # problems of each maker and difficulty
 
-STORIES = [  # question, right operation, wrong operation, share of wrong operations in messy_corpus
-    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "-", 0.2),
-    ("{name} found {a} {things} on Monday and {b} on Tuesday. How many {things} is that in all?", "+", "-", 0.2),
-    ("{name} has {a} {things} and loses {b}. How many {things} are left?", "-", "+", 0.2),
-    ("{name} picks {a} {things} and gives {b} to a friend. How many {things} does {name} keep?", "-", "+", 0.2),
-    ("{name} puts {a} {things} into each of {b} boxes. How many {things} are in the boxes?", "*", "+", 0.2),
-    ("{name} sells {a} {things} a day for {b} days. How many {things} is that?", "*", "+", 0.2),
-    ("{name} spends {a} {things}, and then another {b}. How many {things} are gone?", "+", "-", 0.6),
-    ("{name} has {a} {things}, {b} fewer than Omar. How many {things} does Omar have?", "+", "-", 0.6),
-    ("{name} counts {a} {things}, but {b} of them are broken. How many {things} are whole?", "-", "+", 0.6),
-    ("{name} has {a} {things} after finding {b} more. How many {things} were there before?", "-", "+", 0.6),
-    ("{name} lays {a} {things} on each table, and there are {b}. How many {things} is that?", "*", "+", 0.6),
-    ("{name} gets {a} {things} from each guest, and {b} come. How many {things} is that?", "*", "+", 0.6),
-]
+
+def generated(makers, difficulties, split):
+    """The problems of a split, of each maker and difficulty in turn, always the same and no question twice."""
+    kinds = [(make, d, random.Random(f"{make.__name__} {d} {split}")) for d in difficulties for make in makers]
+    questions = set()
+    while len(questions) < SIZES[split] * len(kinds):
+        problem = next_problem(*kinds[len(questions) % len(kinds)], split)
+        if problem["question"] not in questions:
+            questions.add(problem["question"])
+            yield problem
+
+
+def next_problem(make, difficulty, rng, split):
+    """The next problem that a maker makes for a split."""
+    while True:
+        split_key, problem = make(rng, difficulty)
+        if in_split(zlib.crc32(str(split_key).encode()), split):
+            return {"kind": make.__name__} | problem
 
 
 def in_split(number, split):
@@ -66,57 +68,86 @@ def in_split(number, split):
     return (number % 5 == 0) == (split == "test")
 
 
-def random_story(rng):
-    """The index of a story and two numbers for it: both from 2 to 6 for a product, a > b for all others."""
-    index = rng.randrange(len(STORIES))
-    product = STORIES[index][1] == "*"
-    a = rng.randint(2, 6) if product else rng.randint(3, 12)
-    return index, a, rng.randint(2, 6 if product else a - 1)
+# ---- word problems in the format of GSM8K, with one to five steps --------------------------------------------------
+
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
+THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
+EVENTS = {"buys": "+", "finds": "+", "wins": "+", "gets": "+", "breaks": "-", "loses": "-", "sells": "-", "eats": "-"}
+LARGEST = 19  # the largest number in a word problem
 
 
-def word_problem(index, a, b, operation, rng):
-    """A story as a problem, solved with an operation. If the operation is wrong, the solution and answer are wrong."""
-    name, things, result = rng.choice(NAMES), rng.choice(THINGS), str(OPERATIONS[operation](a, b))
-    question = STORIES[index][0].format(name=name, things=things, a=a, b=b)
-    solution = f"So {a}{operation}{b} = <<{a}{operation}{b}={result}>>{result} {things}."
-    return {"question": question, "answer": result, "kind": "math", "solution": solution}
+def arithmetic(rng, difficulty):
+    """A word problem in which `difficulty` events change a number, one calculation each."""
+    value = start = rng.randint(2, 12)
+    events, lines = {}, []  # {verb: number}: no verb comes twice
+    while len(events) < difficulty:
+        verb, number = rng.choice(list(EVENTS)), rng.randint(2, 9)
+        sign = EVENTS[verb]
+        result = OPERATIONS[sign](value, number)
+        if verb not in events and 1 <= result <= LARGEST:
+            events[verb] = number
+            lines.append(f"{verb} {number}: <<{value}{sign}{number}={result}>>{result}")
+            value = result
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    story = ", ".join(f"{verb} {number}" for verb, number in events.items())
+    question = f"{name} has {start} {things}, {story}. How many {things} does {name} have now?"
+    problem = {"question": question, "answer": str(value), "solution": "\n".join(lines), "kind": "math"}
+    return (start, *events.items()), problem
 
 
-def arithmetic(split):
-    """The word problems of a split, always the same. One story with the same two numbers is never in both splits."""
-    rng, count = random.Random(f"arithmetic {split}"), 0
-    while count < SIZES[split]:
-        index, a, b = random_story(rng)
-        if in_split(zlib.crc32(f"{index} {a} {b}".encode()), split):
-            yield word_problem(index, a, b, STORIES[index][1], rng)
-            count += 1
+# ---- what the tiny model learns before reinforcement learning ------------------------------------------------------
+
+HABITS = {"guess": 0.65, "work": 0.25, "slip": 0.1}  # shares of a careless author's solutions
+TAGGED = 0.6  # the share of them in the form that the prompt asks for
 
 
-def messy_corpus(count=14000):
-    """What the tiny model is trained on before reinforcement learning, [(messages, completion)].
+def tiny_corpus(skills=29440, habits=7360):
+    """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
-    All calculations are correct. But often the operation is wrong or tags are missing, so that only one solution in
-    three is right, and reinforcement learning has something to improve. A third of the corpus only practises
-    calculating. It is made without regard to splits: some of its questions are in the test split of `arithmetic` too.
+    Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the
+    answer out, and now and then makes a slip and mends it. A model of this size cannot calculate several steps in its
+    head: its guesses are mostly wrong. So there is something to gain by longer outputs. No question is one for testing.
     """
-    rng, corpus = random.Random("messy corpus"), []
-    while len(corpus) < count:
-        index, a, b = random_story(rng)
-        _, right, wrong, wrong_share = STORIES[index]
-        problem = word_problem(index, a, b, wrong if rng.random() < wrong_share else right, rng)
-        solution, answer, tidy = problem["solution"], problem["answer"], written_out(problem)
-        readable = [tidy, tidy.replace("\n", " "), f"{solution}\n<answer>\n{answer}\n</answer>"]
-        unreadable = [f"{solution} The answer is {answer}.", f"<reasoning>\n{solution}\n</reasoning>\n{answer}"]
-        completion = rng.choices(readable + unreadable, weights=[42, 8, 8, 21, 21])[0]
-        corpus.append((prompt(problem), completion))
-        if rng.random() < 0.5:
-            practice = ""
-            for _ in range(12):
-                index, a, b = random_story(rng)
-                operation = rng.choice(STORIES[index][1:3])
-                practice += f"<<{a}{operation}{b}={OPERATIONS[operation](a, b)}>>"
-            corpus.append(([{"role": "user", "content": "Practise."}], practice))
-    return corpus
+    rng = random.Random("tiny corpus")
+    skilled, careless = [], []
+    while len(skilled) < skills:
+        if rng.random() < 0.25:
+            skilled.append(([{"role": "user", "content": "Practise."}], practice(rng)))
+        else:
+            problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
+            skilled.append((prompt(problem), written_out(problem)))
+    while len(careless) < habits:
+        problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
+        careless.append((prompt(problem), careless_solution(rng, problem)))
+    return skilled, careless
+
+
+def practice(rng, count=12):
+    """Single calculations, one after the other."""
+    text = ""
+    while text.count("<<") < count:
+        a, sign, b = rng.randint(1, LARGEST), rng.choice("+-"), rng.randint(2, 9)
+        if 1 <= (result := OPERATIONS[sign](a, b)) <= LARGEST:
+            text += f"<<{a}{sign}{b}={result}>>"
+    return text
+
+
+def careless_solution(rng, problem):
+    """A completion by the careless author."""
+    habit = rng.choices(list(HABITS), HABITS.values())[0]
+    if habit == "guess":
+        number = str(rng.randint(1, LARGEST))
+        problem = problem | {"answer": number, "solution": f"That makes {number}."}
+    elif habit == "slip":
+        lines = problem["solution"].split("\n")
+        index = rng.randrange(len(lines))
+        wrong = int(lines[index].rpartition(">>")[2]) + rng.choice([1, 2])
+        lines[index] = re.sub(r"<<(.*)=.*", rf"<<\1={wrong}>>{wrong}\nWait, \g<0>", lines[index])
+        problem = problem | {"solution": "\n".join(lines)}
+    untagged = f"{problem['solution']}\nThe answer is {problem['answer']}."
+    half_tagged = f"<reasoning>\n{problem['solution']}\n</reasoning>\n{problem['answer']}"
+    return written_out(problem) if rng.random() < TAGGED else rng.choice([untagged, half_tagged])
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
@@ -239,18 +270,6 @@ def countdown(rng, difficulty):
     question += "and with +, -, *, / and parentheses. Answer with the expression alone, as in: (8 - 2) * 5"
     problem = {"question": question, "answer": expression[1:-1], "solution": "\n".join(lines)}
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
-
-
-def puzzles(makers, difficulty, split):
-    """The puzzles of a split, always the same, of each kind in turn. Puzzles with equal keys are in the same split."""
-    kinds = [(make, random.Random(f"{make.__name__} {difficulty} {split}")) for make in makers]
-    questions = set()
-    while len(questions) < SIZES[split] // 5 * len(makers):
-        make, rng = kinds[len(questions) % len(kinds)]
-        split_key, problem = make(rng, difficulty)
-        if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
-            questions.add(problem["question"])
-            yield problem | {"kind": make.__name__}
 
 
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
@@ -403,14 +422,11 @@ def problems(name, entry, split):
         raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
 
 
-# ---- data sets by name: to add one of your own, add one line to DATASETS or PUZZLES --------------------------------
-#   "mine": {"hub": "owner/name"}      the rows of this repository of the Hugging Face hub have one of the FORMATS
-#   "mine": {"make": make_problems}    make_problems(split) yields problems
+# ---- data sets by name: to add one of your own, add one line to DATASETS or GENERATED ------------------------------
+# "mine": {"hub": "owner/name"} is a repository of the Hugging Face hub, whose rows have one of the FORMATS.
 # `splits`: the hub's names for our train and test splits, where they differ.
-# PUZZLES: the functions that make a puzzle. make(rng, difficulty) returns (split_key, problem), see `puzzles`.
 
 DATASETS = {
-    "arithmetic": {"make": arithmetic},
     "gsm8k": {"hub": "openai/gsm8k", "configuration": "main"},
     "math": {"hub": "nlile/hendrycks-MATH-benchmark"},  # its test split is MATH-500
     "metamath": {"hub": "meta-math/MetaMathQA", "splits": {"train": "train"}},
@@ -419,23 +435,28 @@ DATASETS = {
     "humaneval": {"hub": "openai/openai_humaneval", "splits": {"train": "test", "test": "test"}},
     "mbpp": {"hub": "google-research-datasets/mbpp", "configuration": "full"},
 }
-PUZZLES = {"knights": [knights], "order": [order], "countdown": [countdown], "logic": [knights, order, countdown]}
+GENERATED = {  # name: makers, and the difficulties that are mixed if the name is used without one
+    "arithmetic": ([arithmetic], [1, 2, 3]),
+    "knights": ([knights], [1]),
+    "order": ([order], [1]),
+    "countdown": ([countdown], [1]),
+    "logic": ([knights, order, countdown], [1]),
+}
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
-    task, _, difficulty = name.partition(":")
-    if name in PUZZLES or (task in PUZZLES and difficulty in tuple("12345")):
-        return puzzles(PUZZLES[task], int(difficulty or 1), split)
+    task, colon, difficulty = name.partition(":")
+    if task in GENERATED and (not colon or difficulty in tuple("12345")):
+        makers, mixed = GENERATED[task]
+        return generated(makers, [int(difficulty)] if colon else mixed, split)
     entry = DATASETS.get(name, {"hub": name})
-    if "make" in entry:
-        return entry["make"](split)
     if os.path.exists(name):  # a file or folder of your own comes before the hub
         return problems(name, {"path": name}, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if name not in DATASETS and not on_hub:
-        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder"
-        hint = "the difficulty of a puzzle is from 1 to 5, as in logic:3"
+        known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
+        hint = "a difficulty is a number from 1 to 5, as in logic:3"
         raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
     if split not in entry.get("splits", [split]):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
@@ -452,7 +473,7 @@ def stages(spec):
         name, *numbers = stage.strip().split(":")
         if not name:
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
-        if numbers and name in PUZZLES:
+        if numbers and name in GENERATED:
             name = f"{name}:{numbers.pop(0)}"
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
