@@ -1053,6 +1053,13 @@ def reflection(completion):
     return len(REFLECTION.findall(completion))
 
 
+def approach(completion):
+    """How a completion comes to its answer: "guessed" without a calculation, "checked" with one and with doubt."""
+    if not step_rewards(completion, {}):
+        return "guessed"
+    return "checked" if reflection(completion) else "worked"
+
+
 def overlong(length, limit, buffer):
     """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, -1 from the limit on."""
     return max(-1.0, min(0.0, (limit - buffer - length) / buffer))

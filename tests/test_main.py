@@ -728,7 +728,7 @@ def test_a_stage_follows_the_other_at_its_step_and_a_second_iteration_begins_aga
 
 
 def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
-    constants = {"DATASET": "arithmetic:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
+    constants = {"DATASET": "arithmetic:1:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
     state, _ = setup(**constants)
     rows = train(state)
     assert [row["stage"] for row in rows] == ["arithmetic"] * 2 + ["knights:1"] * 3

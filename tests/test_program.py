@@ -301,7 +301,7 @@ def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, argumen
         ("--algorithm ppo --lambda 1.5", "from 0 to 1"),
         ("--algorithm ppo --supervision process", "outcome for ppo"),
         ("--algorithm sft --dataset bare.jsonl --eval_dataset arithmetic", "bare.jsonl has none"),
-        ("--algorithm sft --dataset arithmetic:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
+        ("--algorithm sft --dataset arithmetic:1:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
         ("--supervision process --dataset order:1", "order:1 have none"),
         ("--algorithm dpo --denominator token", "sequence for dpo"),
         ("--algorithm ppo --ratio sequence", "token if Â differs"),
