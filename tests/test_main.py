@@ -731,7 +731,7 @@ def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
     constants = {"DATASET": "arithmetic:1:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
     state, _ = setup(**constants)
     rows = train(state)
-    assert [row["stage"] for row in rows] == ["arithmetic"] * 2 + ["knights:1"] * 3
+    assert [row["stage"] for row in rows] == ["arithmetic:1"] * 2 + ["knights:1"] * 3
     assert [row["questions"] for row in rows] == [1, 2, 3, 4, 5] and (state.stage, state.position) == (1, 3)
     assert "rewards/integer" in rows[0] and "rewards/integer" not in rows[4]
     state.step = 4  # within the second stage
