@@ -98,7 +98,7 @@ def arithmetic(rng, difficulty):
 
 # ---- what the tiny model learns before reinforcement learning ------------------------------------------------------
 
-HABITS = {"guess": 0.65, "work": 0.25, "slip": 0.1}  # shares of a careless author's solutions
+HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # shares of a careless author's solutions
 TAGGED = 0.6  # the share of them in the form that the prompt asks for
 
 
@@ -116,14 +116,14 @@ def tiny_corpus(skills=29440, habits=7360):
             skilled.append(([{"role": "user", "content": "Practise."}], practice(rng)))
         else:
             problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
-            skilled.append((prompt(problem), written_out(problem)))
+            skilled.append((prompt(problem), written_out(with_slip(rng, problem) if rng.random() < 0.1 else problem)))
     while len(careless) < habits:
         problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
         careless.append((prompt(problem), careless_solution(rng, problem)))
     return skilled, careless
 
 
-def practice(rng, count=12):
+def practice(rng, count=6):
     """Single calculations, one after the other."""
     text = ""
     while text.count("<<") < count:
@@ -133,6 +133,15 @@ def practice(rng, count=12):
     return text
 
 
+def with_slip(rng, problem):
+    """The problem with a wrong result in one line of its solution, which the next line mends."""
+    lines = problem["solution"].split("\n")
+    index = rng.randrange(len(lines))
+    wrong = int(lines[index].rpartition(">>")[2]) + rng.choice([1, 2])
+    lines[index] = re.sub(r"<<(.*)=.*", rf"<<\1={wrong}>>{wrong}\nWait, \g<0>", lines[index])
+    return problem | {"solution": "\n".join(lines)}
+
+
 def careless_solution(rng, problem):
     """A completion by the careless author."""
     habit = rng.choices(list(HABITS), HABITS.values())[0]
@@ -140,11 +149,7 @@ def careless_solution(rng, problem):
         number = str(rng.randint(1, LARGEST))
         problem = problem | {"answer": number, "solution": f"That makes {number}."}
     elif habit == "slip":
-        lines = problem["solution"].split("\n")
-        index = rng.randrange(len(lines))
-        wrong = int(lines[index].rpartition(">>")[2]) + rng.choice([1, 2])
-        lines[index] = re.sub(r"<<(.*)=.*", rf"<<\1={wrong}>>{wrong}\nWait, \g<0>", lines[index])
-        problem = problem | {"solution": "\n".join(lines)}
+        problem = with_slip(rng, problem)
     untagged = f"{problem['solution']}\nThe answer is {problem['answer']}."
     half_tagged = f"<reasoning>\n{problem['solution']}\n</reasoning>\n{problem['answer']}"
     return written_out(problem) if rng.random() < TAGGED else rng.choice([untagged, half_tagged])
