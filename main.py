@@ -525,7 +525,8 @@ class RunError(RuntimeError):
 # ==== What a step needs, what it records ============================================================================
 
 COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
-say, log = llms.on_rank_0(tqdm.write), llms.on_rank_0(report.log)
+say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # what is shown and written is so once
+draw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
 
 
 def stage_of(step):
@@ -534,7 +535,7 @@ def stage_of(step):
     if len(stages) == 1:  # its questions continue through all iterations
         return 0, stages[0][0]
     ends = itertools.accumulate(steps for _, steps in stages)
-    index = next(index for index, end in enumerate(ends) if step % STEPS < end)
+    index = next((index for index, end in enumerate(ends) if step % STEPS < end), len(stages) - 1)
     return step // STEPS * len(stages) + index, stages[index][0]
 
 
@@ -547,7 +548,7 @@ def next_questions(state):
         state.stage, state.position, state.stream = stage, 0, None
     if state.stream is None:
         state.stream = rldatasets.shuffled(dataset, "train", f"{SEED} {stage}" if stage else SEED, state.position)
-    batch, skipped = [], state.prompts_skipped
+    batch = []
     while len(batch) < QUESTIONS_PER_STEP:
         problem = next(state.stream)
         prompt = llms.encode(state.tokenizer, rldatasets.prompt(problem))
@@ -556,8 +557,6 @@ def next_questions(state):
             batch.append((problem, prompt))
         else:
             state.prompts_skipped += 1
-        if state.prompts_skipped - skipped == 1000:
-            raise SettingsError(f"1000 prompts of one step are over {state.prompt_limit} tokens: --max_prompt_tokens")
     state.questions += len(batch)
     return map(list, zip(*llms.share(batch)))
 
@@ -600,8 +599,7 @@ def score_outputs(rollout, problems, reward_model=None):
 
 def weighted_sum(by_name):
     """r_i = Σ weight × reward: [Q, G]. A reward without a WEIGHT_ constant is only logged."""
-    weights = settings()
-    return sum(weights.get(f"WEIGHT_{name.upper()}", 0.0) * values for name, values in by_name.items())
+    return sum(settings().get(f"WEIGHT_{name.upper()}", 0.0) * values for name, values in by_name.items())
 
 
 def supervise_steps(state, rollout, problems, rewards):
@@ -654,17 +652,13 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
     A = advantages.view(len(rollout.mask), -1)  # [N, 1] or [N, T]
     columns = by_name | {"reward": rewards, "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
     records = output_records(rollout, problems, columns)
-    groups = torch.tensor([record["reward"] for record in records]).view(-1, rewards.shape[1])  # [Q, G], of all ranks
     names = dict.fromkeys(name for of_rank in llms.gather([list(by_name)]) for name in of_rank)
     dataset, state.step = stage_of(state.step)[1], state.step + 1
     state.tokens += sum(record["length"] for record in records)
     row = {
         "step": state.step,
         "stage": dataset,
-        "reward": groups.mean().item(),
-        "reward_std": groups.std(1, correction=min(1, groups.shape[1] - 1)).mean().item(),
-        "zero_std_groups": (groups.amax(1) == groups.amin(1)).float().mean().item(),
-        **report.step_metrics(records, names),
+        **report.step_metrics(records, rewards.shape[1], names),
         **report.mean_of_updates(updates),
         **(extra or {}),
         **{name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")},
@@ -673,7 +667,7 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
         "seconds": time.perf_counter() - state.began,
         **llms.SECONDS,
     }
-    log(state.run, row, [{"split": "train"} | record for record in records[: groups.shape[1]]], TENSORBOARD)
+    log(state.run, row, "train", records[: rewards.shape[1]], TENSORBOARD)
     say(report.step_line(row))
     if SHOW_EVERY and state.step % SHOW_EVERY == 0:
         say(report.completion(records[0]))
@@ -682,20 +676,17 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
 
 def save_checkpoint(state):
     """Replace the run's checkpoint by the state as it is, for any number of ranks to go on from."""
-    about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
+    about = json.dumps({"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()})
     report.sync(state.run)
-    everything = state.networks(), state.optimizer, state.generator
-    llms.save_checkpoint(state.run / "checkpoint", *everything, json.dumps(about))
+    llms.save_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
 
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
     about = json.loads(llms.checkpoint_text(state.run / "checkpoint"))
-    before, now = about["settings"], settings()
-    if differ := [name for name in before if name not in MAY_CHANGE and before[name] != now.get(name)]:
+    if differ := dict(about["settings"].items() - settings().items()).keys() - MAY_CHANGE:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
-    for name, value in about["counters"].items():
-        setattr(state, name, value)
+    vars(state).update(about["counters"])
     if needs_reference() and state.step:
         state.reference = llms.frozen_copy(state.policy, adapter=state.step > STEPS)
     llms.load_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator)
@@ -721,22 +712,16 @@ MAY_CHANGE |= {"TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"}  # thes
 CHOICES = {"ALGORITHM": list(TABLE_10), "SCHEDULE": ["constant", "linear", "cosine"], "BASELINE": ["group", "others"]}
 CHOICES |= {"KL": ["k1", "k2", "k3"], "RATIO": ["token", "sequence"], "SUPERVISION": ["outcome", "process", "both"]}
 CHOICES |= {"DENOMINATOR": ["sequence", "token", "constant"]}
+MISTAKES = SettingsError, argparse.ArgumentError, report.FolderError, llms.ModelError, rldatasets.DataError, OSError
 
 
 def settings():
     """The constants in force, by name."""
-    here = globals()
-    return {name: here[name] for name in CONSTANTS}
+    return {name: globals()[name] for name in CONSTANTS}
 
 
 def parse(argv):
     """The actions of a command line, and the constants that it gives as flags."""
-
-    def true_or_false(text):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
-        return text.lower() == "true"
-
     about, layout = __doc__.split("\n\nRead downwards")[0], argparse.RawDescriptionHelpFormatter
     options = {"formatter_class": layout, "allow_abbrev": False, "exit_on_error": False}
     parser = argparse.ArgumentParser(usage="python main.py [--flag value …]", description=about, **options)
@@ -749,15 +734,12 @@ def parse(argv):
     for name, (section, default, comment) in CONSTANTS.items():
         flag = {"type": type(default), "metavar": type(default).__name__.upper(), "default": argparse.SUPPRESS}
         if isinstance(default, bool):  # --tensorboard alone is --tensorboard true
-            flag |= {"type": true_or_false, "nargs": "?", "const": True}
+            true_or_false = lambda text: {"true": True, "false": False}.get(text.lower(), text)
+            flag |= {"type": true_or_false, "choices": [True, False], "nargs": "?", "const": True}
         flag["help"] = f"{comment.replace('%', '%%')} (default: {default!r})"
         sections[section].add_argument(f"--{name.lower()}", **flag)
-    # --group-size is --group_size
-    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument) for argument in argv]
-    try:
-        actions, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise SettingsError(str(error)) from None
+    argv = [re.sub(r"(?<=^--)[\w-]+", lambda name: name[0].replace("-", "_"), flag) for flag in argv]  # --a-b is --a_b
+    actions, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.lower()}" for name in CONSTANTS], 1)
         raise SettingsError(f"unknown flag {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
@@ -769,13 +751,12 @@ def parse(argv):
 def choose_settings(actions, flags):
     """Write the constants, here and nowhere else. The later wins: defaults; TINY or the run's settings; flags."""
     run, defaults = actions.resume or actions.evaluate, {name: CONSTANTS[name][1] for name in CONSTANTS}
-    known = report.read_config(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
+    known = report.read_settings(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
     for name, value in flags.items() if actions.resume else ():
         if value != known[name] and (name not in MAY_CHANGE or (name == "STEPS" and known["ITERATIONS"] > 1)):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
-    values = defaults | known | flags | ({"MODEL": actions.evaluate} if actions.evaluate else {})
-    if values["MODEL"] == "tiny" and not known:
-        values |= TINY | flags
+    model = actions.evaluate or (defaults | known | flags)["MODEL"]
+    values = defaults | (known or TINY if model == "tiny" else known) | flags | {"MODEL": model}
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
     if any(counts) and not known:  # a curriculum determines its number of steps
         if flags.get("STEPS", sum(counts)) != sum(counts):
@@ -792,21 +773,20 @@ def check_settings():
     now, longest, dpo = settings(), MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, ALGORITHM == "dpo"
     weights = {name for name in now if name.startswith("WEIGHT_")} - {"WEIGHT_DECAY"}
     numbers = {name: x for name, x in now.items() if isinstance(x, (int, float)) and name not in weights}
-    from_1 = {"ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "MAX_PROMPT_TOKENS", "CACHE_TOKENS"}
+    from_1 = ("ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY")
+    least = dict.fromkeys(numbers, 0) | dict.fromkeys(from_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
     rewards = {*evaluator.REWARDS, "overlong", "reward_model", "steps"}
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
         *((name, name[7:].lower() in rewards, "the weight of a reward of evaluator.py") for name in weights),
-        *((name, math.isfinite(x), "finite") for name, x in now.items() if isinstance(x, float)),
-        *((name, now[name] >= 1, "at least 1") for name in from_1 | {"EVAL_EVERY", "SAVE_EVERY"}),
-        *((name, x >= 0, "at least 0") for name, x in numbers.items()),
+        *((name, abs(x) < 2**63, "below 2 to the 63") for name, x in now.items() if not isinstance(x, str)),
+        *((name, x >= least[name], f"at least {least[name]}") for name, x in numbers.items()),
         *((name, now[name] > 0, "above 0") for name in above_0),
-        *((name, now[name] >= 0.01, "at least 0.01") for name in ("TEMPERATURE", "EVAL_TEMPERATURE")),
-        *((name, now[name] < 1, "below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")),
+        *((name, now[name] < 1, "below 1") for name in ("ADAM_BETA1", "ADAM_BETA2", "EPSILON_LOW")),
         *((name, now[name] <= 1, "from 0 to 1") for name in ("GAMMA", "LAMBDA", "OVERLONG_SHARE")),
-        ("SEED", SEED < 2**63, "below 2 to the 63"),
-        ("RUN", RUN == Path(RUN).name != ".." and len(RUN.encode()) < 256, "a name without folders"),
+        *((name, x.isprintable(), "printable") for name, x in now.items() if isinstance(x, str)),
+        ("RUN", RUN == Path(RUN).name != ".." and len(os.fsencode(RUN)) < 256, "a name without folders"),
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"at least {llms.WORLD}, one for each rank"),
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
@@ -815,12 +795,11 @@ def check_settings():
         ("RATIO", RATIO == "token" or (ALGORITHM != "ppo" and SUPERVISION == "outcome"), "token if Â differs by token"),
         ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
+        ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
     ]
     for name, holds, demand in rules:
         if not holds:
             raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
-    if TENSORBOARD and not importlib.util.find_spec("tensorboard"):
-        raise SettingsError("--tensorboard needs TensorBoard: pip install tensorboard")
 
 
 def check_data(training=True):
@@ -828,13 +807,12 @@ def check_data(training=True):
     stages = rldatasets.stages(DATASET)
     tasks = [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
     tasks = tasks if EVAL_DATASET else list(dict.fromkeys(name for name, _ in stages))
-    programs = False
+    samples = []
     for name, _ in stages if training else ():
-        rldatasets.load(name, "train")  # refuses what is for testing only
         if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
             raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
         problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
-        programs |= any(problem["kind"] == "program" for problem in problems)
+        samples += problems
         solutions = [problem.get("solution", "") for problem in problems]
         if ALGORITHM == "sft" and not all(solutions):
             raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
@@ -845,7 +823,7 @@ def check_data(training=True):
         tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
     if len(tested) < llms.WORLD:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
-    programs |= any(problem["kind"] == "program" for problem in tested)
+    programs = any(problem["kind"] == "program" for problem in samples + tested)
     if programs and (reason := evaluator.sandbox_problem()):
         raise SettingsError(f"programs are run in a sandbox only: {reason}")
     return tested
@@ -853,7 +831,7 @@ def check_data(training=True):
 
 def load_model(name):
     """A policy and its tokenizer; tiny is built when it is first asked for."""
-    return llms.load(llms.tiny_folder(Path("runs"), rldatasets.messy_corpus()) if name == "tiny" else name)
+    return llms.load(llms.tiny_folder(report.runs_folder(), rldatasets.messy_corpus()) if name == "tiny" else name)
 
 
 def new_state(policy, tokenizer, run=None):
@@ -866,13 +844,27 @@ def new_state(policy, tokenizer, run=None):
     state.critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
     networks = [llms.shard(network) for network in state.networks().values()]
     trained = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
-    adam = {"lr": LEARNING_RATE, "betas": (ADAM_BETA1, ADAM_BETA2), "weight_decay": WEIGHT_DECAY}
-    state.optimizer = torch.optim.AdamW(trained, **adam)
+    state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), weight_decay=WEIGHT_DECAY)
     state.generator = torch.Generator().manual_seed(SEED)
     context = getattr(policy.config, "max_position_embeddings", math.inf)
     state.prompt_limit = min(MAX_PROMPT_TOKENS, context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
     return state
+
+
+def check_prompts(state, tests, training=()):
+    """Refuse a test question that leaves no room for an output, and a training set that has only too long ones."""
+    length = lambda problem: len(llms.encode(state.tokenizer, rldatasets.prompt(problem)))
+    context, limit = getattr(state.policy.config, "max_position_embeddings", math.inf), state.prompt_limit
+    longest = max(map(length, tests))
+    if longest + MAX_NEW_TOKENS > context:
+        advice = "lower --max_new_tokens" if longest < context else "name other questions with --eval_dataset"
+        raise SettingsError(f"a test question of {longest} tokens, the model reads {context} with the output: {advice}")
+    for name, _ in training:
+        some = itertools.islice(rldatasets.shuffled(name, "train", SEED), 1000)
+        if all(length(problem) > limit for problem in some):
+            advice = "raise --max_prompt_tokens" if limit == MAX_PROMPT_TOKENS else "lower --max_new_tokens"
+            raise SettingsError(f"every prompt of {name} is longer than {limit} tokens: {advice}")
 
 
 def ask_to_stop(state, number):
@@ -884,7 +876,7 @@ def ask_to_stop(state, number):
     say("finishing the step; Ctrl-C again ends at once and loses it")
 
 
-def check_and_save(state, metrics, problems, evaluate_at, notes, bar):
+def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
     """Print what is not healthy, evaluate and save when it is time; returns the signal to stop for, or 0."""
     bar.update()
     for note in set(report.health_notes(metrics, settings(), torch.cuda.is_available())) - notes:
@@ -893,7 +885,7 @@ def check_and_save(state, metrics, problems, evaluate_at, notes, bar):
     state.failures = state.failures + 1 if metrics["skipped_updates"] else 0
     if state.failures == 3:
         raise RunError("three steps in a row were not finite; the last checkpoint was saved before them")
-    if state.step in evaluate_at:
+    if evaluates_at(state.step):
         record_evaluation(state, problems)
     stopped = max(llms.gather([state.stop_signal or signal.SIGTERM * llms.orphaned()]))
     if stopped or state.step == ITERATIONS * STEPS or (state.step % SAVE_EVERY == 0 and not state.failures):
@@ -904,11 +896,9 @@ def check_and_save(state, metrics, problems, evaluate_at, notes, bar):
 def record_evaluation(state, problems):
     """Evaluate; write the metrics and all completions, and draw the plots."""
     metrics, records = evaluate(state, problems)
-    row, samples = {"step": state.step, **metrics}, [{"split": "test"} | record for record in records]
-    log(state.run, row, samples, TENSORBOARD)
+    log(state.run, {"step": state.step, **metrics}, "test", records, TENSORBOARD)
     say(f"step {state.step:4d} | TEST {report.eval_line(metrics)}")
-    if llms.RANK == 0:
-        plot.draw([state.run], state.run)
+    draw([state.run], state.run)
 
 
 def run_training(actions):
@@ -917,44 +907,36 @@ def run_training(actions):
     problems, last = check_data(), ITERATIONS * STEPS
     policy, tokenizer = load_model(MODEL)  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
-    lengths = [len(llms.encode(tokenizer, rldatasets.prompt(problem))) for problem in problems]
-    if max(lengths) + MAX_NEW_TOKENS > getattr(policy.config, "max_position_embeddings", math.inf):
-        raise SettingsError(f"prompts of {max(lengths)} tokens leave no room for an output: lower --max_new_tokens")
-    if min(lengths) > MAX_PROMPT_TOKENS:
-        raise SettingsError(f"all test questions are longer than --max_prompt_tokens {MAX_PROMPT_TOKENS}")
+    check_prompts(state, problems, rldatasets.stages(DATASET))
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state)
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
 
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
-        return run_steps(state, problems, {last} if actions.test else {0, last, *range(0, last, EVAL_EVERY)})
+        return run_steps(state, problems, lambda step: step == last or (step % EVAL_EVERY == 0 and not actions.test))
 
 
-def run_steps(state, problems, evaluate_at):
-    """A run, from wherever its state stands, to its end; returns the program's status."""
+def run_steps(state, problems, evaluates_at):
+    """A run, from wherever its state stands, to its end; evaluates_at(step) is a bool. Returns the program's status."""
     run, policy, last = state.run, state.policy, ITERATIONS * STEPS
-    if llms.RANK == 0:
-        about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
-        report.begin(run, settings() | about, state.step)
+    about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+    begin(run, settings() | about, state.step)
     say(f"{ALGORITHM} on {DATASET}; {MODEL}: {llms.size(policy)}; {llms.WORLD} × {policy.device}; all goes to {run}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: ask_to_stop(state, number))
     if state.step == 0:
-        if 0 in evaluate_at:
+        if evaluates_at(0):
             record_evaluation(state, problems)
         save_checkpoint(state)
     notes = set()
     with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None) as bar:
-        stopped = train(state, lambda *state_and_row: check_and_save(*state_and_row, problems, evaluate_at, notes, bar))
+        stopped = train(state, lambda state, row: check_and_save(state, row, problems, evaluates_at, notes, bar))
     if stopped:
-        start = "python" if llms.WORLD == 1 else f"torchrun --nproc_per_node {llms.LOCAL_WORLD}"
-        say(f"stopped after step {state.step} and saved; go on with: {start} {report.resume_command(run)}")
+        say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
         return 128 + stopped
     llms.save(policy, state.tokenizer, run / "model")
-    if llms.RANK == 0:
-        print(report.summary(run))
-        print(f"\nthe model is in {run}/model, the curves in {run}/train_score.png and {run}/eval_score.png")
+    say(summary(run))
     return 0
 
 
@@ -962,9 +944,11 @@ def run_evaluation(actions):
     """Test one model, or two on the same questions with their paired difference."""
     problems, right = check_data(training=False), []
     names = [name for name in (actions.evaluate, actions.against) if name]
-    for name in names:
-        policy, tokenizer = load_model(name)
-        state = State(llms.shard(policy), tokenizer)
+    states = [State(*load_model(name)) for name in names]
+    for state in states:  # both, before either is tested
+        check_prompts(state, problems)
+    for name, state in zip(names, states):
+        llms.shard(state.policy)
         metrics, records = evaluate(state, problems)
         right.append([record["correctness"] for record in records])
         say(f"{name}: {report.eval_line(metrics)}")
@@ -979,7 +963,7 @@ def main(argv=None):
         with llms.distributed():
             choose_settings(actions, flags)
             return run_evaluation(actions) if actions.evaluate else run_training(actions)
-    except (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError, OSError) as error:
+    except MISTAKES as error:
         status, reason = 2, str(error) or repr(error)
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
@@ -997,4 +981,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # where it is ASCII only, π is printed as ?
     sys.exit(main())

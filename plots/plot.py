@@ -28,17 +28,52 @@ TEST = [
 ]
 
 
+class FolderError(ValueError):
+    """What is wrong with a run's folder, in one line."""
+
+
+def read_config(folder):
+    """What config.json says of a run: its settings, and what they ran on."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        no_run = f"{folder} is no run: {path} cannot be read ({error.strerror})"
+        raise FolderError(f"{no_run}; give the folder of a run, as in runs/NAME") from None
+    except ValueError as error:
+        raise FolderError(f"{path} is damaged: {error}") from None
+    if isinstance(config, dict):
+        return config
+    raise FolderError(f"{path} is damaged: it holds no settings")
+
+
+def read_lines(path, only=None):
+    """The rows of a file of JSON lines, or only some keys of them, except a last row that a crash cut in half."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            whole = (json.loads(line) for line in file if line.endswith("\n"))
+            return [{key: row[key] for key in row if not only or key in only} for row in map(checked, whole)]
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise FolderError(f"{path} is damaged: {error}") from None
+
+
+def checked(row):
+    """A row that is an object with a step."""
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row
+    raise ValueError(f"a row without a step: {row}")
+
+
 def read(folder, only=None):
-    """A run's settings and the rows of its metrics, or only some keys of them; half a last line is left out."""
-    with open(Path(folder) / "metrics.jsonl") as file:
-        whole = (json.loads(line) for line in file if line.endswith("\n"))
-        rows = [{key: row[key] for key in row if not only or key in only} for row in whole]
-    return json.loads((Path(folder) / "config.json").read_text()), rows
+    """A run's settings and the rows of its metrics, or only some keys of them."""
+    return read_config(folder), read_lines(Path(folder) / "metrics.jsonl", only)
 
 
 def curves(rows, key):
     """The steps at which a key was written, and its values."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -59,7 +94,7 @@ def groups(folders):
 
 def stages(rows):
     """The stages of a run's curriculum: [(name, first step, last step)]."""
-    steps = [(row["stage"], row["step"]) for row in rows if "stage" in row]
+    steps = [(row["stage"], row["step"]) for row in rows if isinstance(row.get("stage"), str)]
     runs = [(name, [step for _, step in group]) for name, group in itertools.groupby(steps, lambda pair: pair[0])]
     return [(name, group[0], group[-1]) for name, group in runs]
 
@@ -111,10 +146,11 @@ def panel(axes, key, title, runs_by_label, smoothed):
 
 
 def draw(folders, out):
-    """Write train_score.png and eval_score.png of some run folders into the folder `out`; returns their paths."""
+    """Write train_score.png and eval_score.png of some run folders into a folder, which is made; returns their paths."""
     from matplotlib.figure import Figure  # here, so that a run which draws nothing starts faster
 
     runs_by_label, paths = groups(folders), []
+    Path(out).mkdir(parents=True, exist_ok=True)
     for name, panels, columns in (("train_score", TRAIN, 3), ("eval_score", TEST, 3)):
         lines = -(-len(panels) // columns)
         height = 3 * lines + 0.3
@@ -141,19 +177,16 @@ def main():
     parser.add_argument("--out", help="the folder for the pictures")
     arguments = parser.parse_args()
     folders = [Path(run) for run in arguments.runs]
-    for folder in folders:
-        if not (folder / "metrics.jsonl").is_file() or not (folder / "config.json").is_file():
-            print(f"plot.py: error: {folder} is no run: it needs metrics.jsonl and config.json", file=sys.stderr)
-            return 2
     out = Path(arguments.out or (folders[0] if len(folders) == 1 else folders[0].parent))
-    out.mkdir(parents=True, exist_ok=True)
     try:
         print(*draw(folders, out), sep="\n")
-    except json.JSONDecodeError as error:
-        print(f"plot.py: error: a damaged file: {error}", file=sys.stderr)
+    except (FolderError, OSError) as error:
+        reason = f"cannot write to {out}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"plot.py: error: {reason}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # where it is ASCII only, a name that is not is printed with ?
     sys.exit(main())

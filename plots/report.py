@@ -17,19 +17,14 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy
+
+from plots.plot import FolderError, read_config, read_lines
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
-
-
-class FolderError(ValueError):
-    """What is wrong with a run's folder, in one line."""
-
-
-def resume_command(run):
-    """The command that continues a run, for any shell."""
-    return f"main.py --resume {shlex.quote(str(run))}"
 
 
 # ---- metrics of outputs --------------------------------------------------------------------------------------------
@@ -49,10 +44,15 @@ def mean(records, name):
     return statistics.mean(record.get(name, 0.0) for record in records)
 
 
-def step_metrics(records, rewards):
-    """The part of a training row that is about the sampled outputs; rewards are the names of theirs."""
+def step_metrics(records, group_size, names):
+    """The part of a training row that is about the sampled outputs; names are those of their rewards."""
+    rewards = numpy.array([record["reward"] for record in records]).reshape(-1, group_size)  # [Q, G]
     tokens = sum(record["length"] for record in records)
-    return {f"rewards/{name}": mean(records, name) for name in rewards} | {
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std(1, ddof=min(1, group_size - 1)).mean()),
+        "zero_std_groups": float((rewards.max(1) == rewards.min(1)).mean()),
+        **{f"rewards/{name}": mean(records, name) for name in names},
         "accuracy": mean(records, "correctness"),
         "entropy": sum(record["entropy"] for record in records) / tokens,
         "length_max": max(record["length"] for record in records),
@@ -112,27 +112,38 @@ def paired_difference(names, right):
 WRITERS = {}  # {run: a writer of TensorBoard's files}
 
 
+def runs_folder():
+    """The folder in which runs and the tiny model are."""
+    if Path("runs").is_file():
+        raise FolderError("runs is a file here, and must be a folder: rename it, or start from another folder")
+    return Path("runs")
+
+
 def new_folder(run, model, dataset, test):
     """The folder of a new run, which is not made yet: runs/RUN, or one with the first free number."""
-    if run and (Path("runs") / run / "config.json").exists():
-        raise FolderError(f"runs/{run} exists already: choose another --run, or go on with --resume runs/{run}")
+    named = runs_folder() / run
+    if run and (named.is_file() or (named / "config.json").exists()):
+        raise FolderError(f"{named} exists already: choose another --run, or go on with --resume {named}")
     data = "curriculum" if "," in dataset else Path(dataset).stem.partition(":")[0]
     stem = "test" if test else f"{Path(model).name}-{data}"
-    numbered = (Path("runs") / f"{stem}-{number}" for number in itertools.count(1))
-    return Path("runs") / run if run else next(path for path in numbered if not path.exists())
+    numbered = (runs_folder() / f"{stem}-{number}" for number in itertools.count(1))
+    return named if run else next(path for path in numbered if not path.exists())
 
 
 def is_run(folder):
     return (Path(folder) / "metrics.jsonl").exists()
 
 
-def read_config(run, defaults):
+def read_settings(run, defaults):
     """The constants that a run was made with, of the types of the defaults."""
+    config = read_config(run)
+    if lacking := [name for name in defaults if name not in config]:
+        other = "it was made by another program or version of this one; start a new run"
+        raise FolderError(f"{run}/config.json lacks {', '.join(lacking[:3])}: {other}")
     try:
-        config = json.loads((Path(run) / "config.json").read_text())
         return {name: type(default)(config[name]) for name, default in defaults.items()}
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise FolderError(f"{run} is no run that can be read: {error!r}") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FolderError(f"{run}/config.json is damaged: {error}") from None
 
 
 @contextmanager
@@ -152,15 +163,16 @@ def only_writer(run):
 
 def begin(run, config, step):
     """Write config.json, and cut the files of a run back to the step of its checkpoint."""
+    paths = run / "metrics.jsonl", run / "samples.jsonl"
+    rows = [read_lines(path) if step and path.exists() else [] for path in paths]  # all is read before any is replaced
     git = subprocess.run(
         "git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     versions = {package: version(package) for package in ("torch", "transformers", "datasets")}
     config = config | {"versions": versions, "commit": git.stdout.strip() or None}
     replace(run / "config.json", json.dumps(config, indent=2) + "\n")
-    for name in ("metrics.jsonl", "samples.jsonl"):  # the run will write the rows after that step again
-        rows = read_lines(run / name) if step and (run / name).exists() else []
-        replace(run / name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    for path, of_file in zip(paths, rows):  # the run will write the rows after that step again
+        replace(path, "".join(json.dumps(row) + "\n" for row in of_file if row["step"] <= step))
 
 
 def replace(path, text):
@@ -168,14 +180,6 @@ def replace(path, text):
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, path)
-
-
-def read_lines(path):
-    """The rows of a file of JSON lines, except a last one that a crash cut in half."""
-    try:
-        return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
-    except json.JSONDecodeError as error:
-        raise FolderError(f"{path} is damaged: {error}") from None
 
 
 def append(path, rows):
@@ -192,10 +196,10 @@ def sync(run):
             os.fsync(file.fileno())
 
 
-def log(run, row, samples, tensorboard):
-    """Add a row to metrics.jsonl, and records to samples.jsonl; and the row to where TensorBoard reads, if asked."""
+def log(run, row, split, records, tensorboard):
+    """Add a row to metrics.jsonl, and records to samples.jsonl; and the row to where TensorBoard reads, if wanted."""
     append(run / "metrics.jsonl", [row])
-    append(run / "samples.jsonl", [{"step": row["step"]} | sample for sample in samples])
+    append(run / "samples.jsonl", [{"step": row["step"], "split": split} | record for record in records])
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
 
@@ -271,15 +275,20 @@ def health_notes(row, settings, on_gpu):
         yield "the loss or the gradient was not finite: that update was skipped, the weights stayed as they were"
 
 
+def stopped_line(run, step, ranks, local_ranks):
+    """Where a run was stopped, and the command that continues it."""
+    start = "python" if ranks == 1 else f"torchrun --nproc_per_node {local_ranks}"
+    return f"stopped after step {step} and saved; go on with: {start} main.py --resume {shlex.quote(str(run))}"
+
+
 def summary(run):
-    """The end of a run: base and trained model in a table, and three test questions with both completions."""
+    """The end of a run: base and trained model in a table, three test questions with both completions, the files."""
     metrics, samples = (read_lines(Path(run) / f"{name}.jsonl") for name in ("metrics", "samples"))
+    files = f"\nthe model is in {run}/model, the curves in {run}/train_score.png and {run}/eval_score.png"
     evaluations = [row for row in metrics if "eval/accuracy" in row]
-    if not evaluations:
-        return ""
+    if not evaluations or evaluations[0]["step"]:  # --test evaluates once, at its end
+        return files
     base, trained = evaluations[0], evaluations[-1]
-    if base["step"]:  # --test evaluates once, at its end
-        return ""
     first, last = "base (step 0)", f"trained (step {trained['step']})"
     lines = [f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}"]
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
@@ -291,7 +300,7 @@ def summary(run):
         left, right = ("right" if row["correctness"] else "wrong" for row in (before, after))
         columns = f"base, {left}:\n{before['completion']}", f"trained, {right}:\n{after['completion']}"
         lines += [f"\n{before['question']}  (answer: {before['answer']})", side_by_side(*columns)]
-    return "\n".join(lines)
+    return "\n".join([*lines, files])
 
 
 def side_by_side(left, right, width=56):

@@ -656,7 +656,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
     state, _ = setup()
     row = {"step": 1} | dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
     row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
-    quiet = [], set(), set(), tqdm(disable=True)
+    quiet = [], lambda step: False, set(), tqdm(disable=True)
     for failed in (1, 1, 0, 1, 1):
         main.check_and_save(state, row | {"skipped_updates": failed}, *quiet)
     with pytest.raises(main.RunError, match="three steps"):
@@ -725,6 +725,8 @@ def test_a_step_of_training_gives_one_advantage_to_all_tokens_or_one_to_each(set
 def test_a_stage_follows_the_other_at_its_step_and_a_second_iteration_begins_again(constants):
     constants(DATASET="knights:2:2,countdown:3:3", STEPS=5)
     assert [main.stage_of(step)[0] for step in range(11)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4]
+    constants(STEPS=7)  # resumed with more steps than the stages have: the last stage goes on
+    assert [main.stage_of(step) for step in (4, 5, 6)] == [(1, "countdown:3")] * 3
 
 
 def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
@@ -802,9 +804,22 @@ def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):
     state.stream = iter([PROBLEMS[0], too_long, PROBLEMS[1], PROBLEMS[2]])
     problems, _ = main.next_questions(state)
     assert problems == PROBLEMS[:2] and (state.position, state.prompts_skipped) == (3, 1)
-    state.stream = iter([too_long] * 2000)
-    with pytest.raises(main.SettingsError, match="max_prompt_tokens"):
-        main.next_questions(state)
+
+
+@pytest.mark.parametrize(
+    "settings, words, says",
+    [
+        ({"MAX_PROMPT_TOKENS": 100}, 5, "every prompt of knights is longer than 100 tokens: raise --max_prompt_tokens"),
+        ({"MAX_NEW_TOKENS": 465}, 0, "every prompt of arithmetic is longer than 47 tokens: lower --max_new_tokens"),
+        ({"MAX_NEW_TOKENS": 490}, 5, "reads 512 with the output: lower --max_new_tokens"),
+        ({}, 1000, "reads 512 with the output: name other questions with --eval_dataset"),
+    ],
+)
+def test_prompts_that_leave_no_room_are_refused_with_the_flag_that_helps(setup, settings, words, says):
+    state, _ = setup(**settings)  # prompts of arithmetic have 55 tokens or more, of knights more than 150
+    tests = [PROBLEMS[0] | {"question": "why? " * words}]  # 39 tokens without a word
+    with pytest.raises(main.SettingsError, match=says):
+        main.check_prompts(state, tests, [("arithmetic", 2), ("knights", 2)])
 
 
 def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
@@ -902,6 +917,16 @@ def test_an_evaluation_counts_right_answers_votes_and_passes(setup, monkeypatch)
     assert metrics["eval/pass@1"] == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert metrics["eval/pass@3"] == metrics["eval/maj@3"] == pytest.approx(2 / 3)
     assert metrics["eval/maj@1"] == pytest.approx(1 / 3)
+
+
+def test_all_ranks_decide_alike_whether_answers_are_voted_on(setup, monkeypatch):
+    state, _ = setup(EVAL_SAMPLES=2)
+    monkeypatch.setattr(llms, "sample", lambda *inputs: outputs_of(["#### 0"] * len(inputs[2]) * inputs[3]))
+    monkeypatch.setattr(llms, "share", lambda rows: rows[:2])  # this rank has no program
+    program = PROBLEMS[2] | {"kind": "program"}
+    for problems, votes in ((PROBLEMS[:3], True), ([*PROBLEMS[:2], program], False)):
+        metrics, records = main.evaluate(state, [problem | {"task": problem["kind"]} for problem in problems])
+        assert len(records) == 2 and "eval/pass@2" in metrics and ("eval/maj@2" in metrics) == votes
 
 
 def test_the_weights_of_the_rewards_are_the_constants(constants):

@@ -21,7 +21,7 @@ import transformers
 import evaluator
 import llms
 import main
-from plots import report, reproduce
+from plots import plot, report, reproduce
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8 --steps 6 --eval_every 3 --eval_questions 4"
@@ -133,8 +133,9 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished,
 
 
 def test_the_command_that_continues_a_run_is_quoted_for_the_shell():
-    assert report.resume_command(Path("runs/a b")) == "main.py --resume 'runs/a b'"
-    assert report.resume_command(Path("runs/a")) == "main.py --resume runs/a"
+    assert report.stopped_line(Path("runs/a b"), 5, 1, 1).endswith("with: python main.py --resume 'runs/a b'")
+    line = report.stopped_line(Path("runs/a"), 5, 4, 2)
+    assert line == "stopped after step 5 and saved; go on with: torchrun --nproc_per_node 2 main.py --resume runs/a"
 
 
 def test_test_runs_two_steps_and_one_evaluation_any_number_of_times(finished, inside):
@@ -162,14 +163,39 @@ def test_plots_overlay_runs_from_their_files_alone(finished):
     (folder / "runs" / "again").mkdir()
     for name in ("config.json", "metrics.jsonl"):
         (folder / "runs" / "again" / name).write_text((folder / "runs" / "whole" / name).read_text())
-    plot = [sys.executable, str(ROOT / "plots" / "plot.py")]
-    drawn = subprocess.run([*plot, "runs/whole", "runs/again", "--out", "drawn"], cwd=folder, check=False)
+    command = [sys.executable, str(ROOT / "plots" / "plot.py"), "runs/whole", "runs/again", "--out", "drawn"]
+    drawn = subprocess.run(command, cwd=folder, check=False)
     assert drawn.returncode == 0 and sorted(p.name for p in (folder / "drawn").iterdir()) == [
         "eval_score.png",
         "train_score.png",
     ]
-    wrong = subprocess.run([*plot, "nowhere"], cwd=folder, check=False, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, file, text, says",
+    [
+        ("nowhere", None, "", "nowhere is no run"),
+        ("run --out rows.txt", "../rows.txt", "", "cannot write to rows.txt: File exists"),
+        ("run --out /proc/x", None, "", "cannot write to /proc/x"),
+        ("run", "metrics.jsonl", "3\n", "run/metrics.jsonl is damaged: a row without a step: 3"),
+        ("run", "metrics.jsonl", '{"accuracy": 1}\n', "run/metrics.jsonl is damaged: a row without a step"),
+        ("run", "metrics.jsonl", "\udcff\n", "run/metrics.jsonl is damaged"),
+        ("run", "config.json", "[]", "run/config.json is damaged: it holds no settings"),
+    ],
+)
+def test_what_cannot_be_drawn_is_answered_in_one_line(
+    finished, tmp_path, monkeypatch, capsys, arguments, file, text, says
+):
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(finished[0] / "runs" / "whole" / name, tmp_path / "run")
+    if file:
+        (tmp_path / "run" / file).write_text(text, errors="surrogateescape")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *arguments.split()])
+    assert plot.main() == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and err.startswith("plot.py: error: ") and says in err
 
 
 def test_what_the_papers_figures_need_of_a_run_is_in_its_metrics(finished):
@@ -195,7 +221,7 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     [
         ("--group_sise 8", "did you mean --group_size"),
         ("--group_size eight", "invalid int value"),
-        ("--scale_by_std maybe", "true or false"),
+        ("--scale_by_std maybe", "choose from True, False"),
         ("--group_size 1", "at least 2"),
         ("--epsilon_low nan", "epsilon_low"),
         ("--kl k4", "one of k1, k2, k3"),
@@ -210,7 +236,17 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
         ("--model ./nowhere --dataset arithmetic", "no such model folder"),
         ("--model Qwen/Qwen2.5-1.5B-Instruct --dataset arithmetic", "cannot be reached"),
         ("--against tiny", "--evaluate"),
-        ("--resume runs/nowhere", "runs/nowhere"),
+        ("--resume runs/nowhere", "runs/nowhere is no run: runs/nowhere/config.json cannot be read (No such file"),
+        ("--learning_rate 1e300", "--learning_rate must be below 2 to the 63"),
+        ("--weight_correctness=-1e39", "--weight_correctness must be below 2 to the 63"),
+        ("--epsilon_high 1e300", "below 2 to the 63"),
+        ("--lora_alpha inf", "below 2 to the 63"),
+        ("--eval_questions 99999999999999999999", "--eval_questions must be below 2 to the 63"),
+        ("--seed 9223372036854775808", "--seed must be below 2 to the 63"),
+        ("--epsilon_low 1", "--epsilon_low must be below 1"),
+        ("--algorithm ppo --epsilon_low 2", "--epsilon_low must be below 1"),
+        ("--run a\x07b", r"--run must be printable, not 'a\x07b'"),
+        ("--run \udcff\udcfe", r"--run must be printable, not '\udcff\udcfe'"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_and_writes_nothing(inside, tmp_path, arguments, says):
@@ -218,6 +254,66 @@ def test_a_mistake_is_answered_in_one_line_and_writes_nothing(inside, tmp_path, 
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("main.py: error: ") and says in err
     assert not any(tmp_path.iterdir())
+
+
+def test_training_prompts_that_are_all_too_long_are_refused_before_anything_is_written(finished, inside, tmp_path):
+    _, flags, _ = finished
+    row = json.dumps({"question": "why? " * 300, "answer": "#### 2"}) + "\n"
+    (tmp_path / "long.jsonl").write_text(row * 3)
+    for arguments, says in (
+        (["--dataset", "long.jsonl", "--eval_dataset", "arithmetic"], "every prompt of long.jsonl is longer than 504"),
+        (["--eval_dataset", "long.jsonl"], "name other questions with --eval_dataset"),
+        (["--evaluate", flags[1], "--eval_dataset", "long.jsonl"], "name other questions with --eval_dataset"),
+    ):
+        code, out, err = inside(*(flags[2:] if "--evaluate" in arguments else flags), *arguments)
+        assert code == 2 and err.count("\n") == 1 and says in err and not out and not (tmp_path / "runs").exists()
+
+
+def test_both_models_are_looked_at_before_either_is_tested(finished, inside):
+    _, flags, _ = finished
+    code, out, err = inside("--evaluate", flags[1], "--against", "./nowhere", *flags[2:])
+    assert code == 2 and err.count("\n") == 1 and "no such model folder: ./nowhere" in err and not out
+
+
+def test_a_file_that_is_called_runs_is_named(finished, inside, tmp_path):
+    _, flags, _ = finished
+    (tmp_path / "runs").write_text("")
+    for arguments in ([*flags, "--run", "x"], flags, ["--evaluate", "tiny", "--dataset", "arithmetic"]):
+        code, out, err = inside(*arguments)
+        assert code == 2 and err.count("\n") == 1 and "runs is a file here" in err and not out
+
+
+@pytest.mark.parametrize(
+    "file, text, says",
+    [
+        ("config.json", "[]", "config.json is damaged: it holds no settings"),
+        (
+            "config.json",
+            '{"name": "another program"}',
+            "config.json lacks MODEL, DATASET, EVAL_DATASET: it was made by",
+        ),
+        ("metrics.jsonl", "3\n", "metrics.jsonl is damaged: a row without a step: 3"),
+        ("metrics.jsonl", '{"loss": 0}\n', "metrics.jsonl is damaged: a row without a step"),
+        ("samples.jsonl", "\udcff\n", "samples.jsonl is damaged"),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(finished, inside, tmp_path, file, text, says):
+    run = tmp_path / "runs" / "damaged"
+    shutil.copytree(finished[0] / "runs" / "whole", run)
+    (run / file).write_text(text, errors="surrogateescape")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, out, err = inside("--resume", "runs/damaged", "--steps", "7")
+    assert code == 2 and err.count("\n") == 1 and says in err and not out
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_stdout_of_ascii_only_is_enough_and_a_stderr_that_is_a_file_gets_no_progress_bar(
+    finished, tmp_path, monkeypatch
+):
+    _, flags, _ = finished
+    monkeypatch.setitem(OFFLINE, "PYTHONIOENCODING", "ascii")
+    code, out, err = run(tmp_path, *flags, "--test")
+    assert code == 0 and "reward  0" in out and "\u00d7" not in out and not err
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
