@@ -1053,9 +1053,14 @@ def reflection(completion):
     return len(REFLECTION.findall(completion))
 
 
+def num_steps(completion):
+    """How many steps of a completion's reasoning calculate something. A metric, not a reward."""
+    return len(step_rewards(completion, {}))
+
+
 def approach(completion):
     """How a completion comes to its answer: "guessed" without a calculation, "checked" with one and with doubt."""
-    if not step_rewards(completion, {}):
+    if not num_steps(completion):
         return "guessed"
     return "checked" if reflection(completion) else "worked"
 

@@ -643,7 +643,8 @@ def output_records(rollout, problems, columns):
     entropy = lengths * math.nan if rollout.entropy is None else rollout.entropy.sum(1)  # [N], over the tokens
     columns = columns | {"length": lengths, "truncated": rollout.truncated.float(), "entropy": entropy}
     columns = {name: x.flatten().tolist() for name, x in columns.items()}
-    columns["reflection"] = list(map(evaluator.reflection, rollout.texts))
+    for metric in (evaluator.reflection, evaluator.num_steps, evaluator.approach):
+        columns[metric.__name__] = list(map(metric, rollout.texts))
     return llms.gather(report.records(problems, rollout.texts, columns))
 
 
@@ -831,7 +832,7 @@ def check_data(training=True):
 
 def load_model(name):
     """A policy and its tokenizer; tiny is built when it is first asked for."""
-    return llms.load(llms.tiny_folder(report.runs_folder(), rldatasets.messy_corpus()) if name == "tiny" else name)
+    return llms.load(llms.tiny_folder(report.runs_folder(), rldatasets.tiny_corpus()) if name == "tiny" else name)
 
 
 def new_state(policy, tokenizer, run=None):

@@ -210,7 +210,7 @@ def draw(data):
             runs = {
                 label: [run["tests"] for run in data[name]["runs"]] for label, name in curves.items() if name in data
             }
-            plot.panel(axes, "eval/accuracy", f"{title}: greedy test accuracy", runs, smoothed=False)
+            plot.panel(axes, {"eval/accuracy": ""}, f"{title}: greedy test accuracy", runs, smoothed=False)
             axes.set(xlabel="step", ylim=(0.4, 1.02) if columns == 1 else (-0.02, 1.02))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(fontsize=8, loc="lower right")
