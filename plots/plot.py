@@ -126,20 +126,15 @@ def smooth(values, window=5):
 
 
 def panel(axes, keys, title, runs_by_label, smoothed):
-    """Some keys of every run: a line per label, or per key of a single label, with its runs' range as a band."""
-    several = len(keys) > 1
+    """Some keys of all runs, a line per label and key: the colour tells the labels apart, or a single label's keys."""
     for number, (label, runs) in enumerate(runs_by_label.items()):
         for index, (key, name) in enumerate(keys.items()):
-            alone = several and len(runs_by_label) == 1  # then the colours tell the keys apart, else the dashes
-            style = {
-                "color": f"C{(index if alone else number) % 10}",
-                "linestyle": "-" if alone else ("-", "--", ":")[index],
-            }
-            name = name if several and number == 0 else None if several else label
-            line(axes, key, runs, smoothed, label=name, **style)
+            color, dash = (index, "-") if len(runs_by_label) == 1 else (number, ("-", "--", ":")[index])
+            legend = label if len(keys) == 1 else name if number == 0 else None
+            line(axes, key, runs, smoothed, color=f"C{color % 10}", linestyle=dash, label=legend)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    if several and axes.get_legend_handles_labels()[0]:
+    if len(keys) > 1 and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     if next(iter(keys)).removeprefix("eval/") in SHARES:
         axes.set_ylim(-0.02, 1.02)
