@@ -49,7 +49,7 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "mu-2": "--steps 20 --mu 2",
     "mu-4": "--steps 20 --mu 4",
     "mu-4-epsilon-0.02": "--steps 20 --mu 4 --epsilon_low 0.02 --epsilon_high 0.02",
-    "mu-4-epsilon-10": "--steps 20 --mu 4 --epsilon_low 10 --epsilon_high 10",
+    "mu-4-epsilon-10": "--steps 20 --mu 4 --epsilon_low 1 --epsilon_high 10",
 }
 EVALUATIONS = {f"figure7-{seed}": f"runs/reproduce-grpo-{seed}" for seed in SEEDS} | {"figure7-base": "tiny"}
 FIGURES = {  # file: [(title, {label: run})]
