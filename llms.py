@@ -4,7 +4,7 @@ Everything between a checkpoint and the maths: weights, token ids, masks and log
 what an advantage is, what β and ε are, is not known here.
 
     load, save, checkpoint_layers         a model and its tokenizer, from the Hugging Face hub or a folder
-    save_checkpoint, load_checkpoint      all that a run cannot make again, in one file
+    save_, read_, load_checkpoint         all that a run cannot make again, in one file
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
@@ -26,6 +26,7 @@ import bisect
 import copy
 import functools
 import gc
+import itertools
 import json
 import logging
 import math
@@ -33,9 +34,9 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import weakref
 import zlib
-from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +51,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -95,8 +95,6 @@ def load(name):
 
 def from_pretrained(auto_class, name, **options):
     """A model and its tokenizer, from a folder or from the hub. No pickle is opened, no code of a download is run."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"no such model folder: {name}")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         # no dropout: the policy that is scored must be the one that sampled
@@ -126,13 +124,12 @@ def refuse_pickles(name, config):
 
 def explain(name, error):
     """Why a model could not be loaded, and what to do about it, in one line."""
-    causes, cause = "", error
-    while cause is not None:
-        causes, cause = f"{causes} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
+    causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors that led to it
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
-        return f"unknown model: {name} is neither a folder nor on the Hugging Face hub (a private one needs HF_TOKEN)"
+        nowhere = "no such model folder, and not on the Hugging Face hub either (a private one needs HF_TOKEN)"
+        return f"unknown model: {name}: {nowhere}"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
         offline = "offline, give a folder with the model, or use --model tiny"
         return f"{name} is not on this machine and the Hugging Face hub cannot be reached: {offline}"
@@ -149,10 +146,20 @@ def save(model, tokenizer, folder):
     shutil.rmtree(unfinished, ignore_errors=True)
     merge_lora(model)
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    model.save_pretrained(unfinished, state_dict=weights)
-    tokenizer.save_pretrained(unfinished)
+    with disk_errors(folder):
+        model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+@contextmanager
+def disk_errors(folder):
+    """A block that writes to a folder: its errors, a full disk's say, become OSErrors."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have errors of their own, or raise plain Exception
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def checkpoint_layers(model):
@@ -165,81 +172,74 @@ def checkpoint_layers(model):
 
 
 def named_tensors(networks, optimizer, generator):
-    """Every tensor of a checkpoint by name, without a copy; tied or shared weights appear once.
+    """Every tensor of a checkpoint by name, without a copy; tied weights appear once.
 
     networks is {name: module}. With LoRA the frozen weights are those of the model as it was loaded, and left out.
     """
-    names = {}  # {weight: name}
-    for network, module in networks.items():
-        for name, weight in module.named_parameters():
-            names.setdefault(weight, f"{network}/{name}")
-    lora = any(".lora_" in name for name in names.values())
-    saved = lambda name, weight: weight.requires_grad or not lora or ".lora_" in name  # also the reference's adapter
-    tensors = {name: weight.detach() for weight, name in names.items() if saved(name, weight)}
-    for weight, moments in optimizer.state.items():
-        tensors |= {f"adam/{key}/{names[weight]}": value for key, value in moments.items()}
+    weights = {f"{network}/{name}": w for network, module in networks.items() for name, w in module.named_parameters()}
+    if any(".lora_" in name for name in weights):  # the trained ones, and the reference's adapter
+        weights = {name: weight for name, weight in weights.items() if weight.requires_grad or ".lora_" in name}
+    tensors = {name: weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state.get(weight, {}).items()}
     return tensors | {"generator": generator.get_state()}
 
 
-def checksum(read, names, about):
-    """A CRC of a text and of the tensors that read(name) returns, so that a damaged file is noticed."""
+def checksum(tensors, about):
+    """A CRC of tensors and of the text beside them, so that a damaged file is noticed."""
     total = zlib.crc32(about.encode())
-    for name in sorted(names):
-        total = zlib.crc32(read(name).contiguous().view(-1).view(torch.uint8).numpy(), total)
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
     return str(total)
 
 
 def save_checkpoint(folder, networks, optimizer, generator, about):
-    """Replace the folder's state.safetensors, whole or not at all; about is a text. Nothing is pickled."""
-    tensors = {}
+    """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled."""
+    tensors, about = {}, json.dumps(about)
     for name, tensor in named_tensors(networks, optimizer, generator).items():
         tensor = full_tensor(tensor)  # by all ranks
         if RANK == 0:
             tensors[name] = tensor.cpu()
     if RANK == 0:
         folder.mkdir(exist_ok=True)
-        metadata = {"about": about, "checksum": checksum(tensors.get, tensors, about)}
-        try:
+        metadata = {"about": about, "checksum": checksum(tensors, about)}
+        with disk_errors(folder):
             safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{folder} cannot be written: {error}") from None
         with open(folder / "unfinished", "rb") as file:
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(folder / "unfinished", folder / "state.safetensors")
 
 
-def checkpoint_text(folder):
-    """The text of a checkpoint; ModelError if the file is damaged."""
+def read_checkpoint(folder):
+    """What was saved as `about`, and the tensors of a checkpoint; ModelError if the file is damaged."""
     path = folder / "state.safetensors"
     try:
-        file = safetensors.safe_open(path, "pt")
-        metadata = file.metadata() or {}
-        intact = metadata["checksum"] == checksum(file.get_tensor, file.keys(), metadata["about"])
+        tensors = safetensors.torch.load_file(path)  # read from the disk when they are used
+        metadata = safetensors.safe_open(path, "pt").metadata() or {}
+        intact = metadata["checksum"] == checksum(tensors, metadata["about"])
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
         raise ModelError(f"{path} is damaged: its bytes are not those that were written")
-    return metadata["about"]
+    return json.loads(metadata["about"]), tensors
 
 
 @torch.no_grad()
-def load_checkpoint(folder, networks, optimizer, generator):
-    """Fill networks, optimizer and generator with what a checkpoint holds of them."""
-    file = safetensors.safe_open(folder / "state.safetensors", "pt")
-    names = set(file.keys())
-    if any(name.startswith("adam/") for name in names):  # AdamW's state as after its first step, filled below
+def load_checkpoint(saved, networks, optimizer, generator):
+    """Fill networks, optimizer and generator with the tensors of a checkpoint."""
+    if any(name.startswith("adam/") for name in saved):  # AdamW's state as after its first step, filled below
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
             moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
             optimizer.state[weight] = {"step": torch.zeros(())} | moments
     tensors = named_tensors(networks, optimizer, generator)
-    if different := tensors.keys() ^ names:
-        raise ModelError(f"{folder} was made with another model: only one of the two has {min(different)}")
+    if different := tensors.keys() ^ saved.keys():
+        raise ModelError(f"the checkpoint was made with another model: only one of the two has {min(different)}")
     try:
         for name, tensor in tensors.items():
-            fill(tensor, file.get_tensor(name))
+            fill(tensor, saved[name])
     except RuntimeError as error:  # the same names, other shapes
-        raise ModelError(f"{folder} was made with another model: {error}") from error
-    generator.set_state(file.get_tensor("generator"))
+        raise ModelError(f"the checkpoint was made with another model: {error}") from error
+    generator.set_state(saved["generator"])
 
 
 # ---- prompts and batches -------------------------------------------------------------------------------------------
@@ -307,11 +307,10 @@ class Rollout(NamedTuple):
         """
         completions, totals = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()
         prompts = [total - completion for total, completion in zip(totals, completions)]
-        longest = defaultdict(int)  # tokens in the longest row of each question
-        for row in rows:
-            longest[row // group_size] = max(longest[row // group_size], totals[row])
+        questions = [list(same) for _, same in itertools.groupby(rows, lambda row: row // group_size)]
+        questions.sort(key=lambda rows: -max(totals[row] for row in rows))
         batches = []
-        for row in sorted(rows, key=lambda row: (-longest[row // group_size], row // group_size, -completions[row])):
+        for row in (row for rows in questions for row in sorted(rows, key=lambda row: -completions[row])):
             candidate = [*batches[-1], row] if batches else [row]
             width = max(prompts[i] for i in candidate) + max(completions[i] for i in candidate)
             if batches and len(candidate) * width <= token_budget:
@@ -365,20 +364,27 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
 transformers.AttentionInterface.register("packed", packed_attention)
 
 
+def run_model(model, layout, ids, positions, **options):
+    """What a model, or its trunk, makes of tokens that lie as the layout says; ids and positions [rows, tokens]."""
+    options |= {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
+    return model(input_ids=ids, position_ids=positions, **options)
+
+
 @torch.no_grad()
 def use_packed_attention(model, name):
     """Give a model the attention of this section; ModelError if a short text does not have the same logits with it."""
-    ids, attention, mask = batch([[3, 1, 4, 1, 5]], [[2, 6, 5]], model.device)
-    expected = model(ids).logits[0, :-1]  # [7, V]
+    prompt, output = [3, 1, 4, 1, 5], [2, 6, 5]
+    expected = model(torch.tensor([prompt + output], device=model.device)).logits[0, :-1]  # [7, V]
     check_finite(expected)
     model.set_attn_implementation("packed")
-    packed, config = PackedBatch(ids, attention, mask, keep_kv=True), model.config.get_text_config()
+    packed, config = PackedBatch([(prompt, [output])], model.device, keep_kv=True), model.config.get_text_config()
     # what a short text cannot show: sliding windows, and a cap that its small logits do not reach
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     supported &= getattr(config, "final_logit_softcapping", None) is None
     try:
-        logits = model.get_output_embeddings()(model.base_model(**packed.inputs()).last_hidden_state[0])  # [7, V]
+        hidden = run_model(model.base_model, packed, packed.ids, packed.positions).last_hidden_state[0]
+        logits = model.get_output_embeddings()(hidden)  # [7, V]
         supported &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
         supported &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
     except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
@@ -388,37 +394,30 @@ def use_packed_attention(model, name):
 
 
 class PackedBatch:
-    """Rows packed into one sequence, q₁ o₁ o₂ … q₂ o_{G+1} …: consecutive rows with the same prompt share it.
+    """Prompts and their outputs packed into one sequence: q₁ o₁ o₂ … q₂ o_{G+1} …
 
     The last token of each output is left out, for nothing is predicted from it.
     """
 
-    def __init__(self, ids, attention, mask, keep_kv=False):
-        N, T, P = *mask.shape, ids.shape[1] - mask.shape[1]
-        prompts = torch.where(attention[:, :P] > 0, ids[:, :P], -1)
-        new_prompt = torch.ones(N, dtype=torch.bool, device=ids.device)  # [N]  it differs from that of the row above
-        new_prompt[1:] = (prompts[1:] != prompts[:-1]).any(1) | (T == 0)  # with T = 0, in prefill, each counts as new
-        has_next = F.pad(mask[:, 1:], (0, min(1, T)))  # [N, T]  completion tokens after which another follows
-        packed = torch.cat([(attention[:, :P] > 0) & new_prompt[:, None], has_next], 1)  # [N, P + T]
-        self.ids = ids[packed][None]  # [1, tokens]
-        self.positions = (attention.cumsum(1) - 1)[packed][None]  # [1, tokens]  each token's position in its own row
-        index = packed.flatten().cumsum(0).view_as(packed) - 1  # [N, P + T]  place of a token in the packed sequence
-        self.prompt_ends = index[new_prompt, P - 1]  # [prompts]  they predict the first tokens of their outputs
-        predictors = torch.cat([self.prompt_ends[new_prompt.cumsum(0) - 1, None], index[:, P:-1]], 1)
-        self.predictors = predictors[:, :T][mask]  # [completion tokens]  place of the token that predicts each
+    def __init__(self, groups, device, keep_kv=False):
+        """groups: [(a prompt, [its outputs])], all of them lists of token ids."""
+        ids, positions, predictors = [], [], []
         self.groups = []  # (prompt length, outputs, longest output, filled cells of [outputs, longest output])
-        lengths, has_next = attention[:, :P].sum(1).tolist(), has_next.cpu()
-        starts = new_prompt.nonzero().flatten().tolist()
-        for start, stop in zip(starts, [*starts[1:], N]):
-            rows = has_next[start:stop, : int(has_next[start:stop].sum(1).max())]
-            cells = rows.flatten().nonzero().flatten().to(ids.device)
-            self.groups.append((lengths[start], *rows.shape, cells))
+        for prompt, outputs in groups:
+            ids += prompt
+            positions += range(len(prompt))
+            prompt_end = len(ids) - 1  # it predicts the first token of each output
+            lengths = [len(output) - 1 for output in outputs]
+            for output, length in zip(outputs, lengths):
+                predictors += [prompt_end, *range(len(ids), len(ids) + length)]
+                ids += output[:-1]
+                positions += range(len(prompt), len(prompt) + length)
+            longest = max(lengths, default=0)
+            cells = [row * longest + t for row, length in enumerate(lengths) for t in range(length)]
+            self.groups.append((len(prompt), len(outputs), longest, torch.tensor(cells, device=device)))
+        self.ids, self.positions = torch.tensor([[ids], [positions]], device=device)  # 2 × [1, tokens]
+        self.predictors = torch.tensor(predictors, device=device)  # place of the token that predicts each output token
         self.kv = [] if keep_kv else None  # (layer, keys, values), each [1, heads, tokens, D]
-
-    def inputs(self):
-        """The arguments of a model, or of its trunk."""
-        layout = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
-        return {"input_ids": self.ids, "position_ids": self.positions} | layout
 
     def attention(self, layer, query, key, value, scaling):
         """Causal attention of every output to its prompt and itself: [1, heads, tokens, D] -> [1, tokens, heads, D]."""
@@ -453,45 +452,28 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
     which uses its part of the generator's numbers: the outputs are the same for any number of ranks.
     """
-    of_ranks = gather([(len(prompts), max(map(len, prompts)))])  # (prompts, longest prompt) of each rank
-    longest = max(length for _, length in of_ranks) + max_new_tokens
+    counts, lengths = zip(*gather([(len(prompts), max(map(len, prompts)))]))  # prompts, and the longest, of each rank
+    longest = max(lengths) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", longest)
     if longest > limit:
         raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
-    ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
-    rows = min(len(prompts), max(1, cache_tokens // (columns * group_size))) * group_size
-    before = group_size * sum(count for count, _ in of_ranks[:RANK])  # outputs of the ranks before this one
-    total = group_size * sum(count for count, _ in of_ranks)
-    uniform = torch.rand(total if temperature else 0, max_new_tokens, generator=generator)[before:]
-    decoding = decoding_batch(model, rows, columns, max_new_tokens, ends, temperature)
-    tokens, logp, entropy = sample_all(decoding, rows, prompts, group_size, uniform)  # 3 lists of N, each [|o_i|]
+    rows = min(max(counts), max(1, cache_tokens // (columns * group_size))) * group_size
+    ends = end_tokens(model, tokenizer)
+    # the same size on all ranks, which copy sharded weights together or not at all
+    decoding = decoding_batch(model, (max(counts) * group_size, rows, columns, max_new_tokens), ends)
+    uniform = torch.rand(sum(counts) * group_size if temperature else 0, max_new_tokens, generator=generator)
+    before, N = sum(counts[:RANK]) * group_size, len(prompts) * group_size  # outputs of the ranks before this one
+    decoding.reset(temperature, uniform[before : before + N])
+    decoding.sample_all(prompts, group_size, rows)
 
-    completions = [output.tolist() for output in tokens]
-    tensors = batch([prompt for prompt in prompts for _ in range(group_size)], completions, model.device)
-    truncated = ~torch.isin(torch.stack([output[-1] for output in tokens]), ends)
-    without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated.tolist())]
+    completions = [row[:n].tolist() for row, n in zip(decoding.tokens[:N].cpu(), decoding.length.tolist())]
+    ids, attention, mask = batch([q for q in prompts for _ in range(group_size)], completions, model.device)
+    logp, entropy = (x[:N, : mask.shape[1]].where(mask, 0.0) for x in (decoding.logp, decoding.entropy))  # [N, T]
+    truncated = [output[-1] not in ends for output in completions]
+    without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated)]
     texts = [tokenizer.decode(output, skip_special_tokens=True) for output in without_end]
-    return Rollout(*tensors, pad_sequence(logp, True), pad_sequence(entropy, True), truncated, texts)
-
-
-def sample_all(decoding, rows, prompts, group_size, uniform):
-    """Token ids, log-probabilities and entropies of all outputs; where some end, those of the next prompts begin."""
-    results, question = [None] * len(prompts) * group_size, 0
-    options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
-    with tqdm(total=len(results), desc="sampling", **options) as bar:
-        while question < len(prompts) or decoding.outputs:
-            # refill when an eighth of the rows is free; read at most 16 prompts in one pass
-            while question < len(prompts) and (free := rows - len(decoding.outputs)) >= max(group_size, rows // 8):
-                new = prompts[question:][: min(16, free // group_size)]
-                outputs = range(question * group_size, (question + len(new)) * group_size)
-                decoding.prefill(new, outputs, uniform[outputs.start : outputs.stop])
-                question += len(new)
-            decoding.decode()
-            for number, result in decoding.remove_ended():
-                results[number] = result
-                bar.update()
-    return zip(*results)
+    return Rollout(ids, attention, mask, logp, entropy, torch.tensor(truncated, device=model.device), texts)
 
 
 def sample_token(logits, temperature, uniform):
@@ -521,55 +503,82 @@ def check_finite(logits):
 
 
 class DecodingBatch:
-    """Outputs that are being sampled, with their KV cache. Row i of each tensor is output number `outputs[i]`."""
+    """N outputs that are being sampled, and a KV cache for some of them at a time.
 
-    def __init__(self, model, rows, columns, max_new_tokens, ends, temperature):
-        self.model, self.ends, self.temperature = model, ends, temperature
-        self.columns, self.limit = columns, max_new_tokens
-        self.outputs, self.cache = [], {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
+    Row i of the cache is that of output `output[i]`. What belongs to an output stands in tables, in its own row; their
+    last row, -1, and last column take what is computed for free rows of the cache, and what is sampled after an end.
+    """
+
+    def __init__(self, model, size, ends):
+        self.model, self.size = model, size
+        N, rows, self.columns, self.limit = size
+        self.ends = torch.tensor(ends, device=model.device)
+        self.cache = {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
         self.graphs, self.recordable = {}, True  # on a GPU: {(n, width, τ): the CUDA graph of a decode step}
-        # of each row: the newest token, its position, the number of sampled tokens
-        self.token, self.position, self.length = torch.zeros(3, rows, dtype=torch.long, device=model.device)
-        self.ended = torch.ones(rows, dtype=torch.bool, device=model.device)
-        # one spare column absorbs tokens sampled after the end
-        self.tokens = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=model.device)
-        self.logp, self.entropy, self.uniform = torch.zeros(3, rows, max_new_tokens + 1, device=model.device)
+        self.output = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.tokens = torch.zeros(N + 1, self.limit + 1, dtype=torch.long, device=model.device)
+        self.logp, self.entropy, self.uniform = torch.zeros(3, N + 1, self.limit + 1, device=model.device)
+        # of each output: the number of sampled tokens, and where the newest one stands in prompt and output
+        self.length, self.position = torch.zeros(2, N + 1, dtype=torch.long, device=model.device)
+        self.ended = torch.ones(N + 1, dtype=torch.bool, device=model.device)
 
-    def prefill(self, prompts, outputs, uniform):
+    def reset(self, temperature, uniform):
+        """Forget all outputs. uniform [N, T]: the random numbers for their tokens, [0, T] at temperature 0."""
+        self.temperature, self.begun, self.active = temperature, 0, 0  # …, outputs that have begun, rows in use
+        self.uniform[: len(uniform), :-1] = uniform.to(self.uniform.device)
+        self.output.fill_(-1)
+
+    def sample_all(self, prompts, group_size, rows):
+        """Sample all outputs, in at most so many rows at once; where some end, those of the next prompts begin."""
+        waiting = list(prompts)
+        options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
+        with tqdm(total=len(prompts) * group_size, desc="sampling", **options) as bar:
+            while waiting or self.active:
+                # refill when an eighth of the rows is free; read at most 16 prompts in one pass
+                while waiting and (free := rows - self.active) >= max(group_size, rows // 8):
+                    count = min(16, free // group_size)
+                    self.prefill(waiting[:count], group_size)
+                    del waiting[:count]
+                self.decode()
+                bar.update(self.remove_ended())
+
+    def prefill(self, prompts, group_size):
         """Read each prompt once, copy its keys and values to the rows of its outputs, and sample their first tokens."""
-        packed = PackedBatch(*batch(prompts, [[]] * len(prompts), self.token.device), keep_kv=True)
-        logits = self.model(**packed.inputs(), logits_to_keep=packed.prompt_ends).logits[0]  # [Q, V]
+        packed = PackedBatch([(prompt, []) for prompt in prompts], self.output.device, keep_kv=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.output.device)
+        options = {"logits_to_keep": lengths.cumsum(0) - 1}
+        logits = run_model(self.model, packed, packed.ids, packed.positions, **options).logits[0]  # [Q, V]
         check_finite(logits)
-        lengths, group_size = [len(prompt) for prompt in prompts], len(outputs) // len(prompts)
-        rows = slice(len(self.outputs), len(self.outputs) + len(outputs))
+        first, n = self.active, len(prompts) * group_size
         for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
             if layer not in self.cache:
-                self.cache[layer] = [x.new_zeros(len(self.token), x.shape[1], self.columns, x.shape[3]) for x in kv]
+                self.cache[layer] = [x.new_zeros(len(self.output), x.shape[1], self.columns, x.shape[3]) for x in kv]
             for cache, x in zip(self.cache[layer], kv):
-                for row, prompt in zip(range(rows.start, rows.stop, group_size), x[0].split(lengths, 1)):
+                for row, prompt in zip(range(first, first + n, group_size), x[0].split(lengths.tolist(), 1)):
                     cache[row : row + group_size, :, : prompt.shape[1]] = prompt
-        self.outputs += outputs
-        self.position[rows] = torch.tensor(lengths, device=self.token.device).repeat_interleave(group_size)
-        self.length[rows], self.ended[rows] = 0, False
-        if self.temperature:
-            self.uniform[rows, :-1] = uniform.to(self.token.device)
-        self.append_tokens(rows, logits.repeat_interleave(group_size, 0))
+        output = torch.arange(self.begun, self.begun + n, device=self.output.device)
+        self.output[first : first + n] = output
+        self.position[output] = lengths.repeat_interleave(group_size) - 1
+        self.length[output], self.ended[output] = 0, False
+        self.begun, self.active = self.begun + n, self.active + n
+        self.append_tokens(output, logits.repeat_interleave(group_size, 0))
 
-    def append_tokens(self, rows, logits):
-        """Sample the next token of some rows and write it down: logits [n, V]."""
-        length = self.length[rows, None]  # [n, 1]
-        sampled = sample_token(logits, self.temperature, self.uniform[rows].gather(1, length))  # 3 × [n, 1]
-        for table, x in zip((self.tokens, self.logp, self.entropy), sampled):
-            table[rows].scatter_(1, length, x)
-        self.token[rows] = sampled[0][:, 0]
-        self.length[rows] += ~self.ended[rows]
-        self.ended[rows] |= (sampled[0] == self.ends).any(1) | (self.length[rows] == self.limit)
+    def append_tokens(self, output, logits):
+        """Sample the next token of some outputs and write it down: output [n], logits [n, V]."""
+        place = output[:, None], self.length[output, None]  # row and column in the tables, 2 × [n, 1]
+        token, self.logp[place], self.entropy[place] = sample_token(logits, self.temperature, self.uniform[place])
+        self.tokens[place] = token
+        goes_on = ~self.ended[output]  # [n]
+        self.length[output] += goes_on
+        self.position[output] += goes_on
+        self.ended[output] |= (token == self.ends).any(1) | (self.length[output] == self.limit)
 
     def attention(self, layer, query, key, value, scaling):
         """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
-        n, (keys, values) = len(query), self.cache[layer]
-        keys[self.rows, :, self.position[:n]], values[self.rows, :, self.position[:n]] = key[:, :, 0], value[:, :, 0]
-        keys, values = keys[:n, :, : self.width], values[:n, :, : self.width]
+        keys, values = self.cache[layer]
+        keys[self.new_cells], values[self.new_cells] = key[:, :, 0], value[:, :, 0]
+        n, _, _, width = self.bias.shape
+        keys, values = keys[:n, :, :width], values[:n, :, :width]
         # the query heads that share a key head stand where several query tokens would: no key is repeated
         queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads of each, D]
         out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
@@ -577,24 +586,23 @@ class DecodingBatch:
 
     def decode_step(self, n, width):
         """Read the newest token of the first n rows, and sample the next. The cache is read up to column `width`."""
-        position = self.position[:n, None]
-        self.rows, self.width = torch.arange(n, device=position.device), width
-        columns = torch.arange(width, device=position.device)
+        output = self.output[:n]
+        position = self.position[output]  # [n]
+        self.new_cells = torch.arange(n, device=position.device), slice(None), position  # of the cache
+        unfilled = torch.arange(width, device=position.device) > position[:, None]  # [n, width]
         self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
-        self.bias.masked_fill_((columns > position)[:, None, None], -math.inf)  # columns that a row has not filled yet
-        layout = {"attention_mask": NO_MASK, "layout": self, "use_cache": False}
-        logits = self.model(input_ids=self.token[:n, None], position_ids=position, **layout).logits[:, -1]  # [n, V]
-        self.position[:n] += ~self.ended[:n]
-        self.append_tokens(slice(0, n), logits)
+        self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
+        token = self.tokens[output, self.length[output] - 1]  # [n]
+        logits = run_model(self.model, self, token[:, None], position[:, None]).logits[:, -1]  # [n, V]
+        self.append_tokens(output, logits)
 
     def decode(self):
-        """Sample the next token of every output; on a GPU the next 16, replayed from CUDA graphs."""
-        active = len(self.outputs)
-        last = int(self.position[:active].max())
+        """Sample the next token of every row in use; on a GPU the next 16, replayed from CUDA graphs."""
+        last = int(self.position[self.output[: self.active]].max())
         if self.position.device.type != "cuda":
-            return self.decode_step(active, last + 1)
+            return self.decode_step(self.active, last + 1)
         # rounded up, so that few graphs are needed; at least 2 rows, since one alone is computed less exactly
-        n = min(len(self.position), max(2, 2 ** (active - 1).bit_length()))
+        n = min(len(self.output), max(2, 2 ** (self.active - 1).bit_length()))
         width = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, width, self.temperature)) in self.graphs:
@@ -619,44 +627,38 @@ class DecodingBatch:
             tqdm.write(f"note: sampling without CUDA graphs, which is slower: {str(error).splitlines()[0]}")
 
     def remove_ended(self):
-        """Take out the outputs that have ended: [(number, [tokens, log π, entropies])]. The last rows fill the gaps."""
-        active, tables = len(self.outputs), (self.tokens, self.logp, self.entropy)
-        ended, lengths = self.ended[:active].nonzero().flatten().tolist(), self.length[:active].tolist()
-        results = [(self.outputs[row], [x[row, : lengths[row]].clone() for x in tables]) for row in reversed(ended)]
-        order = list(range(active))
-        for row in reversed(ended):
-            order[row] = order[-1]
-            order.pop()
-        gaps = [row for row, old in enumerate(order) if row != old]
-        sources = [order[row] for row in gaps]
-        caches = [x for kv in self.cache.values() for x in kv]
-        for x in (self.token, self.position, self.length, self.ended, self.uniform, *tables, *caches) if gaps else ():
-            x[gaps] = x[sources]
-        self.outputs, self.ended[len(order) : active] = [self.outputs[row] for row in order], True
-        return results
+        """Free the rows of the outputs that have ended, and return their number. The last rows fill the gaps."""
+        ended = self.ended[self.output[: self.active]].tolist()
+        before, going_on = self.active, [row for row, end in enumerate(ended) if not end]
+        self.active = len(going_on)
+        gaps = [row for row in range(self.active) if ended[row]]
+        last = going_on[self.active - len(gaps) :]  # the rows in use that are not among the first `active`
+        for x in (self.output, *(x for kv in self.cache.values() for x in kv)) if gaps else ():
+            x[gaps] = x[last]
+        self.output[self.active : before] = -1
+        return before - self.active
 
 
 DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatch, with its CUDA graphs}
 
 
-def decoding_batch(model, rows, columns, max_new_tokens, ends, temperature):
-    """An empty DecodingBatch: with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
+def decoding_batch(model, size, ends):
+    """A DecodingBatch with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
 
+    size: outputs, rows and columns of the cache, longest output. A copy whose batch is large enough is used again.
     Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
     """
     if model.device.type == "cpu" and model not in SHARDED:
-        return DecodingBatch(model, rows, columns, max_new_tokens, ends, temperature)
-    last = DECODING.get(model)
-    if not (last and last.tokens.shape[0] >= rows and last.columns >= columns and last.limit == max_new_tokens):
-        del last  # its memory is free before the next takes some
+        return DecodingBatch(model, size, ends)
+    last = DECODING[model].size if model in DECODING else (0, 0, 0, 0)
+    if last[-1] != size[-1] or any(old < new for old, new in zip(last, size)):
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
-        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device)
-        DECODING[model] = DecodingBatch(copied.requires_grad_(False), rows, columns, max_new_tokens, ends, temperature)
+        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
+        DECODING[model] = DecodingBatch(copied, size, ends)
     decoding = DECODING[model]
-    copy_weights(decoding.model, model)
-    decoding.outputs, decoding.temperature = [], temperature
-    decoding.ended.fill_(True)
+    for weight, new in zip(decoding.model.parameters(), model.parameters()):
+        weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
     return decoding
 
 
@@ -678,10 +680,8 @@ def with_full_weights(function):
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / τ) of each completion token, fp32, [N, T]; 0 off the mask."""
     head = model.get_output_embeddings()
-    with autocast(model):
-        hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
-    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
-    dtype = dtype if precision(model.device) is torch.float32 else torch.bfloat16
+    hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
+    dtype = hidden.dtype if precision(model.device) is torch.float32 else torch.bfloat16
     targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
     logp = HeadLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature, dtype)  # [tokens]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
@@ -701,19 +701,23 @@ class Critic(nn.Module):
     @with_full_weights
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
-        with autocast(self.trunk):
-            hidden = hidden_states(self.trunk, ids, attention, mask)  # [tokens, D]
+        hidden = hidden_states(self.trunk, ids, attention, mask)  # [tokens, D]
         values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)  # [tokens], never in bf16
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def hidden_states(trunk, ids, attention, mask):
     """The trunk's last hidden state from which each completion token is predicted, row after row: [tokens, D]."""
-    packed = PackedBatch(ids, attention, mask)
+    P = ids.shape[1] - mask.shape[1]
+    lengths = zip(ids.tolist(), attention[:, :P].sum(1).tolist(), mask.sum(1).tolist())
+    rows = [(row[P - prompt : P], row[P : P + output]) for row, prompt, output in lengths]
+    groups = [(prompt, [output for _, output in same]) for prompt, same in itertools.groupby(rows, lambda row: row[0])]
+    packed = PackedBatch(groups, ids.device)  # consecutive rows with the same prompt share it
     trunk.train(torch.is_grad_enabled())  # gradient checkpointing needs train mode; nothing else does, dropout is 0
-    hidden = trunk(**packed.inputs()).last_hidden_state[0].index_select(0, packed.predictors)
+    with autocast(trunk):
+        hidden = run_model(trunk, packed, packed.ids, packed.positions).last_hidden_state[0]
     trunk.eval()
-    return hidden
+    return hidden.index_select(0, packed.predictors)
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -859,13 +863,6 @@ def copy_with(module, change=None):
     return copy.deepcopy(source, memo)
 
 
-@torch.no_grad()
-def copy_weights(target, source):
-    """Set the weights of a copy to those of its source, in place."""
-    for weight, new in zip(target.parameters(), source.parameters()):
-        weight.copy_(full_tensor(new, weight.dtype))
-
-
 # ---- memory and time -----------------------------------------------------------------------------------------------
 
 
@@ -938,9 +935,8 @@ def device_name():
 
 def size(model):
     """How many parameters a model has and how many of them are trained, in words."""
-    sizes = [(weight.numel() / 1e6, weight.requires_grad) for weight in model.parameters()]
-    trained = sum(millions for millions, trains in sizes if trains)
-    return f"{sum(millions for millions, _ in sizes):.1f} M parameters, {trained:.1f} M of them trained"
+    total, trained = model.num_parameters() / 1e6, model.num_parameters(only_trainable=True) / 1e6
+    return f"{total:.1f} M parameters, {trained:.1f} M of them trained"
 
 
 # ---- a learned reward model ----------------------------------------------------------------------------------------
@@ -1023,27 +1019,21 @@ def tiny_tokenizer(texts):
 def build_tiny(folder, corpus):
     """Train a Qwen2 of half a million parameters on [(messages, completion)], and save it: a minute on two cores."""
     torch.manual_seed(0)
-    texts = [
-        text
-        for messages, completion in corpus
-        for message in messages
-        for text in (message["role"], message["content"], "assistant", completion)
-    ]
+    texts = []
+    for messages, completion in corpus:
+        for message in messages:
+            texts += [message["role"], message["content"], "assistant", completion]
     tokenizer = tiny_tokenizer(texts)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text in corpus]
     pairs = list(zip([encode(tokenizer, messages) for messages, _ in corpus], completions))
     for step in tqdm(range(TINY["steps"]), "building the tiny model, once", leave=False, disable=RANK > 0 or None):
         rows = [pairs[(step * TINY["rows"] + row) % len(pairs)] for row in range(TINY["rows"])]
         ids, attention, mask = batch(*zip(*rows), model.device)
-        inputs = {"attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
-        hidden = model.base_model(input_ids=ids, **inputs, use_cache=False).last_hidden_state  # [N, P + T, D]
-        T = mask.shape[1]  # position j predicts token j + 1
-        hidden, targets = hidden[:, -T - 1 : -1][mask], ids[:, -T:][mask]  # [tokens, D], [tokens]
-        loss = -HeadLogprobs.apply(hidden, model.lm_head.weight, None, targets, 1.0, hidden.dtype).mean()
+        loss = -token_logprobs(model, ids, attention, mask, 1.0)[mask].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -1056,10 +1046,10 @@ def build_tiny(folder, corpus):
 def tiny_folder(runs, corpus):
     """The folder of the tiny model, which is built when it is first asked for."""
     folder = runs / f"tiny-base-{zlib.crc32(repr((corpus, TINY)).encode()):08x}"
-    with one_first():
-        if not folder.exists():
-            runs.mkdir(exist_ok=True)
-            build_tiny(folder, corpus)
+    if LOCAL_RANK == 0 and not folder.exists():  # by one rank of each machine
+        runs.mkdir(exist_ok=True)
+        build_tiny(folder, corpus)
+    gather([])  # the others wait for it
     return str(folder)
 
 
@@ -1099,22 +1089,17 @@ def on_rank_0(function):
     return function if RANK == 0 else functools.wraps(function)(lambda *inputs, **named: None)
 
 
-@contextmanager
-def one_first():
-    """A block that one rank of each machine runs before its other ranks, so that they find what it has made."""
-    if LOCAL_RANK:
-        gather([])
-    yield
-    if not LOCAL_RANK:
-        gather([])
-
-
 def gather(rows):
     """The lists of all ranks as one, on every rank."""
     parts = [rows] * WORLD
     if WORLD > 1:
         dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def sums_over_ranks(*numbers):
+    """Each of some numbers, added up over all ranks."""
+    return [sum(of_ranks) for of_ranks in zip(*gather([numbers]))]
 
 
 def share(rows):
@@ -1167,6 +1152,5 @@ def full_tensor(tensor, dtype=None):
 def fill(tensor, values):
     """Copy values into a tensor, or this rank's part of them into a sharded one."""
     if isinstance(tensor, DTensor):
-        values = values.to(tensor.device)
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)

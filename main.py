@@ -21,13 +21,13 @@ and the rest: questions and samples, rewards, evaluation, records, checkpoints, 
 Departures: where the code leaves the paper or decides what the paper leaves open, and where to change that:
  1. The reward is a rule, or a model that stays frozen (REWARD_MODEL): Algorithm 1, line 12, trains nothing. No setting.
  2. std(r) is unbiased (correction=0 for biased) and has 1e-4 added; equal rewards give exactly 0: `group_advantages`.
- 3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0, the default, is the paper's.
- 4. With μ = 1, π_θold is the π_θ of the only update, without gradient, which is exact: `if MU > 1` in `take_step`.
- 5. SUPERVISION = "process" is §4.1.3 as printed: rules reward the steps; the answer is the last step, its reward r_i.
-    "both" is ours: outcome supervision plus WEIGHT_STEPS times the advantages of the other steps.
- 6. An output that is cut at MAX_NEW_TOKENS stays in the loss: MASK_TRUNCATED = True leaves it out.
- 7. An output with Â = 0 is skipped where its gradient is 0; it counts in N and Σ|o_i|: `rows` in `backward`.
- 8. RFT and DPO sample anew from π_sft at every step; the paper samples once, before. No setting.
+ 3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0 gives the formulas as printed.
+ 4. With μ = 1, π_θold is π_θ: log π_θold is logp.detach() in `backward`, which is exact. `if MU > 1` in `take_step`.
+ 5. SUPERVISION = "process" is §4.1.3 as printed, with rewards of ours: a rule rewards the steps, and the answer is
+    one more step at the end, with reward r_i. "both": outcome supervision plus WEIGHT_STEPS × advantages of the steps.
+ 6. An output that is cut at MAX_NEW_TOKENS stays in the loss: MASK_TRUNCATED = True leaves its tokens out.
+ 7. With β = 0 and no critic, an output with Â = 0 has no gradient and is skipped; it counts in N, Σ|o_i|: `backward`.
+ 8. RFT and DPO sample anew from the reference (π_sft) at every step; the paper samples once, before. No setting.
  9. DPO's coefficient is the derivative of (12); (14) as printed lacks its factor β: drop it where `preference` sets GC.
 10. PPO's value function is a network of its own (Figure 4), its advantages are not whitened. No setting.
 11. The data are GSM8K; the paper adds MATH, 144K questions in all: DATASET. It does not give ε, the warm-up, AdamW's
@@ -39,7 +39,6 @@ import ast
 import difflib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -60,12 +59,14 @@ import rldatasets
 from plots import plot, report
 
 # ==== Constants =====================================================================================================
-# Each is also a flag of the same name (--group_size 8); its comment is the flag's help. The defaults are for
-# Qwen2.5-1.5B-Instruct on GSM8K with one 80 GB GPU, and the paper's (§4.2) wherever the paper gives one.
+# Each is also a flag of the same name (--group_size 8); its comment is the flag's help. These values are for
+# Qwen2.5-1.5B-Instruct on GSM8K with an 80 GB GPU, the paper's (§4.2) where it gives one. TINY, below, replaces some.
 
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model built here, with the settings of TINY below
-DATASET = "gsm8k"  # D: a name, file or folder; or stages with their steps, as in logic:1:100,gsm8k:400
+DATASET = (
+    "gsm8k"  # D: a name, file or folder; or stages as name:steps, gsm8k:100,math:400; logic:3 is logic of difficulty 3
+)
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # random seed of the question order and of all sampling
@@ -91,9 +92,11 @@ RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): for grpo and ppo; 0 needs no reference and lets the policy go further
-KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 has the gradient of the reverse KL; that of k1 is 0 on average
-DENOMINATOR = "sequence"  # of a token: sequence is |o_i| (paper), token Σ|o_i| (DAPO), constant the longest (Dr. GRPO)
-MASK_TRUNCATED = False  # leave outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
+KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 has the gradient of the reverse KL; k1's gradient is 0 on average
+DENOMINATOR = (
+    "sequence"  # a token is divided by: sequence |o_i| (paper); token Σ|o_i| (DAPO); constant the limit (Dr. GRPO)
+)
+MASK_TRUNCATED = False  # leave the tokens of outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
 DROP_ZERO_ADVANTAGE = False  # skip outputs with Â = 0, and so their KL, even with β > 0
 # -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the rule x of evaluator.py
 SUPERVISION = "outcome"  # reward outputs (outcome, §4.1.2), steps (process, §4.1.3), or both (departure 5)
@@ -125,7 +128,7 @@ GAMMA = 1.0  # γ of PPO's advantages: below 1, later rewards count less
 LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they rely more on the value function and vary less
 EPSILON_VALUE = 0.2  # PPO's values are clipped at ± this around those before the update
 # -- Evaluation
-EVAL_EVERY = 50  # steps between evaluations; there is always one before the first step and one after the last
+EVAL_EVERY = 50  # steps between evaluations; also before the first step and after the last
 EVAL_QUESTIONS = 0  # how many test questions; 0: all of the split
 EVAL_SAMPLES = 0  # k: also draw k outputs per test question, for pass@k and maj@k; 0: greedy only
 EVAL_TEMPERATURE = 0.7  # of those k outputs (paper, Figure 7: 0.7)
@@ -150,7 +153,7 @@ def group_advantages(rewards):
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     advantages = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
-    if BASELINE == "others":  # RLOO: r_i less the mean of the G - 1 others, arXiv 2402.14740
+    if BASELINE == "others":  # RLOO: r_i - mean of the others = G/(G - 1) (r_i - mean(r)), arXiv 2402.14740
         advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)  # [Q, G]
     if SCALE_BY_STD:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
@@ -255,7 +258,7 @@ def train(state, after_step):
     """
     one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
-        if state.step == iteration * STEPS and needs_reference():  # a run resumed later has loaded it
+        if state.step == iteration * STEPS and needs_reference():  # otherwise it came with the checkpoint
             state.reference = None  # frees its memory first
             state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)  # 3: π_ref ← π_θ
         while state.step < (iteration + 1) * STEPS:  # 4
@@ -278,10 +281,10 @@ class State:
     critic: torch.nn.Module = None  # V_ψ of PPO
     reward_model: tuple = None  # REWARD_MODEL and its tokenizer
     stream: object = None  # iterator over the training problems
-    memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # limits
+    memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # fit: see llms
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
-    step: int = 0  # this and the counters below go on over all iterations
-    updates: int = 0  # optimizer steps
+    step: int = 0  # over all iterations, as the counters below
+    updates: int = 0  # optimizer steps, skipped ones included
     stage: int = 0  # finished stages of the curriculum
     position: int = 0  # problems read in this stage; 0 again at the next
     questions: int = 0  # trained on
@@ -298,13 +301,13 @@ class State:
 
 # ==== One update: line 11 ===========================================================================================
 # Line 11 says "by maximising the GRPO objective (Equation 21)". Equation (21) is the gradient coefficient of the
-# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. Maximised is eq. (3): at π_θ = π_θold its gradient is (20).
+# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3); its gradient there is (20).
 
 
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite; returns diagnostics.
 
-    advantages [N] or [N, T], or another method's GC; logp_old None if π_θold is π_θ; targets: old values, returns.
+    advantages [N] or [N, T], or another method's GC; logp_old None if π_θold is π_θ; targets: PPO's V_old and R.
     """
     inputs = (state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     diagnostics = state.memory.fit("token_budget", lambda token_budget: backward(*inputs, token_budget))
@@ -333,12 +336,11 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     N, lengths = len(rollout.mask), rollout.mask.sum(1)  # [N]
     A = advantages.view(N, -1).to(lengths.device)  # [N, 1] or [N, T]
     rows = [row for row, truncated in enumerate(rollout.truncated.tolist()) if not (MASK_TRUNCATED and truncated)]
-    local_tokens = int(lengths[rows].sum())  # Σ|o_i|, those with Â = 0 included
+    local_tokens = int(lengths[rows].sum())  # Σ|o_i| of this rank, outputs with Â = 0 included
     if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # without KL and critic, Â = 0 has no gradient
         has_advantage = A.any(1).tolist()
         rows = [row for row in rows if has_advantage[row]]
-    counts = llms.gather([(N, local_tokens, int(lengths[rows].sum()))])
-    num_sequences, num_tokens, learned_tokens = (max(1, sum(of_ranks)) for of_ranks in zip(*counts))
+    num_sequences, num_tokens, learned_tokens = llms.sums_over_ranks(N, local_tokens, int(lengths[rows].sum()))
     parts = []
     for batch, is_real in llms.lockstep(rollout.micro_batches(rows, GROUP_SIZE, token_budget)):
         ids, attention, mask = rollout.rows(batch)
@@ -347,7 +349,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
         logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
         old = logp.detach() if old is None else old
         loss = loss_function(logp, old, ref, A[batch, :T], mask, num_sequences, num_tokens)
-        (loss * is_real).backward()  # 0 on the dummy batches of a rank that has finished
+        (loss * is_real).backward()  # adds 0 for a dummy batch, by which a rank that has finished waits for the others
         if is_real:
             parts.append({"loss": loss.item(), **diagnose(logp, old, ref, sampled, A[batch, :T], mask, learned_tokens)})
         if targets:
@@ -384,11 +386,13 @@ def learning_rate(number):
     if number < WARMUP:
         return LEARNING_RATE * (number + 1) / (WARMUP + 1)
     left = (total - number) / max(1, total - WARMUP)  # falls from 1 to 0
-    return LEARNING_RATE * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[SCHEDULE]
+    return (
+        LEARNING_RATE * {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[SCHEDULE]
+    )
 
 
 # ==== Table 10 (§5.2.1): the other methods ==========================================================================
-# All climb ∇J = E[(q, o) ~ D] 1/|o| Σ_t GC(q, o, t) ∇log π_θ(o_t | q, o_<t), eq. (5). They differ in the data source D,
+# All follow ∇J = E[(q, o) ~ D] 1/|o| Σ_t GC(q, o, t) ∇log π_θ(o_t | q, o_<t), eq. (5). They differ in the data source D,
 # the reward function and the gradient coefficient GC.
 
 
@@ -443,7 +447,7 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
     rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
     for group, good, bad in zip(rows, right & usable, ~right & usable):
         pairs += zip(group[good].tolist(), group[bad].tolist())
-    num_pairs, num_outputs = map(sum, zip(*llms.gather([(len(pairs), right.numel())])))
+    num_pairs, num_outputs = llms.sums_over_ranks(len(pairs), right.numel())
     GC, extra = torch.zeros(right.numel()), {"dpo/pairs": num_pairs}  # [N]
     if num_pairs:
         plus, minus = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T  # 2 × [pairs]
@@ -452,14 +456,14 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
         delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [pairs]
         for name, x in (("dpo/loss", -torch.nn.functional.logsigmoid(delta)), ("dpo/margin", delta)):
             extra[name] = sum(llms.gather(x.tolist())) / num_pairs
-        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * num_outputs / num_pairs).to(GC)  # 1/N becomes 1/pairs
+        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * num_outputs / num_pairs).to(GC)  # the loss divides by N
         GC[minus] = -GC[plus]
     return GC, None, extra
 
 
 def ppo_advantages(state, rollout, by_name, logp_old, logp_ref):
     """PPO: A_t, eq. (18), by GAE on the rewards of eq. (2): r_i on the end token, - β log(π_θ/π_ref) on every token."""
-    values = log_probs(state, state.critic, rollout, llms.Critic.token_values)  # [N, T]
+    values = per_token(state, llms.Critic.token_values, state.critic, rollout)  # [N, T]
     rewards = torch.zeros_like(values)  # [N, T]
     end_token = rollout.mask.sum(1, keepdim=True) - 1  # [N, 1]
     rewards.scatter_(1, end_token, weighted_sum(by_name).view(-1, 1).to(rewards))  # r_i
@@ -489,7 +493,7 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences, num_toke
 
 
 def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
-    """½ max( (V - R)², (clip(V, V_old ± ε) - R)² ): no update moves a value further than ε (arXiv 1707.06347)."""
+    """½ max( (V - R)², (clip(V, V_old ± ε) - R)² ): no gradient beyond a change by ε (arXiv 1707.06347)."""
     clipped = values.clamp(values_old - EPSILON_VALUE, values_old + EPSILON_VALUE)  # [N, T]
     error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)  # [N, T]
     return mean_over_outputs(error / 2, mask, num_sequences, num_tokens)
@@ -525,7 +529,7 @@ class RunError(RuntimeError):
 # ==== What a step needs, what it records ============================================================================
 
 COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
-say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # what is shown and written is so once
+say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # only rank 0 prints and writes
 draw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
 
 
@@ -571,10 +575,14 @@ def sample(state, model, prompts, group_size=None, temperature=None, generator=N
     return rollout if model is state.policy else rollout._replace(logp=None, entropy=None)  # those are not π_θ's
 
 
+def log_probs(state, model, rollout):
+    """log π of every token of a rollout under a model, without gradient: [N, T]."""
+    return per_token(state, lambda model, *batch: llms.token_logprobs(model, *batch, TEMPERATURE), model, rollout)
+
+
 @llms.timed("logprobs")
-def log_probs(state, model, rollout, read=None):
-    """log π of every token of a rollout under a model, without gradient: [N, T]. read: what to compute instead."""
-    read = read or (lambda model, *batch: llms.token_logprobs(model, *batch, TEMPERATURE))
+def per_token(state, read, model, rollout):
+    """read(model, ids, attention, mask) of all rows of a rollout, in micro-batches, without gradient: [N, T]."""
     return state.memory.fit("token_budget", lambda n: llms.in_micro_batches(read, model, rollout, GROUP_SIZE, n))
 
 
@@ -586,7 +594,7 @@ def score_outputs(rollout, problems, reward_model=None):
     by_name, failures = evaluator.score(rollout.texts, problems, threads)  # {name: N numbers}, [why a rule failed]
     if failures:
         tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
-    failed, outputs = map(sum, zip(*llms.gather([(len(failures), len(problems))])))
+    failed, outputs = llms.sums_over_ranks(len(failures), len(problems))
     if failed == outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
     overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
@@ -603,7 +611,7 @@ def weighted_sum(by_name):
 
 
 def supervise_steps(state, rollout, problems, rewards):
-    """Process supervision by a rule: Â_{i,t} [N, T], and the mean reward of each output's steps [Q, G]."""
+    """Process supervision by a rule: Â_{i,t} [N, T]; and to record, each output's mean step reward [Q, G]."""
     steps = [evaluator.step_rewards(text, problems[i // GROUP_SIZE]) for i, text in enumerate(rollout.texts)]
     step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, steps)  # [N, T]
     means = (step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)).view(rewards.shape)
@@ -653,7 +661,7 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
     A = advantages.view(len(rollout.mask), -1)  # [N, 1] or [N, T]
     columns = by_name | {"reward": rewards, "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
     records = output_records(rollout, problems, columns)
-    names = dict.fromkeys(name for of_rank in llms.gather([list(by_name)]) for name in of_rank)
+    names = dict.fromkeys(llms.gather(list(by_name)))  # the rewards of all ranks: one rank may lack some
     dataset, state.step = stage_of(state.step)[1], state.step + 1
     state.tokens += sum(record["length"] for record in records)
     row = {
@@ -677,20 +685,23 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
 
 def save_checkpoint(state):
     """Replace the run's checkpoint by the state as it is, for any number of ranks to go on from."""
-    about = json.dumps({"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()})
+    about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
     report.sync(state.run)
     llms.save_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
 
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
-    about = json.loads(llms.checkpoint_text(state.run / "checkpoint"))
-    if differ := dict(about["settings"].items() - settings().items()).keys() - MAY_CHANGE:
+    about, tensors = llms.read_checkpoint(state.run / "checkpoint")
+    differ = [
+        name for name, value in settings().items() if name not in MAY_CHANGE and about["settings"].get(name) != value
+    ]
+    if differ:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
     if needs_reference() and state.step:
         state.reference = llms.frozen_copy(state.policy, adapter=state.step > STEPS)
-    llms.load_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator)
+    llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
 
 
 # ==== The command line ==============================================================================================
@@ -731,7 +742,8 @@ def parse(argv):
     one_of.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
     one_of.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
     one_of.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
-    sections = defaultdict(lambda: parser.add_argument_group(section))
+    titles = dict.fromkeys(section for section, _, _ in CONSTANTS.values())
+    sections = {title: parser.add_argument_group(title) for title in titles}
     for name, (section, default, comment) in CONSTANTS.items():
         flag = {"type": type(default), "metavar": type(default).__name__.upper(), "default": argparse.SUPPRESS}
         if isinstance(default, bool):  # --tensorboard alone is --tensorboard true
@@ -739,7 +751,7 @@ def parse(argv):
             flag |= {"type": true_or_false, "choices": [True, False], "nargs": "?", "const": True}
         flag["help"] = f"{comment.replace('%', '%%')} (default: {default!r})"
         sections[section].add_argument(f"--{name.lower()}", **flag)
-    argv = [re.sub(r"(?<=^--)[\w-]+", lambda name: name[0].replace("-", "_"), flag) for flag in argv]  # --a-b is --a_b
+    argv = [re.sub(r"(?<=^--)[\w-]+", lambda word: word[0].replace("-", "_"), flag) for flag in argv]  # --a-b is --a_b
     actions, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.lower()}" for name in CONSTANTS], 1)
@@ -753,11 +765,15 @@ def choose_settings(actions, flags):
     """Write the constants, here and nowhere else. The later wins: defaults; TINY or the run's settings; flags."""
     run, defaults = actions.resume or actions.evaluate, {name: CONSTANTS[name][1] for name in CONSTANTS}
     known = report.read_settings(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
-    for name, value in flags.items() if actions.resume else ():
-        if value != known[name] and (name not in MAY_CHANGE or (name == "STEPS" and known["ITERATIONS"] > 1)):
+    for name, value in flags.items():
+        if (
+            actions.resume
+            and value != known[name]
+            and (name not in MAY_CHANGE or (name == "STEPS" and known["ITERATIONS"] > 1))
+        ):
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
     model = actions.evaluate or (defaults | known | flags)["MODEL"]
-    values = defaults | (known or TINY if model == "tiny" else known) | flags | {"MODEL": model}
+    values = defaults | (known or (TINY if model == "tiny" else {})) | flags | {"MODEL": model}
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
     if any(counts) and not known:  # a curriculum determines its number of steps
         if flags.get("STEPS", sum(counts)) != sum(counts):
@@ -806,9 +822,11 @@ def check_settings():
 def check_data(training=True):
     """Check the data; return the test questions: the first of each task, EVAL_QUESTIONS in all."""
     stages = rldatasets.stages(DATASET)
-    tasks = [EVAL_DATASET] if Path(EVAL_DATASET).exists() else [name.strip() for name in EVAL_DATASET.split(",")]
-    tasks = tasks if EVAL_DATASET else list(dict.fromkeys(name for name, _ in stages))
-    samples = []
+    tasks, samples = [name.strip() for name in EVAL_DATASET.split(",")], []
+    if not EVAL_DATASET:
+        tasks = list(dict.fromkeys(name for name, _ in stages))
+    elif Path(EVAL_DATASET).exists():  # a path can have commas in it
+        tasks = [EVAL_DATASET]
     for name, _ in stages if training else ():
         if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
             raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
@@ -819,7 +837,7 @@ def check_data(training=True):
             raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
         if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
             raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
-    each, tested = max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None, []
+    tested, each = [], max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None
     for task in tasks:
         tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
     if len(tested) < llms.WORLD:
@@ -836,7 +854,7 @@ def load_model(name):
 
 
 def new_state(policy, tokenizer, run=None):
-    """A policy at the beginning of its training, with all that the settings put beside it."""
+    """A policy at the beginning of its training, with the critic, optimizer and reward model of the settings."""
     if LORA_RANK:
         llms.add_lora(policy, LORA_RANK, LORA_ALPHA, SEED)
     if GRADIENT_CHECKPOINTING:
@@ -870,7 +888,7 @@ def check_prompts(state, tests, training=()):
 
 def ask_to_stop(state, number):
     """The first signal asks for an end after the step; a second Ctrl-C ends at once."""
-    if state.stop_signal == signal.SIGINT:  # torchrun passes a second Ctrl-C on as SIGTERM
+    if state.stop_signal == signal.SIGINT:  # after a first Ctrl-C; torchrun passes a second on as SIGTERM
         raise KeyboardInterrupt
     state.stop_signal = number
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -888,7 +906,7 @@ def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
         raise RunError("three steps in a row were not finite; the last checkpoint was saved before them")
     if evaluates_at(state.step):
         record_evaluation(state, problems)
-    stopped = max(llms.gather([state.stop_signal or signal.SIGTERM * llms.orphaned()]))
+    stopped = max(llms.gather([state.stop_signal or (signal.SIGTERM if llms.orphaned() else 0)]))
     if stopped or state.step == ITERATIONS * STEPS or (state.step % SAVE_EVERY == 0 and not state.failures):
         save_checkpoint(state)
     return stopped
@@ -913,7 +931,6 @@ def run_training(actions):
         load_checkpoint(state)
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
-
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         return run_steps(state, problems, lambda step: step == last or (step % EVAL_EVERY == 0 and not actions.test))
 

@@ -380,7 +380,7 @@ def bad_checkpoints(good, work):
     others = {"a wider model": ("model.norm.weight", 64), "a deeper model": ("model.layers.2.mlp.bias", 32)}
     for name, (weight, size) in others.items():  # each whole in itself, as if the folder MODEL had been changed
         tensors = safetensors.torch.load(good) | {f"policy/{weight}": torch.ones(size)}
-        about["checksum"] = llms.checksum(tensors.get, tensors, about["about"])
+        about["checksum"] = llms.checksum(tensors, about["about"])
         bad[name] = safetensors.torch.save(tensors, about)
     return bad
 

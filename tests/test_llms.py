@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -300,6 +301,33 @@ def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, t
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+@pytest.mark.parametrize("writes", ["the weights", "the tokenizer", "a checkpoint"])
+def test_a_full_disk_is_an_os_error_of_one_line_and_leaves_what_was_there(setup, tmp_path, monkeypatch, writes):
+    state, _ = setup()
+    folder = tmp_path / ("checkpoint" if writes == "a checkpoint" else "model")
+
+    def save():
+        if writes == "a checkpoint":
+            llms.save_checkpoint(folder, state.networks(), state.optimizer, state.generator, "text")
+        else:
+            llms.save(state.policy, state.tokenizer, folder)
+
+    save()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if writes == "the tokenizer":
+        monkeypatch.setattr(state.policy, "save_pretrained", lambda folder, state_dict: Path(folder).mkdir())
+    next(state.policy.parameters()).data.add_(1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))  # no file may become longer, as on a disk that is full
+    try:
+        with pytest.raises(OSError, match=f"{folder} cannot be written: .*File too large") as error:
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_a_frozen_copy_shares_no_memory_and_asks_for_no_gradient(checkpoint):
     model, _ = llms.load(checkpoint("qwen2"))
     copy = llms.frozen_copy(model)
@@ -307,7 +335,9 @@ def test_a_frozen_copy_shares_no_memory_and_asks_for_no_gradient(checkpoint):
         assert torch.equal(ours, theirs) and ours.data_ptr() != theirs.data_ptr() and not theirs.requires_grad
 
 
-@pytest.mark.parametrize("name, says", [("./nowhere", "no such model folder"), ("not a name", "unknown model")])
+@pytest.mark.parametrize(
+    "name, says", [("./nowhere", "no such model folder"), ("not a name", "unknown model: not a name")]
+)
 def test_an_unknown_model_is_refused_in_one_line(name, says):
     with pytest.raises(llms.ModelError, match=says) as error:
         llms.load(name)
@@ -425,10 +455,11 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
     model, tokenizer = llms.load(checkpoint("qwen2"))
     asked = prompts(tokenizer, (3, 9))
     expected = draw_plainly(model, tokenizer, asked)
-    ends = torch.tensor(llms.end_tokens(model, tokenizer))
-    decoding = llms.DecodingBatch(model, 10, 21, 12, ends, 1.0)  # and two rows more than there are outputs
+    # 8 outputs in a cache of 10 rows, two more than needed, and 21 columns; up to 12 tokens
+    decoding = llms.DecodingBatch(model, (8, 10, 21, 12), llms.end_tokens(model, tokenizer))
+    decoding.reset(1.0, torch.rand(8, 12, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        decoding.prefill(asked, range(8), torch.rand(8, 12, generator=torch.Generator().manual_seed(0)))
+        decoding.prefill(asked, 4)
         for _ in range(16):
             decoding.decode_step(10, 21)
     assert decoding.ended.all() and decoding.length[:8].tolist() == expected.mask.sum(1).tolist()
@@ -437,15 +468,18 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
     assert ((decoding.logp[:8, :T] - expected.logp) * expected.mask).abs().max() < 1e-5
 
 
-def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint):
+def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint, monkeypatch):
     model, _ = llms.load(checkpoint("qwen2"))
     llms.add_lora(model, 2, 4.0)
-    copied = llms.copy_with(model, torch.Tensor.bfloat16)
-    before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
+    monkeypatch.setitem(llms.SHARDED, model, (None, model))  # now a copy is sampled from, as on a GPU
+    monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
+    size, ends = (4, 4, 20, 8), [11]
     with torch.no_grad():
+        copied = llms.decoding_batch(model, size, ends).model
+        before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight))
-    llms.copy_weights(copied, model)
+        assert llms.decoding_batch(model, size, ends).model is copied
     weights = dict(model.named_parameters())
     assert set(before) == set(weights) and any("lora_B" in name for name in before)
     for name, weight in copied.named_parameters():
@@ -704,6 +738,9 @@ def test_the_copy_that_is_sampled_from_follows_the_model_is_used_again_and_can_b
         assert draw(model, tokenizer, n=n, seed=n).texts == texts
         used.append(llms.DECODING[model])
     assert used[0] is used[1] is not used[2]
+    longer = draw(model, tokenizer, n=4, longest=20)  # another limit is one too
+    assert llms.DECODING[model] is not used[2] and longer.mask.shape[1] > 12
+    assert draw(model, tokenizer, n=4, seed=4).texts == expected[0]
     llms.free_copies()
     assert len(llms.DECODING) == 0
     monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)

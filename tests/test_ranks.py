@@ -107,13 +107,14 @@ def dpo(checkpoint):
 
 
 def ten_steps(checkpoint, folder):
-    """Ten steps of Algorithm 1: the weights behind them, the metrics of each step, and an evaluation."""
+    """Ten steps of Algorithm 1: the weights after them, the metrics of each step, and an evaluation."""
     state = fresh_state(checkpoint, QUESTIONS_PER_STEP=3, EVAL_SAMPLES=2)
     state.run = folder
     rows = [main.take_step(state) for _ in range(10)]
     names = [name for name in rows[0] if "seconds" not in name and name not in ("stage", "memory")]
     columns = {name: [float(row[name] or 0) for row in rows] for name in names}
-    problems = list(itertools.islice(rldatasets.load("arithmetic", "test"), 5))
+    # 11 problems: more outputs than rank 0 has had before, but not more than rank 1
+    problems = list(itertools.islice(rldatasets.load("arithmetic", "test"), 11))
     metrics, records = main.evaluate(state, problems)
     weights = {name: llms.full_tensor(weight).detach().clone() for name, weight in state.policy.named_parameters()}
     tensors = {f"metrics.{name}": torch.tensor(values).double() for name, values in (columns | metrics).items()}
