@@ -64,9 +64,7 @@ from plots import plot, report
 
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model built here, with the settings of TINY below
-DATASET = (
-    "gsm8k"  # D: a name, file or folder; or stages as name:steps, gsm8k:100,math:400; logic:3 is logic of difficulty 3
-)
+DATASET = "gsm8k"  # D: a name, a file or a folder; or stages, each with its steps: logic:1:100,gsm8k:400
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # random seed of the question order and of all sampling
