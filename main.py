@@ -91,9 +91,7 @@ EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): for grpo and ppo; 0 needs no reference and lets the policy go further
 KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 has the gradient of the reverse KL; k1's gradient is 0 on average
-DENOMINATOR = (
-    "sequence"  # a token is divided by: sequence |o_i| (paper); token Σ|o_i| (DAPO); constant the limit (Dr. GRPO)
-)
+DENOMINATOR = "sequence"  # divides a token: sequence |o_i| (paper); token Σ|o_i| (DAPO); constant: limit (Dr. GRPO)
 MASK_TRUNCATED = False  # leave the tokens of outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
 DROP_ZERO_ADVANTAGE = False  # skip outputs with Â = 0, and so their KL, even with β > 0
 # -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the rule x of evaluator.py
