@@ -1,8 +1,8 @@
 """The problems: where they come from, the prompt for each, and in which order they come.
 
-A problem is a plain dict: `question`, `answer` (what a completion is graded against), `solution` (a worked one, or ""),
-`kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as the
-tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
+A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (a worked
+one, or ""), `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such
+as the tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
 `load`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
 """
 
@@ -45,11 +45,12 @@ SIZES = {"train": 1000, "test": 200}  # problems of each maker and difficulty
 
 
 def generated(makers, difficulties, split):
-    """The problems of a split, of each maker and difficulty in turn, always the same and no question twice."""
-    kinds = [(make, d, random.Random(f"{make.__name__} {d} {split}")) for d in difficulties for make in makers]
+    """The problems of a split, of each maker and difficulty in turn: the same in every run, no question twice."""
+    sources = [(make, d, random.Random(f"{make.__name__} {d} {split}")) for d in difficulties for make in makers]
     questions = set()
-    while len(questions) < SIZES[split] * len(kinds):
-        problem = next_problem(*kinds[len(questions) % len(kinds)], split)
+    while len(questions) < SIZES[split] * len(sources):
+        make, difficulty, rng = sources[len(questions) % len(sources)]
+        problem = next_problem(make, difficulty, rng, split)
         if problem["question"] not in questions:
             questions.add(problem["question"])
             yield problem
@@ -60,7 +61,7 @@ def next_problem(make, difficulty, rng, split):
     while True:
         split_key, problem = make(rng, difficulty)
         if in_split(zlib.crc32(str(split_key).encode()), split):
-            return {"kind": make.__name__} | problem
+            return {"kind": make.__name__} | problem  # the maker may have set another kind
 
 
 def in_split(number, split):
@@ -72,9 +73,9 @@ def in_split(number, split):
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 EVENTS = {"buys": "+", "finds": "+", "wins": "+", "gets": "+", "breaks": "-", "loses": "-", "sells": "-", "eats": "-"}
-LARGEST = 19  # the largest number in a word problem
+LARGEST = 19  # no number in a word problem is larger
 
 
 def arithmetic(rng, difficulty):
@@ -98,26 +99,26 @@ def arithmetic(rng, difficulty):
 
 # ---- what the tiny model learns before reinforcement learning ------------------------------------------------------
 
-HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # shares of a careless author's solutions
-TAGGED = 0.6  # the share of them in the form that the prompt asks for
+HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # how often the careless author of `tiny_corpus` does what
+TAGGED = 0.6  # the share of that author's solutions that have the form of the prompt
 
 
-def tiny_corpus(skills=29440, habits=7360):
+def tiny_corpus(num_skilled=19200, num_careless=4800):
     """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
     Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the
     answer out, and now and then makes a slip and mends it. A model of this size cannot calculate several steps in its
-    head: its guesses are mostly wrong. So there is something to gain by longer outputs. No question is one for testing.
+    head: its guesses are mostly wrong. So longer outputs are better ones. All questions are from the training split.
     """
     rng = random.Random("tiny corpus")
     skilled, careless = [], []
-    while len(skilled) < skills:
+    while len(skilled) < num_skilled:
         if rng.random() < 0.25:
             skilled.append(([{"role": "user", "content": "Practise."}], practice(rng)))
         else:
             problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
             skilled.append((prompt(problem), written_out(with_slip(rng, problem) if rng.random() < 0.1 else problem)))
-    while len(careless) < habits:
+    while len(careless) < num_careless:
         problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
         careless.append((prompt(problem), careless_solution(rng, problem)))
     return skilled, careless
@@ -134,7 +135,7 @@ def practice(rng, count=6):
 
 
 def with_slip(rng, problem):
-    """The problem with a wrong result in one line of its solution, which the next line mends."""
+    """The problem with a slip in a line of its solution, mended in the next: <<2+3=6>>6, then Wait, <<2+3=5>>5."""
     lines = problem["solution"].split("\n")
     index = rng.randrange(len(lines))
     wrong = int(lines[index].rpartition(">>")[2]) + rng.choice([1, 2])
@@ -158,7 +159,7 @@ def careless_solution(rng, problem):
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
 # A clue is (form, a, b, k): a sentence with gaps, the two persons in it, counted from 0, and the number for {k}.
 
-SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i a knight? The later, the harder
+SAYINGS = {  # form of what person `me` can say: is it true? knight[i]: is person i a knight? The later, the harder
     "{a} is a knight": lambda knight, me, a, b, k: knight[a],
     "{a} is a knave": lambda knight, me, a, b, k: not knight[a],
     "{a} and I are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[me],
@@ -174,7 +175,7 @@ SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i
     "if {a} is a knight, then so is {b}": lambda knight, me, a, b, k: not knight[a] or knight[b],
 }
 
-CLUES = {  # a clue about a race: when it is true. place[i]: the place of person i, from 1. The later, the less it tells
+CLUES = {  # form of a clue about a race: is it true? place[i]: the place of person i, from 1. Later ones tell less
     "{a} came in place {k}": lambda place, a, b, k: place[a] == k,
     "{a} came directly before {b}": lambda place, a, b, k: place[a] + 1 == place[b],
     "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
@@ -188,7 +189,7 @@ CLUES = {  # a clue about a race: when it is true. place[i]: the place of person
 
 
 def random_clue(rng, forms, n):
-    """A random clue about n persons, true or not. If the form has no {b}, b is a; if it has no {k}, k is 0."""
+    """A random clue about n persons, true or not. If the form has no {b}, then b = a; if it has no {k}, then k = 0."""
     form, (a, b) = rng.choice(forms), rng.sample(range(n), 2)
     b = b if "{b}" in form else a
     k = rng.randint(1, n) if "{k}" in form else 0
@@ -212,7 +213,7 @@ def knights(rng, difficulty):
             form, a, b, k = random_clue(rng, forms, n)
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
                 clues.append((form, a, b, k))
-                possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
+                possible = [roles for roles in possible if SAYINGS[form](roles, me, a, b, k) == roles[me]]
 
     names, roles = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
     quotes = [f'"{sentence(names, *clue)}"' for clue in clues]
@@ -220,24 +221,27 @@ def knights(rng, difficulty):
     says = " ".join(f"{name} says: {quote}." for name, quote in zip(names, quotes))
     question = f"Knights always tell the truth, knaves always lie. {says} "
     question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
-    lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
+    spoken = zip(names, roles, quotes, knight)  # a quote is true if a knight says it
+    lines = [f"{name} is a {role}, and {quote} is {is_true}." for name, role, quote, is_true in spoken]
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
-    # puzzles that differ only in names and in the order of persons have equal keys
-    split_key = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
+    split_key = []  # equal for puzzles that differ only in names and in the order of persons
+    for role, (form, a, b, k) in zip(roles, clues):
+        split_key.append(f"{role} {form} {sorted([roles[a], roles[b]]) if '{a}' in form else ''} {k}")
     return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
 def order(rng, difficulty):
     """A race told by clues, none of them superfluous. Person 0 comes first, person 1 second, and so on."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
-    orders = list(itertools.permutations(range(1, n + 1)))  # the first is 1, 2, …: person i has place i + 1
-    place = numpy.array(orders).T  # [n, n!] the place of each person in each order
+    orders = list(itertools.permutations(range(1, n + 1)))  # each holds the places of all persons
+    place, true_order = numpy.array(orders).T, 0  # [n, n!]; the first order is 1, 2, …: person i has place i + 1
     clues = {}  # a clue: [n!] which orders agree with it
     possible = place[0] > 0  # [n!] which orders agree with all clues so far: at first all of them
     while possible.sum() > 1:
-        clue = form, *gaps = random_clue(rng, forms, n)
+        clue = random_clue(rng, forms, n)
+        form, *gaps = clue
         agrees = CLUES[form](place, *gaps)  # [n!]
-        if agrees[0] and (possible & ~agrees).any():  # the clue is true, and excludes an order
+        if agrees[true_order] and (possible & ~agrees).any():  # the clue is true, and excludes an order
             clues[clue] = agrees
             possible &= agrees
     for clue in list(clues):
@@ -288,14 +292,14 @@ def answer_after(mark, question, solution):
     return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
-BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
-for _ in range(8):
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # a text without braces; \{ and \} count as text
+for _ in range(8):  # with each turn, braces may be one level deeper
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
 BOX = rf"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{{\s*\}})\{{{BALANCED}\}}|[^\s{{$][^$\n]*)"  # `\boxed{5}` or `\boxed 5`
 
 
 def mathematics(row):
-    """MATH and similar sets: the answer is the field `answer`, a text or a whole number, or boxed in the solution."""
+    """MATH and similar sets: the answer is the field `answer`, or the boxes in the solution, which the grader opens."""
     solution, answer = row.get("solution") or "", row.get("answer")
     if answer is None:  # the last paragraph with boxes, from its first box to its last: `\boxed{1}$ or $\boxed{-1}`
         boxes = [re.search(rf"(?s){BOX}(?:.*{BOX})?", paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
@@ -306,8 +310,10 @@ def mathematics(row):
 
 
 def program(question, reference, prelude, setup, tests, names):
-    """A program to write. The prelude goes before the completion, the setup before the tests."""
-    # those of the names that the reference program defines: a right completion defines them too
+    """A program to write: completions are run as prelude + completion, tests as setup + tests in a process of their own.
+
+    Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
+    """
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
@@ -319,8 +325,8 @@ def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
     head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
     statements = [statement for node in nodes if getattr(node, "name", None) == "check" for statement in node.body]
-    # many rows have `assert True`, which tests nothing
-    tests = [ast.unparse(node) for node in statements if not isinstance(getattr(node, "test", None), ast.Constant)]
+    trivial = lambda node: isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant)  # assert True
+    tests = [ast.unparse(node) for node in statements if not trivial(node)]
     setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
     reference = head + row["canonical_solution"]
@@ -355,7 +361,7 @@ def problem_of(row):
         raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
     with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
         problem = function(row)
-    (problem["question"] + written_out(problem)).encode()  # an error for "\ud800", half a character, from a JSON file
+    (problem["question"] + written_out(problem)).encode()  # raises an error for "\ud800", which is half a character
     return problem
 
 
@@ -377,7 +383,9 @@ def files_of(path, split):
     for suffix in SUFFIXES:
         if found := [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
             return suffix, found
-    raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its path")
+    raise ValueError(
+        f"a data file must end in {', '.join(SUFFIXES)}, and in a folder its path must name the split {split!r}"
+    )
 
 
 def json_rows(path):
@@ -386,7 +394,8 @@ def json_rows(path):
         lines = filter(str.strip, file)  # the lines that are not blank
         first = next(lines, "")
         one_per_line = re.fullmatch(r"\s*\{.*\}\s*", first)
-        for text in itertools.chain([first], lines) if one_per_line else [first + file.read()]:
+        texts = itertools.chain([first], lines) if one_per_line else [first + file.read()]
+        for text in texts:
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
@@ -400,7 +409,7 @@ def rows(entry, split):
 
     datasets.disable_progress_bars()
     for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # `problems` says in one line what went wrong
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # the function `problems` reports errors
     if "hub" in entry:
         splits, configuration = entry.get("splits", {}), entry.get("configuration")
         stream = datasets.load_dataset(entry["hub"], configuration, split=splits.get(split, split), streaming=True)
@@ -409,8 +418,9 @@ def rows(entry, split):
         return
     suffix, files = files_of(Path(entry["path"]), split)
     if suffix in (".csv", ".parquet"):
+        # `datasets` calls the split of given files "train", whatever it is
         yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
-    else:  # not with `datasets`: it makes the text "2020-01-01" a date, and "005" a number if other answers are
+    else:  # not with `datasets`: it makes a date of the text "2020-01-01", and a number of "005"
         yield from itertools.chain.from_iterable(map(json_rows, files))
 
 
@@ -429,7 +439,8 @@ def problems(name, entry, split):
 
 # ---- data sets by name: to add one of your own, add one line to DATASETS or GENERATED ------------------------------
 # "mine": {"hub": "owner/name"} is a repository of the Hugging Face hub, whose rows have one of the FORMATS.
-# `splits`: the hub's names for our train and test splits, where they differ.
+# `splits`: which of our splits it has, and their names on the hub; without it both, with our names. If one split of the
+# hub stands for both, every fifth row is for testing.
 
 DATASETS = {
     "gsm8k": {"hub": "openai/gsm8k", "configuration": "main"},
@@ -463,14 +474,17 @@ def load(name, split):
         known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
         hint = "a difficulty is a number from 1 to 5, as in logic:3"
         raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
-    if split not in entry.get("splits", [split]):
+    if "splits" in entry and split not in entry["splits"]:
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return problems(name, entry, split)
 
 
 def stages(spec):
-    """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)]."""
+    """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)].
+
+    The first number after a generated set is always its difficulty.
+    """
     if os.path.exists(spec):  # a path can have commas and colons in it
         return [(spec, None)]
     found = []
@@ -479,6 +493,10 @@ def stages(spec):
         if not name:
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
         if numbers and name in GENERATED:
+            if numbers[0] not in tuple("12345"):
+                raise DataError(
+                    f"{stage}: after {name} comes its difficulty, from 1 to 5, then its steps: {name}:3:100"
+                )
             name = f"{name}:{numbers.pop(0)}"
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
@@ -489,7 +507,7 @@ def stages(spec):
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split, epoch after epoch without end, from number `position` on. Each epoch has a new order."""
+    """The problems of a split, epoch after epoch without end, from number `position` on, each in a new order."""
     for epoch in itertools.count():
         rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
         while block := list(itertools.islice(stream, 10_000)):  # in blocks, as a data set can be larger than the memory
