@@ -136,8 +136,8 @@ TENSORBOARD = False  # also write the metrics where TensorBoard reads them (pip 
 # -- End of the constants
 
 # What differs for --model tiny. Flags win over these, and these win over the block above.
-TINY = {"DATASET": "arithmetic", "STEPS": 150, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 4e-4}
-TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 20, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
+TINY = {"DATASET": "arithmetic", "STEPS": 100, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 2e-4}
+TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 10, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
 
 # ==== The advantages, §4.1.2 and §4.1.3 =============================================================================
 
