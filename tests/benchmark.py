@@ -458,7 +458,7 @@ def race(goal=0.9, seeds=(0, 1, 2)):
                 process.kill()
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
             shutil.rmtree(folder)
-            last = max(row["step"] for row in rows if row.get("eval/accuracy", 0) >= goal) if reached else math.inf
+            last = min(row["step"] for row in rows if row.get("eval/accuracy", 0) >= goal) if reached else math.inf
             steps = [row for row in rows if "reward" in row and row["step"] <= last]
             results.append((sum(row["seconds"] for row in steps), len(steps), steps[-1]["tokens"], reached))
         cells = [
