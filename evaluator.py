@@ -41,31 +41,31 @@ def extract_answer(completion):
         answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     elif BOX.search(text):
         answer = boxed(text)
+    elif "####" in text:
+        answer = text.rpartition("####")[2].strip().partition("\n")[0]
     else:
-        answer = text.rpartition("####")[2].strip().partition("\n")[0] if "####" in text else ""
+        return None
     return answer.strip() or None
 
 
 def outside_reasoning(completion):
     """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>."""
-    head, mark, rest = completion.rpartition("</reasoning>")
-    before, _, unclosed = rest.partition("<reasoning>")
-    outside = re.sub(r"<reasoning>.*?</reasoning>", "", head + mark, flags=re.DOTALL)
-    return outside + before + "".join(unclosed.partition("<answer>")[1:])  # from <answer> on
+    head, last_end, rest = completion.rpartition("</reasoning>")
+    head = re.sub(r"<reasoning>.*?</reasoning>", "", head + last_end, flags=re.DOTALL)
+    return head + re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", rest, count=1, flags=re.DOTALL)
 
 
-BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
-for _ in range(9):
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text without braces; \{ and \} count as text
+for _ in range(9):  # each time it may hold one more level of braces
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
+BOX = re.compile(  # group 1: what is in braces; group 2: what stands without braces; no group: a box never closed
+    rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|([^\s{{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z)))?"
+)
 BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?"
-ITEM = rf"(?!\{{)(?:(?!,?(?:[\s$]|\\f?box)).){{1,500}}+(?={BETWEEN_BOXES}\\f?box)"  # 2 in `\boxed 2 and \boxed 5`
-BARE = r"(?!\{)(?:(?!\\f?box)[^$\n]){0,500}"
-# group 1: in braces; group 2: bare, before another box of its list; group 3: bare, not consumed
-BOX = re.compile(rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|({ITEM})|(?=({BARE})))?")
 
 
 def boxed(text):
-    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}` or `\boxed 5`.
+    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}`, or `\boxed 5` up to the next space or $.
 
     Boxes with only `and`, `or`, `x =` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
     """
@@ -81,29 +81,34 @@ def boxed(text):
 
 
 # ---- what does an answer mean? -------------------------------------------------------------------------------------
-# An answer is brought into one notation, cut into tokens and evaluated by recursive descent. Each variable stands for
-# a random number, and this is done at several points: two expressions that agree at all points are the same.
+# `tidy` brings an answer into one notation, `tokenize` cuts it into tokens, and `Reader` computes its value. A variable
+# stands for a random number. This is done at several points: two expressions that agree at all of them are the same.
 # No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
-LONGEST_LIST = 64  # values
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # below 0 some variables are negative (all at -1), so x differs from |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, below it some: so x differs from |x|
 
 nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
-SIGNS = dict(zip("−–—×·⋅∙÷∕⁄’", "---****///'")) | dict.fromkeys("`\u200b€£¥₹", "")
+SIGNS = str.maketrans("−–—⁻×·⋅∙÷∕⁄’", "----****///'", "\u200b€£¥₹")  # the third text is removed
 COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
-SIGNS |= {pair[0]: f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
-SIGNS |= {sign: "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+SIGNS |= {ord(pair[0]): f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
+SIGNS |= {ord(sign): "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-WORDS = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
-MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+NUMERAL_VALUES = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
+IN_WORDS = rf"(?:(?:{'|'.join(NUMERALS[20:])})[ -](?:{'|'.join(NUMERALS[1:10])})|{'|'.join(NUMERALS)})\b"  # seventy-two
+FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
+OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|hal(?:f|ves)|thirds?|quarters?|{FRACTION_WORD})\b)"
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # `not: 72` is no label
+TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
+MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 
 
 def mixed_number(match):
     """A mixed number as a sum: 1\\frac12 and 1 1/2 as (1+1/2). But 3\\frac52 stays a product."""
-    integer, top, bottom = (part for part in match.groups() if part)
+    integer, top, bottom = match.groups()
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
@@ -116,45 +121,42 @@ def matrix(match):
     return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
 
 
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # not a label: `not: 72`
-TEXT = r"text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline"
-MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
-WORD_NUMBER = rf"({'|'.join(WORDS)})"
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"[₀-₉]+", lambda run: "_{" + nfkc(run[0]) + "}"),  # NFKC alone turns x₂ into x2, and 10² into 102
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda run: "^{" + nfkc(run[0]).replace("−", "-") + "}"),
-    (f"[{''.join(SIGNS)}]", lambda sign: SIGNS[sign[0]]),
-    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0])),
+    # signs and markup
+    (r"[₀-₉]+", r"_{\g<0>}"),  # before NFKC, which turns x₂ into x2
+    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
+    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0].translate(SIGNS))),
     (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
-    (r"<\|\w+\|>|</?(?:b|i|em|strong)>|\\\\$", ""),
-    (r"<<[^<>]*>>|\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*", ""),  # <<3*4=12>> is GSM8K's
+    (r"<<[^<>]*>>|<\|\w+\|>|</?(?:s|b|i|em|strong)>", ""),  # <<3*4=12>> is GSM8K's, <|im_end|> ends a chat
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
-    (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|~|\$", " "),
-    (rf"\\(?:{TEXT})\*?\s*\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"\\(?:{TEXT})\*?(?=\s*\{{)|\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])", " "),
-    (r"\\(?:text)?color\s*\{[a-z]*\}|\\(?=%)", " "),
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\\[dtc]frac", r"\\frac"),
+    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
+    (rf"{TEXT}(?=\{{)|\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}", " "),
+    (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|\\(?=%)|~|\$", " "),
+    (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"),
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
+    (r"(\\(?:sin|cos|tan|log)\s*[_^])\s*(\d)", r"\1{\2}"),  # \log_2 256 is not \log_{2 256}
     (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
+    # words
     (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
-    (r"(?i)(?<=\w)[_ ]*[({]*\s*base\s*\{?(\d+)[\s)}]*$", r"_{\1}"),  # 101 (base 2)
-    (r"^\((\d+)\)(?=_)", r"\1"),
-    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),
+    (r"(?i)(?<=\w)[\W_]*(?:in )?\bbase\W*(\d+)\W*$", r"_{\1}"),  # 101 (base 2)
+    (r"^\((\d+)\)(?=_)", r"\1"),  # (101)_2
     (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
-    (rf" \((?!{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
-    (r"(?i)^(?:minus|negative) (?=[\d.])", "-"),
-    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda part:  # 0.1\overline{6} is (16-1)/90
-        f"((0{part[1]}{part[2]}{part[3]}-0{part[1]}{part[2]})/{'9' * len(part[3])}{'0' * len(part[2])})"),
-    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),
+    (rf"(?<=\S) \((?!.*{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
+    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),  # x \approx 5
     (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
     (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
-    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*(?:\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}|(\d)(\d))", mixed_number),
-    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
-    (rf"(?i)^(?:(\w+ty)[ -])?{WORD_NUMBER}\b(?![ -](?:{WORD_NUMBER}|point|\w+(?:th|rd|rter)s?)\b)",
-        lambda word: str(WORDS.get((word[1] or "").lower(), 0) + WORDS[word[2].lower()])),  # seventy-two
-    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
+    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),  # 9:00 a.m.
     (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
         lambda part: f"{part[1]} {UNITS[part[2]]}"),
+    # numbers
+    (rf"(?i)^{IN_WORDS}(?!.*{OTHER_NUMBER})",  # seventy-two, but not five sixths
+        lambda words: str(sum(NUMERAL_VALUES[word] for word in re.split("[ -]", words[0].lower())))),
+    (r"(?i)^(?:minus|negative) (?=[\d.\\])", "-"),
+    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # 20 periods
+    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
+    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
+    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
     (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
         + text[1].replace("\\pm", "-").replace("\\mp", "+")),
 )]  # fmt: skip
@@ -179,7 +181,6 @@ UNITS = dict(short.split("=") for short in """
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
 UNIT_NAMES = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
-FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
 TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes `,`, `)` or the end of the answer
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
@@ -194,29 +195,28 @@ def split_units(text):
 
 
 UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-GROUPED = r"[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
-GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau"
+GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
+GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau)(?![a-z])"
+PLAIN_COMMANDS = "sin cos tan cot ln log exp sqrt pi".split()  # also understood without the backslash
 TOKEN = (
-    rf"(?P<letter>(?:[A-Za-z]|\\(?:{GREEK}))_(?:\w|\{{\w+\}})|\\(?:{GREEK})(?![a-z])"
-    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])"  # AB is one name
-    rf"|(?P<command>\\(?:[A-Za-z]+|.))|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
+    rf"(?P<command>(?!{GREEK})\\(?:[A-Za-z]+|.)"
+    rf"|(?<![A-Za-z])(?i:{'|'.join(PLAIN_COMMANDS)}|inf|infinity|and|or)(?![A-Za-z]))"
+    rf"|(?P<letter>(?:[A-Za-z]|{GREEK})_(?:\w|\{{\w+\}})|{GREEK}"
+    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
 )
-SPELLINGS = {
-    "**": "^", "<=": "\\le", ">=": "\\ge", "\\leq": "\\le", "\\geq": "\\ge", "\\lt": "<", "\\gt": ">", ":": "/",
-    "\\cdot": "*", "\\times": "*", "\\div": "/", "\\lbrace": "\\{", "\\rbrace": "\\}", "\\langle": "(",
-    "\\rangle": ")", "\\lvert": "|", "\\rvert": "|", "\\varnothing": "\\emptyset", ";": ",", "\\and": ",", "\\or": ",",
-    "\\cup": ",", "\\lor": ",", "\\bigcup": ",", "\\leqslant": "\\le", "\\geqslant": "\\ge",
-    "\\inf": "\\infty", "\\infinity": "\\infty",
+OTHER_SPELLINGS = {f"\\{name}": name for name in PLAIN_COMMANDS} | {
+    ",": "; and or \\cup \\bigcup \\lor", "^": "**", "*": "\\cdot \\times", "/": ": \\div", "<": "\\lt", ">": "\\gt",
+    "\\le": "<= \\leq \\leqslant", "\\ge": ">= \\geq \\geqslant", "|": "\\lvert \\rvert", "(": "\\langle",
+    ")": "\\rangle", "\\{": "\\lbrace", "\\}": "\\rbrace", "\\emptyset": "\\varnothing", "\\infty": "inf infinity",
 }  # fmt: skip
-COMMAND_WORDS = re.compile(r"(?i)(?<![\\A-Za-z])(?:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z])")
+SPELLINGS = {other: token for token, others in OTHER_SPELLINGS.items() for other in others.split()}
 
 
 def tokenize(text, number_pattern):
     """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
-    text = COMMAND_WORDS.sub(lambda word: "\\" + word[0].lower(), text)
     matches = re.finditer(rf"\s*(?:(?P<number>{number_pattern})|{TOKEN})", text)
     tokens = [(match.lastgroup, match[match.lastgroup]) for match in matches]
-    return [*((kind, SPELLINGS.get(token, token)) for kind, token in tokens), ("end", "")]
+    return [*((kind, SPELLINGS.get(token.lower(), token)) for kind, token in tokens), ("end", "")]
 
 
 Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"
@@ -227,7 +227,7 @@ def bounded(value):
     """A number, real where it can be; ValueError if it is no number or too large."""
     if isinstance(value, tuple) or value != value:  # a Group, an Equation or nan
         raise ValueError("no number")
-    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator) >> LARGEST:
+    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator).bit_length() > LARGEST:
         raise ValueError("too large")
     return value.real if isinstance(value, complex) and value.imag == 0 else value
 
@@ -254,6 +254,7 @@ FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan",
 FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
 FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
+ROUNDED = {"\\lfloor": math.floor, "\\lceil": math.ceil, "|": abs}
 BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
@@ -269,8 +270,8 @@ class Reader:
     """
 
     def __init__(self, tokens, point):
-        self.tokens, self.point, self.position = tokens.copy(), point, 0
-        self.open_bars = 0  # how many | are open: the next one closes
+        self.tokens, self.point, self.position = tokens, point, 0
+        self.in_bars = False  # is | the innermost open bracket? Then the next | closes it
 
     def take(self, *texts):
         """The next token, if it is one of these; otherwise None."""
@@ -281,45 +282,55 @@ class Reader:
     def answer(self):
         """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
-        while len(items) < LONGEST_LIST and self.take(","):
+        while self.take(","):
             self.take(",")  # `, and`
             items.append(self.relation())
         return items[0] if len(items) == 1 else Group("list", items)
 
     def relation(self):
         """A value, an equation, or an inequality (as an interval)."""
-        sides, names, signs, sign = [], [], [], True  # names: the text of a side with a variable, else ""
-        while sign:
-            start = self.position
-            sides.append(self.sum())
-            side = self.tokens[start : self.position]
-            variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
-            names.append("".join(text for _, text in side) if variable else "")
-            sign = self.take("=", "<", ">", "\\le", "\\ge", "\\in")
+        sides, signs = [self.side()], []
+        while sign := self.take("=", "<", ">", "\\le", "\\ge", "\\in"):
             signs.append(sign)
-        if set(signs) & {"<", ">", "\\le", "\\ge"}:
-            return as_interval(sides, names, signs[:-1])
-        if len(sides) == 1 or not any(names):  # 3 + 4 = 7
-            return sides[-1]
-        if not names[0] and DEFINED.fullmatch(names[-1]):  # 5 = x
-            names, sides = names[::-1], sides[::-1]
-        groups = any(isinstance(side, Group) for side in sides)
-        difference = math.nan if groups else bounded(sides[0] - sides[-1])
-        return Equation(names[0] if DEFINED.fullmatch(names[0]) else "", sides[-1], difference)
+            sides.append(self.side())
+        if set(signs) - {"=", "\\in"}:
+            return as_interval(sides, signs)
+        if len(sides) == 1 or not any(name for _, name in sides):  # 3 + 4 = 7
+            return sides[-1][0]
+        if not sides[0][1] and DEFINED.fullmatch(sides[-1][1]):  # 5 = x
+            sides.reverse()
+        (left, name), (right, _) = sides[0], sides[-1]
+        groups = isinstance(left, Group) or isinstance(right, Group)
+        difference = math.nan if groups else bounded(left - right)
+        return Equation(name if DEFINED.fullmatch(name) else "", right, difference)
+
+    def side(self):
+        """The value of one side of a relation, and its text if it has a variable, else ""."""
+        start, value = self.position, self.sum()
+        side = self.tokens[start : self.position]
+        has_variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
+        return value, ("".join(text for _, text in side) if has_variable else "")
 
     def sum(self):
         value = self.product()
         while sign := self.take("+", "-"):
-            value = bounded(value + self.product() if sign == "+" else value - self.product())
+            term = self.product()
+            value = bounded(value + term if sign == "+" else value - term)
+        if self.take("\\over"):  # {1 + x \over 2}
+            value = bounded(value / self.sum())
         return value
 
     def product(self):
         value = self.signed()
         while True:
             kind, text = self.tokens[self.position]
-            if sign := self.take("*", "/"):
-                value = bounded(value * self.signed() if sign == "*" else value / self.signed())
-            elif kind == "letter" or text in FACTORS or text in BRACKETS and (text != "|" or not self.open_bars):
+            if self.take("*"):
+                value = bounded(value * self.signed())
+            elif self.take("/"):
+                value = bounded(value / self.signed())
+            elif text == "|" and self.in_bars:  # it closes |x|
+                return value
+            elif kind == "letter" or text in FACTORS or text in BRACKETS:  # 2x
                 value = bounded(value * self.raised())
             else:
                 return value
@@ -336,15 +347,15 @@ class Reader:
         if self.take("^"):
             value = power(value, self.signed())
         if self.point < 0 and isinstance(value, complex):
-            raise ValueError("only real values at negative points, where the complex √x √y is not √(xy)")
+            raise ValueError("no complex value at a negative point: there √x √y is not √(xy)")
         return value
 
     def atom(self):
         kind, text = self.tokens[self.position]
         self.position += 1
         if kind == "number":  # exact, as it is written: 1,080 and .5 and 6e3 and 101_2
-            text = text.replace(",", "").replace(" ", "")
-            return Fraction(int(text, natural(self.argument(), 36)) if self.take("_") else text)
+            digits = text.replace(",", "").replace(" ", "")
+            return Fraction(int(digits, natural(self.argument(), 36))) if self.take("_") else Fraction(digits)
         if text in CONSTANTS:
             return CONSTANTS[text]
         if kind in ("letter", "word"):
@@ -364,37 +375,34 @@ class Reader:
         raise ValueError("not mathematics")
 
     def variable(self, name):
-        """A random number for a name at a point: in quarter `point % 4` of 0.1 … 32, on a log scale."""
+        """A random number for a name. Its size is between 0.1 and 32, in one quarter of this range for each point."""
         rng = random.Random(f"{name} {self.point}")
         size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
         return -size if negative else size
 
-    def argument(self, one_digit=True):
-        """What a command takes: {…}, or the next digit or letter, as in \\frac12 (or the whole number)."""
-        kind, text = self.tokens[self.position]
-        if kind == "number" and text.isdigit() and one_digit:
-            self.tokens[self.position : self.position + 1] = [("number", digit) for digit in text]
-        return self.signed() if text == "-" else self.atom()
+    def argument(self):
+        """What a command takes: {…}, a digit or a letter; maybe with a sign, as in e^-x."""
+        return self.signed() if self.tokens[self.position][1] == "-" else self.atom()
 
     def root(self):
         """\\sqrt x or \\sqrt[3]{x}. The odd root of a negative number is real."""
         index = natural(self.bracket("["), 100) if self.take("[") else 2
-        value = bounded(self.argument(one_digit=False))
+        value = bounded(self.argument())
         negative = index % 2 == 1 and not isinstance(value, complex) and value < 0
         return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
 
     def bracket(self, opening):
-        self.open_bars += opening == "|"
+        outer_in_bars, self.in_bars = self.in_bars, opening == "|"
         empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
         value = Group("list", []) if empty else self.answer()
         closing = self.take(*BRACKETS[opening])
-        self.open_bars -= opening == "|"
+        self.in_bars = outer_in_bars
         if closing is None:
             raise ValueError("never closed")
-        if opening in ("|", "\\lfloor", "\\lceil"):
-            value = bounded(value)
-            return abs(value) if opening == "|" else Fraction((math.floor if "floor" in opening else math.ceil)(value))
+        if opening in ROUNDED:
+            value = ROUNDED[opening](bounded(value))
+            return Fraction(value) if isinstance(value, int) else value
         if opening != "{" and isinstance(value, Group) and value.kind == "list":
             return Group("set" if opening == "\\{" else opening + closing, value.items)
         return value
@@ -415,36 +423,34 @@ class Reader:
         return power(bounded(value), exponent)
 
 
-def as_interval(sides, names, signs):
-    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]."""
-    flipped = {">": "<", "\\ge": "\\le"}
-    if signs[0] in flipped:
-        sides, names, signs = sides[::-1], names[::-1], [flipped.get(sign) for sign in signs[::-1]]
-    unknown = next((at for at, name in enumerate(names) if DEFINED.fullmatch(name)), None)
-    if not set(signs) <= {"<", "\\le"} or unknown is None or any(names[:unknown] + names[unknown + 1 :]):
+def as_interval(sides, signs):
+    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]. A side is (its value, its text if it has a variable)."""
+    if signs[0] in (">", "\\ge"):  # x > 5 as 5 < x
+        sides, signs = sides[::-1], [{">": "<", "\\ge": "\\le"}.get(sign) for sign in signs[::-1]]
+    if sides[0][1]:  # x < 5 as -∞ < x < 5
+        sides, signs = [(-math.inf, ""), *sides], ["<", *signs]
+    if sides[-1][1]:  # 5 < x as 5 < x < ∞
+        sides, signs = [*sides, (math.inf, "")], [*signs, "<"]
+    (low, _), (_, name), (high, _) = sides  # else a ValueError
+    if not DEFINED.fullmatch(name) or set(signs) - {"<", "\\le"}:
         raise ValueError("no interval")
-    sides, signs = [-math.inf, *sides, math.inf], ["<", *signs, "<"]  # padded: side n is now at n + 1
-    brackets = ("[" if signs[unknown] == "\\le" else "(") + ("]" if signs[unknown + 1] == "\\le" else ")")
-    return Group(brackets, [sides[unknown], sides[unknown + 2]])
+    opening, closing = ("[" if signs[0] == "\\le" else "("), ("]" if signs[1] == "\\le" else ")")
+    return Group(opening + closing, [low, high])
 
 
-def readings(text):
-    """The ways to read a text as mathematics, maybe none: [(values, units)]. 100,200 is a number or a list.
+def reading(text):
+    """A text read as mathematics: (its value at each of POINTS, its units), or None.
 
-    values has one entry per point of POINTS: a number, a Group, an Equation, or None (only at negative points).
+    A value is a number, a Group, an Equation, or None (only at negative points).
     """
     if len(text) > LONGEST:
-        return []
+        return None
     text, units = split_units(text)
-    grouped, ungrouped = tokenize(text, f"{GROUPED}|{UNGROUPED}"), tokenize(text, UNGROUPED)
-    ways = [grouped] if grouped == ungrouped else [grouped, ungrouped]
-    if re.search(r"[(\[][^)\]]*\d[, ]\d{3}", text):
-        ways = [ungrouped]  # (12,102) is a pair
-    elif any(re.match(r"0\d", token) for _, token in ungrouped):
-        ways = [grouped]  # 080 is no item: 10,080
-    points = POINTS if any(kind in ("letter", "word") for kind, _ in ungrouped) else POINTS[:1]
-    found = [[value_at(tokens, point) for point in points] for tokens in ways]
-    return [(values, units) for values in found if None not in values[:4]]  # no None at points >= 0
+    pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102) is a pair, no number
+    tokens = tokenize(text, UNGROUPED if pair else f"{GROUPED}|{UNGROUPED}")
+    points = POINTS if any(kind in ("letter", "word") for kind, _ in tokens) else POINTS[:1]
+    values = [value_at(tokens, point) for point in points]
+    return None if None in values[:4] else (values, units)
 
 
 def value_at(tokens, point):
@@ -458,7 +464,7 @@ def value_at(tokens, point):
 
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
-# math_equal: answers; agree: readings; same: values; close: numbers.
+# math_equal compares answers, agree their readings, same the values at one point, and close two numbers.
 
 
 def math_equal(prediction, gold):
@@ -466,22 +472,27 @@ def math_equal(prediction, gold):
     prediction, gold = tidy(prediction), tidy(gold)
     if bool(BASE.search(prediction)) != bool(BASE.search(gold)):  # the question may name the base: 101 for 101_2
         prediction, gold = BASE.sub("", prediction), BASE.sub("", gold)
+    prediction, gold = spaced_like(gold, prediction), spaced_like(prediction, gold)
     if as_text(prediction) == as_text(gold):
         return True
-    first, second = readings(prediction), readings(gold)
-    if len(first) == len(second) == 2:  # groups of three digits on both sides are thousands
-        first, second = first[:1], second[:1]
-    if any(agree(a, b) for a in first for b in second):
+    first, second = reading(prediction), reading(gold)
+    if first and second and agree(first, second):
         return True
     target = exact_number(second)
-    if target is None or exact_number(first) is not None:
+    sentence = first is None or re.search("[A-Za-z]{4}", prediction)
+    if target is None or exact_number(first) is not None or not sentence:
         return False
-    units = second[0][1]
-    sentence = not first or bool(re.search("[A-Za-z]{4}", prediction))  # a sentence may state the gold number
-    return sentence and all(unit in prediction for unit in units) and stated(prediction) == target
+    _, units = second  # a sentence may state the gold number; if the gold has units, it must name them
+    return stated(prediction) == target and all(unit in prediction for unit in units)
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
+
+
+def spaced_like(other, text):
+    """300,200,100 as 300, 200, 100 (three numbers), if the other text is such a list."""
+    is_list = re.search(r"\d, -?\d", other) and ", " not in text
+    return re.sub(",(?=[1-9])", ", ", text) if is_list else text
 
 
 def as_text(text):
@@ -503,7 +514,7 @@ def agree(one, other):
         return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
     if ("%" in units) != ("%" in other_units) and not isinstance(a, tuple) and not isinstance(b, tuple):
         percent, value = (a, b) if "%" in units else (b, a)
-        return close(percent / 100, value) or abs(value) >= 1 and close(percent, value)
+        return close(percent / 100, value) or (abs(value) >= 1 and close(percent, value))
     return all(same(x, y) for x, y in pairs)
 
 
@@ -518,8 +529,8 @@ def same(a, b):
         return close(a, b)
     if kinds <= {"list", "set", "number"}:  # a number is a list of one: `1/2 or 0.5` is 1/2
         xs, ys = (value.items if isinstance(value, Group) else [value] for value in (a, b))
-        covered = all(any(same(x, y) for y in ys) for x in xs)
-        return covered and all(any(same(x, y) for x in xs) for y in ys)
+        table = [[same(x, y) for y in ys] for x in xs]  # each must be in the other list
+        return bool(xs) == bool(ys) and all(map(any, table)) and all(map(any, zip(*table)))
     matching = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
     return matching and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
 
@@ -528,153 +539,113 @@ def close(a, b):
     """The same number? Exactly the same, where both are exact."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         long_decimal = max(a.denominator, b.denominator) > 10**9  # 0.3333333333 is 1/3
-        return a == b or long_decimal and abs(a - b) * 10**9 < abs(a)
+        return a == b or (long_decimal and abs(a - b) * 10**9 < abs(a))
     if max(abs(a), abs(b)) > 1e300:
         return a == b
     return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
 
 
 def number(text):
-    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7  seventy-two."""
+    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7."""
     text = tidy(text)
-    found = readings(text)
+    found = reading(text)
     return exact_number(found) if found else stated(text)
 
 
 def exact_number(found):
-    """The first exact number among some readings, or None; 5 for x = 5."""
-    for values, _ in found:
-        value = values[0].value if isinstance(values[0], Equation) and values[0].name else values[0]
-        if isinstance(value, Fraction):
-            return value
+    """The number of a reading if it is exact, else None; 5 for x = 5."""
+    value = found[0][0] if found else None
+    if isinstance(value, Equation) and value.name:
+        value = value.value
+    return value if isinstance(value, Fraction) else None
 
 
+DOUBT = "not?|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|almost|nearly"
+DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
+CHANGED = re.compile(  # words that change a number, LaTeX and code
+    r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
+    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
+)
 STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
     rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
-)
-UNCLEAR = re.compile(  # anywhere doubt; after the last = also words that change a number, LaTeX and code
-    r"(?is)\b(?:not?|none|never|wrong|incorrect|except|but|either|or|nor|unless|if|false"
-    r"|maybe|perhaps|possibly|probably|almost|nearly|near)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e"
-    r"|(?:\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
-    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\()(?!.*=)"
 )
 
 
 def stated(text):
     """The one number in a sentence, or None: 'It is 72 clips.' None for 'not 72', '72 or 73', '72 (of 100)'."""
-    if len(text) > LONGEST or UNCLEAR.search(text):
+    result = text.rpartition("=")[2].strip()
+    if len(text) > LONGEST or DOUBTFUL.search(text) or CHANGED.search(result):
         return None
-    text = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", text.rpartition("=")[2].strip())
-    words = [word for word in text.split() if re.search(r"\d", word)]
+    result = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", result)  # - 5 as -5, 3 / 4 as 3/4
+    words = [word for word in result.split() if re.search(r"\d", word)]
     match = STATED.fullmatch(words[0]) if len(words) == 1 else None
-    return exact_number(readings(match[1])) if match else None
+    return exact_number(reading(match[1])) if match else None
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
 
-DOUBT = "or|either|may|might|maybe|perhaps|possibly|probably|could|if|unless|not (?:every(?:one|body)|all|both)"
-KNIGHTS_WORDS = {
-    "doubt": DOUBT,
-    "rest": "the rest|the others?|every(?:one|body) else|all others",
-    "none": "no ?one|nobody|none|neither",
-    "all": "every(?:one|body)|all|both|each",
-    "not": "not|no|never",
+ROLES = {
+    "doubt": rf"{DOUBT}|may|might|could|\w+n['’]t|\?",
     "knight": "knights?|truth(?:[ -]?tellers?|ful)?",
     "knave": "knaves?|liars?|lies|lying",
 }
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
-ORDER_WORDS = {
-    "doubt": DOUBT + "|not|after|behind|reversed?",
-    "ignored": "first to last|1st to last",  # here first and last are not places
-    "place": r"second[ -](?:to[ -])?last|last|\d{1,9}(?:st|nd|rd|th)?|" + "|".join(ORDINALS),
+NUMBERING = {
+    "ignored": "first to last|1st to last",
+    "doubt": rf"{ROLES['doubt']}|first|second|third|fourth|fifth|sixth|seventh|last|after|behind|reversed?",
+    "number": r"\d{1,9}(?:st|nd|rd|th)?",
 }
 
 
 def words_that_matter(answer, names, choices):
-    """The names and the given words in an answer, in order: [(kind, word, does `is`, `are`, `:` or `=` follow?)]."""
-    answer = answer.replace("?", " or ") if len(answer) <= 10_000 else "or"  # no right answer is that long
-    answer = re.sub(r"n['’]t\b", " not", answer)
-    answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"'“”{}()\[\]$]""", " ", answer)  # the markup of LaTeX, markdown and JSON
-    answer = " ".join(answer.lower().split())
+    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if one of them is a doubt."""
+    answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"“”{}()\[\]$]""", " ", answer[:10_000])  # markup of LaTeX, markdown and JSON
     choices = choices | {"name": "|".join(map(re.escape, names))}
-    pattern = "|".join(rf"(?P<{kind}>\b(?:{words})\b)" for kind, words in choices.items())
-    verb = re.compile(r" ?(?:is\b|are\b|[:=])")
-    return [(m.lastgroup, m[0], bool(verb.match(answer, m.end()))) for m in re.finditer(pattern, answer)]
+    pattern = "|".join(rf"(?P<{kind}>(?<!\w)(?:{words})(?!\w))" for kind, words in choices.items())
+    found = [(match.lastgroup, match[0]) for match in re.finditer(pattern, " ".join(answer.lower().split()))]
+    return [] if any(kind == "doubt" for kind, _ in found) else found
 
 
 def knights_equal(answer, problem):
-    """Does an answer give everybody's role, as in `Ada is a knight`, `Knaves: Ben, Cleo` or `Everyone is a knave`?"""
-    gold = {tuple(pair.split(": ")) for pair in problem["answer"].lower().split(", ")}
-    names = [name.lower() for name in problem["names"]]
-    claims, waiting = set(), []  # (name, role) so far; names that wait for their role
-    heading, last_role, negated = None, None, False  # heading: the role of the names that follow it
-    for kind, word, verb_follows in words_that_matter(answer, names, KNIGHTS_WORDS):
-        if kind == "doubt":
-            return False
-        if kind == "none" and heading:
-            continue  # Knights: none
-        if kind in ("knight", "knave"):
-            role = kind if not negated else {"knight": "knave", "knave": "knight"}[kind]
-            claims |= {(name, role) for name in waiting}  # Ada and Ben are knights
-            if not waiting and (verb_follows or heading or last_role is None):
-                heading = role  # Knights: Ada, Ben
-            elif not waiting and role != last_role:
-                return False  # Ada is a knight and a knave
-            last_role, negated, waiting = role, False, []
-        negated = negated or kind in ("not", "none")
+    """Does an answer give each person one role: `Ada: knight, Ben: knave`, or by role `Knights: Ada. Knaves: Ben`?"""
+    gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
+    words = words_that_matter(answer, gold, ROLES)
+    if words and words[0][0] != "name":
+        words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: names before their role
+    claims, waiting, last_role = set(), [], None  # waiting: names that wait for their role
+    for kind, word in words:
         if kind == "name":
-            heading = None if verb_follows else heading
-            waiting = [word] if waiting is names else [*waiting, word]  # both Ada and Ben: these names
-        elif kind == "rest":
-            waiting = [name for name in names if name not in dict(claims)]
-        elif kind in ("all", "none") and not waiting and (word != "both" or len(names) == 2):
-            waiting = names
-        if heading:
-            claims |= {(name, heading) for name in waiting}
-            waiting = []
-    return claims == gold
+            waiting.append(word)
+        elif not waiting and kind != last_role:
+            return False  # Ada is a knight and a knave
+        else:
+            claims |= {(name, kind) for name in waiting}
+            waiting, last_role = [], kind
+    return claims == set(gold.items())
 
 
 def order_equal(answer, problem):
-    """Does an answer give every name once: in the right order, or each with its right place (`Ben: 2, Ada: 1`)?"""
-    gold, names = problem["answer"].lower().split(", "), []
-    places, names_before = [], []  # how many names stand before each place
-    for kind, word, _ in words_that_matter(answer, gold, ORDER_WORDS):
-        if kind == "doubt":
-            return False
-        if kind == "name":
-            names.append(word)
-        elif kind == "place":
-            if word.endswith("last"):
-                places.append(len(gold) - word.startswith("second"))
-            else:
-                places.append(ORDINALS.index(word) + 1 if word in ORDINALS else int(re.match(r"\d+", word)[0]))
-            names_before.append(len(names))
-    # one place before each name, or one after each: `2: Ada, 1: Ben` or `Ada: 2, Ben: 1`
-    if names_before in (list(range(len(gold))), list(range(1, len(gold) + 1))):
-        return len(names) == len(gold) and sorted(zip(places, names)) == list(enumerate(gold, 1))
-    # else the places only number the list
-    return names == gold and all(place in (n, n + 1) and place <= len(gold) for place, n in zip(places, names_before))
+    """Does an answer give every name once, in the right order? They may be numbered: `1. Ben 2. Ada`."""
+    gold = problem["answer"].lower().split(", ")
+    words = words_that_matter(answer, gold, NUMBERING)
+    names = [word for kind, word in words if kind == "name"]
+    numbers = [int(re.match(r"\d+", word)[0]) for kind, word in words if kind == "number"]
+    return names == gold and numbers in ([], list(range(1, len(gold) + 1)))
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
 
-ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|d?frac|left|right)")
+ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|frac)")
 
 
 def countdown_equal(answer, problem):
     """Does a calculation reach the target, with only + - * / and each of the given numbers at most once?"""
-    plain = answer.translate(str.maketrans("×·÷−–", "**/--")) if len(answer) <= LONGEST else ""
-    text = tidy(plain)
-    sides = [side for side in text.split("=") if re.sub(r"\s", "", side) != str(problem["target"])]
-    if len(sides) != 1 or ARITHMETIC.sub("", text) or "**" in plain or re.search(r"\d\s+\d", plain):
+    text = tidy(answer)
+    sides = [side for side in text.split("=") if side.strip() != str(problem["target"])]
+    if len(sides) != 1 or ARITHMETIC.sub("", text) or re.search(r"\*\*|\d\s+\d", text):
         return False  # not one calculation, or with other signs
-    unused = list(problem["numbers"])
-    for used in map(int, re.findall(r"\d+", sides[0])):
-        if used not in unused:
-            return False
-        unused.remove(used)
-    return number(sides[0]) == problem["target"]
+    if number(sides[0]) != problem["target"]:
+        return False
+    return Counter(map(int, re.findall(r"\d+", sides[0]))) <= Counter(problem["numbers"])
 
 
 # ---- programs, graded by tests in a sandbox ------------------------------------------------------------------------
@@ -829,11 +800,9 @@ def encoded(value):
     """A value for JSON. What JSON does not know is a list that begins with the name of its type: ["set", 1, 2]."""
     if value is None or isinstance(value, (int, float, str)):
         return value
-    if isinstance(value, dict):
-        return ["dict", *map(encoded, value.items())]
-    for kind in (list, tuple, set, frozenset, bytes):
+    for kind in (dict, list, tuple, set, frozenset, bytes):
         if isinstance(value, kind):
-            return [kind.__name__, *map(encoded, value)]
+            return [kind.__name__, *map(encoded, value.items() if kind is dict else value)]
     if isinstance(value, complex):
         return ["complex", value.real, value.imag]
     raise TypeError(f"a {type(value).__name__} cannot be sent")
@@ -843,10 +812,9 @@ def decoded(value):
     """The value that `encoded` wrote for JSON, in plain built-in types: a Counter has become a dict."""
     if not isinstance(value, list):
         return value
-    kind, items = value[0], map(decoded, value[1:])
-    if kind == "complex":
-        return complex(*items)
-    return {"dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}[kind](items)
+    name, *items = map(decoded, value)
+    kinds = {kind.__name__: kind for kind in (dict, list, tuple, set, frozenset, bytes)}
+    return complex(*items) if name == "complex" else kinds[name](items)
 
 
 def confine(uid, limits):
@@ -893,7 +861,10 @@ def majority(completions):
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 STEP = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|$)")  # a line, or a sentence of it
-MATH_CHARS = "0123456789.,+-−*/×÷()$% "
+CHARS = r"[\d.,+\-−*/×÷()$% ]"
+CALCULATION = re.compile(  # groups: left of the =, the number right of it, its decimals. Not 12 in `= 12 + 5`
+    rf"(?<!{CHARS})({CHARS}*+)(?==[\s$]*(-?\d[\d,]{{0,20}}+(?:\.(\d{{1,20}}+))?+)(?!\s*[-+*/×÷]\s*[\d(]|\d))"
+)
 
 
 def step_rewards(completion, problem):
@@ -908,23 +879,21 @@ def step_rewards(completion, problem):
     steps = []
     for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
         if found := list(calculations(match[0])):
-            holds = all(correct for _, correct in found)
-            steps.append((match.end(), holds * (0.5 + 0.5 * any(result in known for result, _ in found))))
+            value = 1.0 if any(result in known for result, _ in found) else 0.5
+            steps.append((match.end(), value if all(correct for _, correct in found) else 0.0))
     return steps
 
 
 def calculations(step):
     """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
     for text in re.findall(r"<<([^<>]*)>>", step)[:9] or [step]:
-        for left, right_side in itertools.pairwise(text.split("=")[:9]):
-            left, right_side = left[-80:], right_side[:80]
-            left = left[len(left.rstrip(MATH_CHARS)) :]  # keep only the calculation at its end
-            calculated = re.search(r"\d[\s%)]*[-+−*/×÷]\s*[$(]*\s*\d", left)
-            written = re.match(r"[\s$]*(-?\d[\d,]*(?:\.\d+)?)(?!\s*[-+*/×÷]\s*[\d(])", right_side)
-            value = number(left.replace("%", "/100")) if calculated and written else None
+        for left, written, decimals in CALCULATION.findall(text)[:9]:
+            calculated = re.search(r"\d[\s%)]*[-+−*/×÷][\s$(]*\d", left)
+            value = number(left.replace("%", "/100")) if calculated else None
             if value is not None:
-                result, decimals = Fraction(written[1].replace(",", "")), len(written[1].partition(".")[2])
-                yield result, value == result or decimals > 0 and abs(value - result) * 2 * 10**decimals <= 1
+                result = Fraction(written.replace(",", ""))
+                rounding = Fraction(1, 2 * 10 ** len(decimals)) if decimals else 0  # 3.33 may be 0.005 away
+                yield result, abs(value - result) <= rounding
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
@@ -953,13 +922,12 @@ def score(completions, problems, threads):
 
     def score_one(completion, problem):
         try:
-            values, failure = rewards(completion, problem), None
+            values = rewards(completion, problem)
+            if not all(map(math.isfinite, values.values())):
+                raise ValueError(f"a reward is no finite number: {values}")
+            return values, None
         except Exception as error:  # a fault in one rule must not end the training
-            values, failure = {"correctness": 0.0, "strict_format": 0.0}, repr(error)
-        for name, value in values.items():
-            if not math.isfinite(value):
-                values[name], failure = 0.0, failure or f"{name} is {value}"
-        return values, failure and f"{failure} (question: {problem['question']})"
+            return {"correctness": 0.0, "strict_format": 0.0}, f"{error!r} (question: {problem['question']})"
 
     with ThreadPoolExecutor(threads) as pool:
         scored = list(pool.map(score_one, completions, problems))
@@ -972,7 +940,7 @@ def score(completions, problems, threads):
 def correctness(completion, problem):
     """1 if the answer is right; for a program, if it passes all tests."""
     if problem.get("kind") == "program":
-        return test_results(completion, problem)[0] == 1
+        return test_results(completion, json.dumps(problem))[0] == 1
     return right(extract_answer(completion), problem)
 
 
@@ -988,22 +956,24 @@ def integer(completion, problem):
 def tests(completion, problem):
     """1 if a program passes all of its tests; a part of 1 for a part of them (only programs)."""
     if problem.get("kind") == "program":
-        return test_results(completion, problem)[0]
+        return test_results(completion, json.dumps(problem))[0]
 
 
 @reward
 def compiles(completion, problem):
     """1 if a program compiles without an error and without a warning (only programs)."""
     if problem.get("kind") == "program":
-        return test_results(completion, problem)[1]
+        return test_results(completion, json.dumps(problem))[1]
 
 
 @reward
 def strict_format(completion, problem):
     """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
     form = r"<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>"
-    match = tag_count(completion, problem) == 1 and re.fullmatch(form, completion.strip(), re.DOTALL)
-    return bool(match) and all(part.strip() for part in match.groups())
+    if tag_count(completion, problem) < 1:
+        return False
+    match = re.fullmatch(form, completion.strip(), re.DOTALL)
+    return match is not None and all(part.strip() for part in match.groups())
 
 
 @reward
@@ -1031,13 +1001,10 @@ UNSAFE = re.compile(
 REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
 
 
+@functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
 def test_results(completion, problem):
     """The share of tests that a completion's program passes, and whether it compiles without a warning."""
-    return run_tests_once(program_source(completion), json.dumps(problem))
-
-
-@functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
-def run_tests_once(source, problem):
+    source = program_source(completion)
     return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
 
 
