@@ -243,7 +243,7 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
         ("--lora_alpha inf", "below 2 to the 63"),
         ("--eval_questions 99999999999999999999", "--eval_questions must be below 2 to the 63"),
         ("--seed 9223372036854775808", "--seed must be below 2 to the 63"),
-        ("--epsilon_low 1", "--epsilon_low must be from 0 to 1"),
+        ("--epsilon_low 1.5", "--epsilon_low must be from 0 to 1"),
         ("--algorithm ppo --epsilon_low 2", "--epsilon_low must be from 0 to 1"),
         ("--run a\x07b", r"--run must be printable, not 'a\x07b'"),
         ("--run \udcff\udcfe", r"--run must be printable, not '\udcff\udcfe'"),
