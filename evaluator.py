@@ -1020,6 +1020,18 @@ def reflection(completion):
     return len(REFLECTION.findall(completion))
 
 
+def num_steps(completion):
+    """How many steps of a completion's reasoning calculate something. A metric, not a reward."""
+    return len(step_rewards(completion, {}))
+
+
+def approach(completion):
+    """How a completion comes to its answer: "guessed" without a calculation, "checked" with one and with doubt."""
+    if not num_steps(completion):
+        return "guessed"
+    return "checked" if reflection(completion) else "worked"
+
+
 def overlong(length, limit, buffer):
     """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, -1 from the limit on."""
     return max(-1.0, min(0.0, (limit - buffer - length) / buffer))

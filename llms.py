@@ -996,9 +996,8 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endif %}"""
 
 TINY = {
-    "steps": 1000,  # of supervised learning
-    "rows": 16,  # in each
-    "learning_rate": 4e-3,
+    "phases": [(1200, 4e-3), (300, 8e-4)],  # of supervised learning: steps and highest learning rate
+    "rows": 16,  # in each step
     "vocabulary": 640,  # tokens at most
     "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
@@ -1016,11 +1015,11 @@ def tiny_tokenizer(texts):
     return tokenizer
 
 
-def build_tiny(folder, corpus):
-    """Train a Qwen2 of half a million parameters on [(messages, completion)], and save it: a minute on two cores."""
+def build_tiny(folder, corpora):
+    """Train a Qwen2 of half a million parameters on lists of [(messages, completion)], one after the other; save it."""
     torch.manual_seed(0)
     texts = []
-    for messages, completion in corpus:
+    for messages, completion in (row for corpus in corpora for row in corpus):
         for message in messages:
             texts += [message["role"], message["content"], "assistant", completion]
     tokenizer = tiny_tokenizer(texts)
@@ -1028,27 +1027,32 @@ def build_tiny(folder, corpus):
     config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text in corpus]
-    pairs = list(zip([encode(tokenizer, messages) for messages, _ in corpus], completions))
-    for step in tqdm(range(TINY["steps"]), "building the tiny model, once", leave=False, disable=RANK > 0 or None):
-        rows = [pairs[(step * TINY["rows"] + row) % len(pairs)] for row in range(TINY["rows"])]
-        ids, attention, mask = batch(*zip(*rows), model.device)
-        loss = -token_logprobs(model, ids, attention, mask, 1.0)[mask].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = TINY["learning_rate"] * min(1.0, (step + 1) / 20) * (1 - step / TINY["steps"])
-        optimizer.step()
-        optimizer.zero_grad()
+    total = sum(steps for steps, _ in TINY["phases"])
+    with tqdm(total=total, desc="building the tiny model, once", leave=False, disable=RANK > 0 or None) as bar:
+        for corpus, (steps, learning_rate) in zip(corpora, TINY["phases"]):
+            prompts = [encode(tokenizer, messages) for messages, _ in corpus]
+            completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text in corpus]
+            for step in range(steps):
+                rows = [(step * TINY["rows"] + row) % len(corpus) for row in range(TINY["rows"])]
+                inputs = [prompts[row] for row in rows], [completions[row] for row in rows]
+                ids, attention, mask = batch(*inputs, model.device)
+                loss = -token_logprobs(model, ids, attention, mask, 1.0)[mask].mean()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.update()
     save(model, tokenizer, folder)
 
 
-def tiny_folder(runs, corpus):
+def tiny_folder(runs, corpora):
     """The folder of the tiny model, which is built when it is first asked for."""
-    folder = runs / f"tiny-base-{zlib.crc32(repr((corpus, TINY)).encode()):08x}"
+    folder = runs / f"tiny-base-{zlib.crc32(repr((corpora, TINY)).encode()):08x}"
     if LOCAL_RANK == 0 and not folder.exists():  # by one rank of each machine
         runs.mkdir(exist_ok=True)
-        build_tiny(folder, corpus)
+        build_tiny(folder, corpora)
     gather([])  # the others wait for it
     return str(folder)
 

@@ -106,6 +106,7 @@ WEIGHT_COMPILES = 0.5  # the program compiles without a warning
 WEIGHT_SAFETY = 0.0  # the output contains none of a short list of threats and insults
 WEIGHT_OVERLONG = 0.0  # DAPO's penalty of length, from 0 down to -1 at MAX_NEW_TOKENS
 OVERLONG_SHARE = 0.2  # the last part of MAX_NEW_TOKENS, over which that penalty falls (DAPO: 4096 of 20480 tokens)
+WEIGHT_RANDOM = 0.0  # a control that teaches nothing: a coin toss, 1 or 0
 REWARD_MODEL = ""  # a sequence classifier, hub name or folder, that scores every output; empty: rules only
 WEIGHT_REWARD_MODEL = 1.0  # its score, standardised over the outputs of a step
 WEIGHT_STEPS = 0.5  # weight of the advantages of the steps, where SUPERVISION is both
@@ -135,8 +136,8 @@ TENSORBOARD = False  # also write the metrics where TensorBoard reads them (pip 
 # -- End of the constants
 
 # What differs for --model tiny. Flags win over these, and these win over the block above.
-TINY = {"DATASET": "arithmetic", "STEPS": 150, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 4e-4}
-TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 20, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
+TINY = {"DATASET": "arithmetic", "STEPS": 100, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 2e-4}
+TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 10, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
 
 # ==== The advantages, §4.1.2 and §4.1.3 =============================================================================
 
@@ -234,7 +235,7 @@ def take_step(state):
     problems, prompts = next_questions(state)  # 5: a batch D_b
     # 6: π_θold ← π_θ needs no copy of the network: logp_old, below
     rollout = sample(state, state.policy, prompts)  # 7: {o_i} ~ π_θold(·|q), G for each q
-    by_name = score_outputs(rollout, problems, state.reward_model)  # 8: {name: [Q, G]}
+    by_name = score_outputs(rollout, problems, state)  # 8: {name: [Q, G]}
     rewards = weighted_sum(by_name)  # r_i, [Q, G]
     logp_old = log_probs(state, state.policy, rollout) if MU > 1 else None  # 6: log π_θold, [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if BETA else None  # [N, T]
@@ -406,7 +407,7 @@ def other_step(state, source, coefficients, loss_function):
         rollout = llms.rollout_of(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
     else:
         rollout = sample(state, source, prompts)
-    by_name = score_outputs(rollout, problems, state.reward_model)  # {name: [Q, G]}
+    by_name = score_outputs(rollout, problems, state)  # {name: [Q, G]}
     on_policy = source is state.policy  # ratios and the KL can be estimated only from outputs of π_θ
     logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
@@ -583,8 +584,8 @@ def per_token(state, read, model, rollout):
 
 
 @llms.timed("reward")
-def score_outputs(rollout, problems, reward_model=None):
-    """Every reward of every output, unweighted: {name: [Q, G]}; by rules, and by a reward model where there is one."""
+def score_outputs(rollout, problems, state=None):
+    """Every reward of every output, unweighted: {name: [Q, G]}; without a state, as in a test, those of rules alone."""
     group, threads = len(rollout.texts) // len(problems), max(1, os.cpu_count() // llms.LOCAL_WORLD)
     problems = [problem for problem in problems for _ in range(group)]  # [N]
     by_name, failures = evaluator.score(rollout.texts, problems, threads)  # {name: N numbers}, [why a rule failed]
@@ -595,10 +596,13 @@ def score_outputs(rollout, problems, reward_model=None):
         raise RunError(f"the rewards fail on every output: {failures[0]}")
     overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
     by_name["overlong"] = list(map(overlong, rollout.mask.sum(1).tolist()))
-    if reward_model:
+    if state and state.reward_model:
         questions = [problem["question"] for problem in problems]
-        by_name["reward_model"] = llms.standardised(llms.reward_scores(*reward_model, questions, rollout.texts))
-    return {name: torch.tensor(values).view(-1, group) for name, values in by_name.items()}
+        by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
+    if state and WEIGHT_RANDOM:
+        tosses = torch.rand(outputs // group, group, generator=state.generator) < 0.5  # [Q, G], of all ranks
+        by_name["random"] = torch.tensor(llms.share(tosses.tolist())).float()
+    return {name: torch.as_tensor(values).view(-1, group) for name, values in by_name.items()}
 
 
 def weighted_sum(by_name):
@@ -647,7 +651,8 @@ def output_records(rollout, problems, columns):
     entropy = lengths * math.nan if rollout.entropy is None else rollout.entropy.sum(1)  # [N], over the tokens
     columns = columns | {"length": lengths, "truncated": rollout.truncated.float(), "entropy": entropy}
     columns = {name: x.flatten().tolist() for name, x in columns.items()}
-    columns["reflection"] = list(map(evaluator.reflection, rollout.texts))
+    for metric in (evaluator.reflection, evaluator.num_steps, evaluator.approach):
+        columns[metric.__name__] = list(map(metric, rollout.texts))
     return llms.gather(report.records(problems, rollout.texts, columns))
 
 
@@ -788,7 +793,7 @@ def check_settings():
     from_1 = ("ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY")
     least = dict.fromkeys(numbers, 0) | dict.fromkeys(from_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
-    rewards = {*evaluator.REWARDS, "overlong", "reward_model", "steps"}
+    rewards = {*evaluator.REWARDS, "overlong", "random", "reward_model", "steps"}
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
         *((name, name[7:].lower() in rewards, "the weight of a reward of evaluator.py") for name in weights),
@@ -845,7 +850,7 @@ def check_data(training=True):
 
 def load_model(name):
     """A policy and its tokenizer; tiny is built when it is first asked for."""
-    return llms.load(llms.tiny_folder(report.runs_folder(), rldatasets.messy_corpus()) if name == "tiny" else name)
+    return llms.load(llms.tiny_folder(report.runs_folder(), rldatasets.tiny_corpus()) if name == "tiny" else name)
 
 
 def new_state(policy, tokenizer, run=None):

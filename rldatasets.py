@@ -1,8 +1,8 @@
 """The problems: where they come from, the prompt for each, and in which order they come.
 
-A problem is a plain dict: `question`, `answer` (what a completion is graded against), `solution` (a worked one, or ""),
-`kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as the
-tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
+A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (a worked
+one, or ""), `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such
+as the tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
 `load`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
 """
 
@@ -38,27 +38,30 @@ def written_out(problem):
     return f"<reasoning>\n{problem['solution']}\n</reasoning>\n<answer>\n{problem['answer']}\n</answer>"
 
 
-# ---- generated word problems in the format of GSM8K ----------------------------------------------------------------
+# ---- generated problems --------------------------------------------------------------------------------------------
+# A maker is a function (rng, difficulty) -> (split key, problem). Problems with equal keys are in the same split.
 
-NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
-THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}  # "/": only if exact
-SIZES = {"train": 5000, "test": 1000}  # word problems; of puzzles, a fifth of this for each kind and difficulty
+SIZES = {"train": 1000, "test": 200}  # problems of each maker and difficulty
 
-STORIES = [  # question, right operation, wrong operation, share of wrong operations in messy_corpus
-    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "+", "-", 0.2),
-    ("{name} found {a} {things} on Monday and {b} on Tuesday. How many {things} is that in all?", "+", "-", 0.2),
-    ("{name} has {a} {things} and loses {b}. How many {things} are left?", "-", "+", 0.2),
-    ("{name} picks {a} {things} and gives {b} to a friend. How many {things} does {name} keep?", "-", "+", 0.2),
-    ("{name} puts {a} {things} into each of {b} boxes. How many {things} are in the boxes?", "*", "+", 0.2),
-    ("{name} sells {a} {things} a day for {b} days. How many {things} is that?", "*", "+", 0.2),
-    ("{name} spends {a} {things}, and then another {b}. How many {things} are gone?", "+", "-", 0.6),
-    ("{name} has {a} {things}, {b} fewer than Omar. How many {things} does Omar have?", "+", "-", 0.6),
-    ("{name} counts {a} {things}, but {b} of them are broken. How many {things} are whole?", "-", "+", 0.6),
-    ("{name} has {a} {things} after finding {b} more. How many {things} were there before?", "-", "+", 0.6),
-    ("{name} lays {a} {things} on each table, and there are {b}. How many {things} is that?", "*", "+", 0.6),
-    ("{name} gets {a} {things} from each guest, and {b} come. How many {things} is that?", "*", "+", 0.6),
-]
+
+def generated(makers, difficulties, split):
+    """The problems of a split, of each maker and difficulty in turn: the same in every run, no question twice."""
+    sources = [(make, d, random.Random(f"{make.__name__} {d} {split}")) for d in difficulties for make in makers]
+    questions = set()
+    while len(questions) < SIZES[split] * len(sources):
+        make, difficulty, rng = sources[len(questions) % len(sources)]
+        problem = next_problem(make, difficulty, rng, split)
+        if problem["question"] not in questions:
+            questions.add(problem["question"])
+            yield problem
+
+
+def next_problem(make, difficulty, rng, split):
+    """The next problem that a maker makes for a split."""
+    while True:
+        split_key, problem = make(rng, difficulty)
+        if in_split(zlib.crc32(str(split_key).encode()), split):
+            return {"kind": make.__name__} | problem  # the maker may have set another kind
 
 
 def in_split(number, split):
@@ -66,63 +69,97 @@ def in_split(number, split):
     return (number % 5 == 0) == (split == "test")
 
 
-def random_story(rng):
-    """The index of a story and two numbers for it: both from 2 to 6 for a product, a > b for all others."""
-    index = rng.randrange(len(STORIES))
-    product = STORIES[index][1] == "*"
-    a = rng.randint(2, 6) if product else rng.randint(3, 12)
-    return index, a, rng.randint(2, 6 if product else a - 1)
+# ---- word problems in the format of GSM8K, with one to five steps --------------------------------------------------
+
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
+THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+EVENTS = {"buys": "+", "finds": "+", "wins": "+", "gets": "+", "breaks": "-", "loses": "-", "sells": "-", "eats": "-"}
+LARGEST = 19  # no number in a word problem is larger
 
 
-def word_problem(index, a, b, operation, rng):
-    """A story as a problem, solved with an operation. If the operation is wrong, the solution and answer are wrong."""
-    name, things, result = rng.choice(NAMES), rng.choice(THINGS), str(OPERATIONS[operation](a, b))
-    question = STORIES[index][0].format(name=name, things=things, a=a, b=b)
-    solution = f"So {a}{operation}{b} = <<{a}{operation}{b}={result}>>{result} {things}."
-    return {"question": question, "answer": result, "kind": "math", "solution": solution}
+def arithmetic(rng, difficulty):
+    """A word problem in which `difficulty` events change a number, one calculation each."""
+    value = start = rng.randint(2, 12)
+    events, lines = {}, []  # {verb: number}: no verb comes twice
+    while len(events) < difficulty:
+        verb, number = rng.choice(list(EVENTS)), rng.randint(2, 9)
+        sign = EVENTS[verb]
+        result = OPERATIONS[sign](value, number)
+        if verb not in events and 1 <= result <= LARGEST:
+            events[verb] = number
+            lines.append(f"{verb} {number}: <<{value}{sign}{number}={result}>>{result}")
+            value = result
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    story = ", ".join(f"{verb} {number}" for verb, number in events.items())
+    question = f"{name} has {start} {things}, {story}. How many {things} does {name} have now?"
+    problem = {"question": question, "answer": str(value), "solution": "\n".join(lines), "kind": "math"}
+    return (start, *events.items()), problem
 
 
-def arithmetic(split):
-    """The word problems of a split, always the same. One story with the same two numbers is never in both splits."""
-    rng, count = random.Random(f"arithmetic {split}"), 0
-    while count < SIZES[split]:
-        index, a, b = random_story(rng)
-        if in_split(zlib.crc32(f"{index} {a} {b}".encode()), split):
-            yield word_problem(index, a, b, STORIES[index][1], rng)
-            count += 1
+# ---- what the tiny model learns before reinforcement learning ------------------------------------------------------
+
+HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # how often the careless author of `tiny_corpus` does what
+TAGGED = 0.6  # the share of that author's solutions that have the form of the prompt
 
 
-def messy_corpus(count=14000):
-    """What the tiny model is trained on before reinforcement learning, [(messages, completion)].
+def tiny_corpus(num_skilled=19200, num_careless=4800):
+    """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
-    All calculations are correct. But often the operation is wrong or tags are missing, so that only one solution in
-    three is right, and reinforcement learning has something to improve. A third of the corpus only practises
-    calculating. It is made without regard to splits: some of its questions are in the test split of `arithmetic` too.
+    Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the
+    answer out, and now and then makes a slip and mends it. A model of this size cannot calculate several steps in its
+    head: its guesses are mostly wrong. So longer outputs are better ones. All questions are from the training split.
     """
-    rng, corpus = random.Random("messy corpus"), []
-    while len(corpus) < count:
-        index, a, b = random_story(rng)
-        _, right, wrong, wrong_share = STORIES[index]
-        problem = word_problem(index, a, b, wrong if rng.random() < wrong_share else right, rng)
-        solution, answer, tidy = problem["solution"], problem["answer"], written_out(problem)
-        readable = [tidy, tidy.replace("\n", " "), f"{solution}\n<answer>\n{answer}\n</answer>"]
-        unreadable = [f"{solution} The answer is {answer}.", f"<reasoning>\n{solution}\n</reasoning>\n{answer}"]
-        completion = rng.choices(readable + unreadable, weights=[42, 8, 8, 21, 21])[0]
-        corpus.append((prompt(problem), completion))
-        if rng.random() < 0.5:
-            practice = ""
-            for _ in range(12):
-                index, a, b = random_story(rng)
-                operation = rng.choice(STORIES[index][1:3])
-                practice += f"<<{a}{operation}{b}={OPERATIONS[operation](a, b)}>>"
-            corpus.append(([{"role": "user", "content": "Practise."}], practice))
-    return corpus
+    rng = random.Random("tiny corpus")
+    skilled, careless = [], []
+    while len(skilled) < num_skilled:
+        if rng.random() < 0.25:
+            skilled.append(([{"role": "user", "content": "Practise."}], practice(rng)))
+        else:
+            problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
+            skilled.append((prompt(problem), written_out(with_slip(rng, problem) if rng.random() < 0.1 else problem)))
+    while len(careless) < num_careless:
+        problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
+        careless.append((prompt(problem), careless_solution(rng, problem)))
+    return skilled, careless
+
+
+def practice(rng, count=6):
+    """Single calculations, one after the other."""
+    text = ""
+    while text.count("<<") < count:
+        a, sign, b = rng.randint(1, LARGEST), rng.choice("+-"), rng.randint(2, 9)
+        if 1 <= (result := OPERATIONS[sign](a, b)) <= LARGEST:
+            text += f"<<{a}{sign}{b}={result}>>"
+    return text
+
+
+def with_slip(rng, problem):
+    """The problem with a slip in a line of its solution, mended in the next: <<2+3=6>>6, then Wait, <<2+3=5>>5."""
+    lines = problem["solution"].split("\n")
+    index = rng.randrange(len(lines))
+    wrong = int(lines[index].rpartition(">>")[2]) + rng.choice([1, 2])
+    lines[index] = re.sub(r"<<(.*)=.*", rf"<<\1={wrong}>>{wrong}\nWait, \g<0>", lines[index])
+    return problem | {"solution": "\n".join(lines)}
+
+
+def careless_solution(rng, problem):
+    """A completion by the careless author."""
+    habit = rng.choices(list(HABITS), HABITS.values())[0]
+    if habit == "guess":
+        number = str(rng.randint(1, LARGEST))
+        problem = problem | {"answer": number, "solution": f"That makes {number}."}
+    elif habit == "slip":
+        problem = with_slip(rng, problem)
+    untagged = f"{problem['solution']}\nThe answer is {problem['answer']}."
+    half_tagged = f"<reasoning>\n{problem['solution']}\n</reasoning>\n{problem['answer']}"
+    return written_out(problem) if rng.random() < TAGGED else rng.choice([untagged, half_tagged])
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
 # A clue is (form, a, b, k): a sentence with gaps, the two persons in it, counted from 0, and the number for {k}.
 
-SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i a knight? The later, the harder
+SAYINGS = {  # form of what person `me` can say: is it true? knight[i]: is person i a knight? The later, the harder
     "{a} is a knight": lambda knight, me, a, b, k: knight[a],
     "{a} is a knave": lambda knight, me, a, b, k: not knight[a],
     "{a} and I are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[me],
@@ -138,7 +175,7 @@ SAYINGS = {  # what person `me` can say: when it is true. knight[i]: is person i
     "if {a} is a knight, then so is {b}": lambda knight, me, a, b, k: not knight[a] or knight[b],
 }
 
-CLUES = {  # a clue about a race: when it is true. place[i]: the place of person i, from 1. The later, the less it tells
+CLUES = {  # form of a clue about a race: is it true? place[i]: the place of person i, from 1. Later ones tell less
     "{a} came in place {k}": lambda place, a, b, k: place[a] == k,
     "{a} came directly before {b}": lambda place, a, b, k: place[a] + 1 == place[b],
     "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
@@ -152,7 +189,7 @@ CLUES = {  # a clue about a race: when it is true. place[i]: the place of person
 
 
 def random_clue(rng, forms, n):
-    """A random clue about n persons, true or not. If the form has no {b}, b is a; if it has no {k}, k is 0."""
+    """A random clue about n persons, true or not. If the form has no {b}, then b = a; if it has no {k}, then k = 0."""
     form, (a, b) = rng.choice(forms), rng.sample(range(n), 2)
     b = b if "{b}" in form else a
     k = rng.randint(1, n) if "{k}" in form else 0
@@ -176,7 +213,7 @@ def knights(rng, difficulty):
             form, a, b, k = random_clue(rng, forms, n)
             if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
                 clues.append((form, a, b, k))
-                possible = [other for other in possible if SAYINGS[form](other, me, a, b, k) == other[me]]
+                possible = [roles for roles in possible if SAYINGS[form](roles, me, a, b, k) == roles[me]]
 
     names, roles = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
     quotes = [f'"{sentence(names, *clue)}"' for clue in clues]
@@ -184,24 +221,27 @@ def knights(rng, difficulty):
     says = " ".join(f"{name} says: {quote}." for name, quote in zip(names, quotes))
     question = f"Knights always tell the truth, knaves always lie. {says} "
     question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
-    lines = map("{} is a {}, and {} is {}.".format, names, roles, quotes, knight)
+    spoken = zip(names, roles, quotes, knight)  # a quote is true if a knight says it
+    lines = [f"{name} is a {role}, and {quote} is {is_true}." for name, role, quote, is_true in spoken]
     solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
-    # puzzles that differ only in names and in the order of persons have equal keys
-    split_key = [f"{roles[me]} {form} {sorted([roles[a], roles[b]])} {k}" for me, (form, a, b, k) in enumerate(clues)]
+    split_key = []  # equal for puzzles that differ only in names and in the order of persons
+    for role, (form, a, b, k) in zip(roles, clues):
+        split_key.append(f"{role} {form} {sorted([roles[a], roles[b]]) if '{a}' in form else ''} {k}")
     return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
 def order(rng, difficulty):
     """A race told by clues, none of them superfluous. Person 0 comes first, person 1 second, and so on."""
     n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
-    orders = list(itertools.permutations(range(1, n + 1)))  # the first is 1, 2, …: person i has place i + 1
-    place = numpy.array(orders).T  # [n, n!] the place of each person in each order
+    orders = list(itertools.permutations(range(1, n + 1)))  # each holds the places of all persons
+    place, true_order = numpy.array(orders).T, 0  # [n, n!]; the first order is 1, 2, …: person i has place i + 1
     clues = {}  # a clue: [n!] which orders agree with it
     possible = place[0] > 0  # [n!] which orders agree with all clues so far: at first all of them
     while possible.sum() > 1:
-        clue = form, *gaps = random_clue(rng, forms, n)
+        clue = random_clue(rng, forms, n)
+        form, *gaps = clue
         agrees = CLUES[form](place, *gaps)  # [n!]
-        if agrees[0] and (possible & ~agrees).any():  # the clue is true, and excludes an order
+        if agrees[true_order] and (possible & ~agrees).any():  # the clue is true, and excludes an order
             clues[clue] = agrees
             possible &= agrees
     for clue in list(clues):
@@ -241,18 +281,6 @@ def countdown(rng, difficulty):
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
 
 
-def puzzles(makers, difficulty, split):
-    """The puzzles of a split, always the same, of each kind in turn. Puzzles with equal keys are in the same split."""
-    kinds = [(make, random.Random(f"{make.__name__} {difficulty} {split}")) for make in makers]
-    questions = set()
-    while len(questions) < SIZES[split] // 5 * len(makers):
-        make, rng = kinds[len(questions) % len(kinds)]
-        split_key, problem = make(rng, difficulty)
-        if in_split(zlib.crc32(str(split_key).encode()), split) and problem["question"] not in questions:
-            questions.add(problem["question"])
-            yield problem | {"kind": make.__name__}
-
-
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
 
 
@@ -264,14 +292,14 @@ def answer_after(mark, question, solution):
     return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
-BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text with balanced braces; \{ and \} count as text
-for _ in range(8):
+BALANCED = r"(?:[^{}\\]++|\\.)*+"  # a text without braces; \{ and \} count as text
+for _ in range(8):  # with each turn, braces may be one level deeper
     BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
 BOX = rf"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{{\s*\}})\{{{BALANCED}\}}|[^\s{{$][^$\n]*)"  # `\boxed{5}` or `\boxed 5`
 
 
 def mathematics(row):
-    """MATH and similar sets: the answer is the field `answer`, a text or a whole number, or boxed in the solution."""
+    """MATH and similar sets: the answer is the field `answer`, or the boxes in the solution, which the grader opens."""
     solution, answer = row.get("solution") or "", row.get("answer")
     if answer is None:  # the last paragraph with boxes, from its first box to its last: `\boxed{1}$ or $\boxed{-1}`
         boxes = [re.search(rf"(?s){BOX}(?:.*{BOX})?", paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
@@ -282,8 +310,10 @@ def mathematics(row):
 
 
 def program(question, reference, prelude, setup, tests, names):
-    """A program to write. The prelude goes before the completion, the setup before the tests."""
-    # those of the names that the reference program defines: a right completion defines them too
+    """A program to write: completions are run as prelude + completion, tests as setup + tests in a process of their own.
+
+    Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
+    """
     functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
@@ -295,8 +325,8 @@ def humaneval(row):
     """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
     head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
     statements = [statement for node in nodes if getattr(node, "name", None) == "check" for statement in node.body]
-    # many rows have `assert True`, which tests nothing
-    tests = [ast.unparse(node) for node in statements if not isinstance(getattr(node, "test", None), ast.Constant)]
+    trivial = lambda node: isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant)  # assert True
+    tests = [ast.unparse(node) for node in statements if not trivial(node)]
     setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
     question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
     reference = head + row["canonical_solution"]
@@ -331,7 +361,7 @@ def problem_of(row):
         raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
     with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
         problem = function(row)
-    (problem["question"] + written_out(problem)).encode()  # an error for "\ud800", half a character, from a JSON file
+    (problem["question"] + written_out(problem)).encode()  # raises an error for "\ud800", which is half a character
     return problem
 
 
@@ -353,7 +383,9 @@ def files_of(path, split):
     for suffix in SUFFIXES:
         if found := [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
             return suffix, found
-    raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, and in a folder have {split!r} in its path")
+    raise ValueError(
+        f"a data file must end in {', '.join(SUFFIXES)}, and in a folder its path must name the split {split!r}"
+    )
 
 
 def json_rows(path):
@@ -362,7 +394,8 @@ def json_rows(path):
         lines = filter(str.strip, file)  # the lines that are not blank
         first = next(lines, "")
         one_per_line = re.fullmatch(r"\s*\{.*\}\s*", first)
-        for text in itertools.chain([first], lines) if one_per_line else [first + file.read()]:
+        texts = itertools.chain([first], lines) if one_per_line else [first + file.read()]
+        for text in texts:
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
@@ -376,7 +409,7 @@ def rows(entry, split):
 
     datasets.disable_progress_bars()
     for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # `problems` says in one line what went wrong
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # the function `problems` reports errors
     if "hub" in entry:
         splits, configuration = entry.get("splits", {}), entry.get("configuration")
         stream = datasets.load_dataset(entry["hub"], configuration, split=splits.get(split, split), streaming=True)
@@ -385,8 +418,9 @@ def rows(entry, split):
         return
     suffix, files = files_of(Path(entry["path"]), split)
     if suffix in (".csv", ".parquet"):
+        # `datasets` calls the split of given files "train", whatever it is
         yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
-    else:  # not with `datasets`: it makes the text "2020-01-01" a date, and "005" a number if other answers are
+    else:  # not with `datasets`: it makes a date of the text "2020-01-01", and a number of "005"
         yield from itertools.chain.from_iterable(map(json_rows, files))
 
 
@@ -403,14 +437,12 @@ def problems(name, entry, split):
         raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
 
 
-# ---- data sets by name: to add one of your own, add one line to DATASETS or PUZZLES --------------------------------
-#   "mine": {"hub": "owner/name"}      the rows of this repository of the Hugging Face hub have one of the FORMATS
-#   "mine": {"make": make_problems}    make_problems(split) yields problems
-# `splits`: the hub's names for our train and test splits, where they differ.
-# PUZZLES: the functions that make a puzzle. make(rng, difficulty) returns (split_key, problem), see `puzzles`.
+# ---- data sets by name: to add one of your own, add one line to DATASETS or GENERATED ------------------------------
+# "mine": {"hub": "owner/name"} is a repository of the Hugging Face hub, whose rows have one of the FORMATS.
+# `splits`: which of our splits it has, and their names on the hub; without it both, with our names. If one split of the
+# hub stands for both, every fifth row is for testing.
 
 DATASETS = {
-    "arithmetic": {"make": arithmetic},
     "gsm8k": {"hub": "openai/gsm8k", "configuration": "main"},
     "math": {"hub": "nlile/hendrycks-MATH-benchmark"},  # its test split is MATH-500
     "metamath": {"hub": "meta-math/MetaMathQA", "splits": {"train": "train"}},
@@ -419,32 +451,40 @@ DATASETS = {
     "humaneval": {"hub": "openai/openai_humaneval", "splits": {"train": "test", "test": "test"}},
     "mbpp": {"hub": "google-research-datasets/mbpp", "configuration": "full"},
 }
-PUZZLES = {"knights": [knights], "order": [order], "countdown": [countdown], "logic": [knights, order, countdown]}
+GENERATED = {  # name: makers, and the difficulties that are mixed if the name is used without one
+    "arithmetic": ([arithmetic], [1, 2, 3]),
+    "knights": ([knights], [1]),
+    "order": ([order], [1]),
+    "countdown": ([countdown], [1]),
+    "logic": ([knights, order, countdown], [1]),
+}
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
-    task, _, difficulty = name.partition(":")
-    if name in PUZZLES or (task in PUZZLES and difficulty in tuple("12345")):
-        return puzzles(PUZZLES[task], int(difficulty or 1), split)
+    task, colon, difficulty = name.partition(":")
+    if task in GENERATED and (not colon or difficulty in tuple("12345")):
+        makers, mixed = GENERATED[task]
+        return generated(makers, [int(difficulty)] if colon else mixed, split)
     entry = DATASETS.get(name, {"hub": name})
-    if "make" in entry:
-        return entry["make"](split)
     if os.path.exists(name):  # a file or folder of your own comes before the hub
         return problems(name, {"path": name}, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
     if name not in DATASETS and not on_hub:
-        known = f"{', '.join([*DATASETS, *PUZZLES])}, and no file or folder"
-        hint = "the difficulty of a puzzle is from 1 to 5, as in logic:3"
+        known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
+        hint = "a difficulty is a number from 1 to 5, as in logic:3"
         raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
-    if split not in entry.get("splits", [split]):
+    if "splits" in entry and split not in entry["splits"]:
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return problems(name, entry, split)
 
 
 def stages(spec):
-    """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)]."""
+    """The stages of a curriculum, [(name, steps)]: `logic:3:100,gsm8k:400` is [("logic:3", 100), ("gsm8k", 400)].
+
+    The first number after a generated set is always its difficulty.
+    """
     if os.path.exists(spec):  # a path can have commas and colons in it
         return [(spec, None)]
     found = []
@@ -452,7 +492,11 @@ def stages(spec):
         name, *numbers = stage.strip().split(":")
         if not name:
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
-        if numbers and name in PUZZLES:
+        if numbers and name in GENERATED:
+            if numbers[0] not in tuple("12345"):
+                raise DataError(
+                    f"{stage}: after {name} comes its difficulty, from 1 to 5, then its steps: {name}:3:100"
+                )
             name = f"{name}:{numbers.pop(0)}"
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
@@ -463,7 +507,7 @@ def stages(spec):
 
 
 def shuffled(name, split, seed, position=0):
-    """The problems of a split, epoch after epoch without end, from number `position` on. Each epoch has a new order."""
+    """The problems of a split, epoch after epoch without end, from number `position` on, each in a new order."""
     for epoch in itertools.count():
         rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
         while block := list(itertools.islice(stream, 10_000)):  # in blocks, as a data set can be larger than the memory

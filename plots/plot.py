@@ -13,19 +13,28 @@ import json
 import sys
 from pathlib import Path
 
-TRAIN = [  # key in metrics.jsonl, title
-    ("accuracy", "right answers, sampled"),
-    ("reward", "reward"),
-    ("length", "length of outputs, tokens"),
-    ("kl", "KL to the reference, nats per token"),
-    ("entropy", "entropy, nats per token"),
-    ("zero_std_groups", "groups without spread"),
+APPROACHES = {"approach/guessed": "guessed", "approach/worked": "worked out", "approach/checked": "checked"}
+LENGTHS = {"length_right": "right", "length_wrong": "wrong"}
+TRAIN = [  # title, {key in metrics.jsonl: its name in the panel}
+    ("right answers, sampled", {"accuracy": ""}),
+    ("how the outputs come to their answers", APPROACHES),
+    ("length of right and wrong outputs, tokens", LENGTHS),
+    ("reward", {"reward": ""}),
+    ("steps that calculate, per output", {"num_steps": ""}),
+    ("self-reflection, words per output", {"reflection": ""}),
+    ("KL to the reference, nats per token", {"kl": ""}),
+    ("entropy, nats per token", {"entropy": ""}),
+    ("groups without spread", {"zero_std_groups": ""}),
 ]
 TEST = [
-    ("eval/accuracy", "right answers, greedy"),
-    ("eval/format", "asked form to the letter"),
-    ("eval/length", "length of outputs, tokens"),
+    ("right answers, greedy", {"eval/accuracy": ""}),
+    ("how the outputs come to their answers", {f"eval/{key}": name for key, name in APPROACHES.items()}),
+    ("length of outputs, tokens", {"eval/length": ""}),
+    ("outputs in exactly the form of the prompt", {"eval/format": ""}),
+    ("steps that calculate, per output", {"eval/num_steps": ""}),
+    ("self-reflection, words per output", {"eval/reflection": ""}),
 ]
+SHARES = ("accuracy", "format", "zero_std_groups", *APPROACHES)  # from 0 to 1
 
 
 class FolderError(ValueError):
@@ -79,7 +88,7 @@ def curves(rows, key):
 
 def groups(folders):
     """Runs by what they have in common: {label: [rows of each run]}; all settings but the seed and the name count."""
-    by_settings, drawn = {}, {"step", "stage", "eval/ci95", *(key for key, _ in TRAIN + TEST)}
+    by_settings, drawn = {}, {"step", "stage", "eval/ci95", *(key for _, keys in TRAIN + TEST for key in keys)}
     for folder in folders:
         config, rows = read(folder, drawn)
         same = json.dumps(
@@ -116,33 +125,40 @@ def smooth(values, window=5):
     ]
 
 
-def panel(axes, key, title, runs_by_label, smoothed):
-    """One key of every run: a line per label with its runs' lowest and highest as a band."""
+def panel(axes, keys, title, runs_by_label, smoothed):
+    """Some keys of all runs, a line per label and key: the colour tells the labels apart, or a single label's keys."""
     for number, (label, runs) in enumerate(runs_by_label.items()):
-        color = f"C{number % 10}"
-        series = [dict(zip(*curves(rows, key))) for rows in runs]
-        steps = sorted(set.intersection(*map(set, series)))
-        steps = steps[:: 1 + len(steps) // 1000]  # a panel has not even 500 columns
-        if not steps:
-            continue
-        values = [[one[step] for one in series] for step in steps]
-        mean = [sum(at) / len(at) for at in values]
-        low, high = [min(at) for at in values], [max(at) for at in values]
-        if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is the 95 % interval
-            half = dict(zip(*curves(runs[0], "eval/ci95")))
-            low, high = (
-                [mean[i] - half[step] for i, step in enumerate(steps)],
-                [mean[i] + half[step] for i, step in enumerate(steps)],
-            )
-        if smoothed:
-            axes.plot(steps, mean, color=color, alpha=0.25, linewidth=0.8)
-            mean, low, high = smooth(mean), smooth(low), smooth(high)
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(steps, mean, color=color, label=label, marker="" if smoothed else "o", markersize=3)
+        for index, (key, name) in enumerate(keys.items()):
+            color, dash = (index, "-") if len(runs_by_label) == 1 else (number, ("-", "--", ":")[index])
+            legend = label if len(keys) == 1 else name if number == 0 else None
+            line(axes, key, runs, smoothed, color=f"C{color % 10}", linestyle=dash, label=legend)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    if key in ("accuracy", "eval/accuracy", "eval/format", "zero_std_groups"):
+    if len(keys) > 1 and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    if next(iter(keys)).removeprefix("eval/") in SHARES:
         axes.set_ylim(-0.02, 1.02)
+
+
+def line(axes, key, runs, smoothed, **style):
+    """The mean of one key over some runs, and a band from their lowest to their highest."""
+    series = [dict(zip(*curves(rows, key))) for rows in runs]
+    steps = sorted(set.intersection(*map(set, series)))
+    steps = steps[:: 1 + len(steps) // 1000]  # a panel has not even 500 columns
+    if not steps:
+        return
+    values = [[one[step] for one in series] for step in steps]
+    mean = [sum(at) / len(at) for at in values]
+    low, high = [min(at) for at in values], [max(at) for at in values]
+    if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is the 95 % interval
+        half = dict(zip(*curves(runs[0], "eval/ci95")))
+        low = [mean[i] - half[step] for i, step in enumerate(steps)]
+        high = [mean[i] + half[step] for i, step in enumerate(steps)]
+    if smoothed:
+        axes.plot(steps, mean, color=style["color"], alpha=0.25, linewidth=0.8)
+        mean, low, high = smooth(mean), smooth(low), smooth(high)
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(steps, mean, marker="" if smoothed else "o", markersize=3, **style)
 
 
 def draw(folders, out):
@@ -158,8 +174,8 @@ def draw(folders, out):
         # room for titles and numbers, in inches: to find it out by drawing twice takes as long again
         figure.subplots_adjust(0.045, 0.5 / height, 0.99, 1 - 0.3 / height, 0.16, 0.36)
         grid = figure.subplots(lines, columns, squeeze=False).flat
-        for axes, (key, title) in zip(grid, panels):
-            panel(axes, key, title, runs_by_label, smoothed=name == "train_score")
+        for axes, (title, keys) in zip(grid, panels):
+            panel(axes, keys, title, runs_by_label, smoothed=name == "train_score")
             shade(axes, next(iter(runs_by_label.values()))[0])
             axes.set_xlabel("step", fontsize=8)
         if grid[0].get_legend_handles_labels()[0]:

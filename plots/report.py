@@ -56,7 +56,21 @@ def step_metrics(records, group_size, names):
         "accuracy": mean(records, "correctness"),
         "entropy": sum(record["entropy"] for record in records) / tokens,
         "length_max": max(record["length"] for record in records),
-        **{name: mean(records, name) for name in ("length", "truncated", "reflection", "zero_advantage")},
+        **{name: mean(records, name) for name in ("length", "truncated", "zero_advantage")},
+        **behaviour(records),
+    }
+
+
+def behaviour(records):
+    """How the outputs come to their answers: shares of the approaches, steps, doubts, lengths of right and wrong ones."""
+    lengths = {"right": [], "wrong": []}
+    for record in records:
+        lengths["right" if record.get("correctness") else "wrong"].append(record["length"])
+    approaches = [record["approach"] for record in records]
+    return {
+        **{f"approach/{name}": approaches.count(name) / len(records) for name in ("guessed", "worked", "checked")},
+        **{name: mean(records, name) for name in ("num_steps", "reflection")},
+        **{f"length_{name}": statistics.mean(of) if of else None for name, of in lengths.items()},
     }
 
 
@@ -80,6 +94,7 @@ def eval_metrics(records):
         "eval/length": mean(records, "length"),
         "eval/truncated": mean(records, "truncated"),
         "eval/n": len(records),
+        **{f"eval/{name}": value for name, value in behaviour(records).items()},
     }
     for task in tasks if len(tasks) > 1 else ():
         metrics[f"eval/accuracy/{task}"] = mean([record for record in records if record["task"] == task], "correctness")
@@ -219,9 +234,9 @@ def step_line(row):
     kl = "   off" if row["kl"] is None else f"{row['kl']:6.4f}"
     return (
         f"step {row['step']:4d} | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f} | right {row['accuracy']:4.2f}"
+        f" | guess {row['approach/guessed']:4.2f}"
         f" | kl {kl} | clip {row['clip_low'] + row['clip_high']:4.2f} | dead {row['zero_std_groups']:4.2f}"
-        f" | len {row['length']:5.1f} | cut {row['truncated']:4.2f} | grad {row['grad_norm']:5.2f}"
-        f" | {row['seconds']:5.1f} s"
+        f" | len {row['length']:5.1f} | cut {row['truncated']:4.2f} | {row['seconds']:5.1f} s"
     )
 
 
@@ -234,7 +249,7 @@ def completion(record):
 
 def eval_line(metrics):
     """An evaluation in one line."""
-    more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in metrics if "@" in key or key.count("/") > 1}
+    more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in metrics if "@" in key or "accuracy/" in key}
     more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
     return (
         f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
@@ -292,7 +307,9 @@ def summary(run):
     first, last = "base (step 0)", f"trained (step {trained['step']})"
     lines = [f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}"]
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
-        cells = [f"{row[key]:.3f}" + f" ± {row['eval/ci95']:.3f}" * (key == "eval/accuracy") for row in (base, trained)]
+        cells = ["–" if row[key] is None else f"{row[key]:.3f}" for row in (base, trained)]
+        if key == "eval/accuracy":
+            cells = [f"{cell} ± {row['eval/ci95']:.3f}" for cell, row in zip(cells, (base, trained))]
         lines.append(f"{key.removeprefix('eval/'):24}{cells[0]:>18}{cells[1]:>22}")
     tests = [row for row in samples if row["split"] == "test"]
     pairs = zip(*([row for row in tests if row["step"] == one["step"]] for one in (base, trained)))

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,11 @@ from plots import plot  # noqa: E402, the script stands beside the package it dr
 
 OUT = HERE / "reproduce"
 SEEDS = (0, 1, 2)
-COMMON = "--model tiny --steps 40 --schedule constant --eval_every 10 --save_every 10 --show_every 0"
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile, by the number of seeds
+COMMON = "--model tiny --dataset arithmetic:3 --max_new_tokens 80 --steps 40 --learning_rate 1e-4 --schedule constant"
+COMMON += " --eval_every 5 --save_every 20 --show_every 0"
+NO_ANSWER = "--weight_correctness 0 --weight_integer 0 "
+NO_FORM = "--weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
 RUNS = {  # what each changes; a flag given twice takes its last value
     "grpo": "",
     "grpo-ps": "--supervision both",
@@ -37,15 +42,17 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "ppo": "--algorithm ppo",
     "dpo": "--algorithm dpo --learning_rate 3e-5",
     "iterations-2": "--iterations 2 --steps 20",
-    "iterations-3": "--iterations 3 --steps 14",
     "beta-0": "--beta 0",
     "beta-0.4": "--beta 0.4",
     "group-2": "--group_size 2 --questions_per_step 64",
     "group-32": "--group_size 32 --questions_per_step 4",
-    "sparse": "--weight_integer 0 --weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0",
+    "sparse": "--weight_integer 0 " + NO_FORM,
     "no-std": "--scale_by_std false",
-    "temperature-0.5": "--temperature 0.5",
-    "lr-3": "--learning_rate 1.2e-3",
+    "random": "--weight_random 2 " + NO_ANSWER + NO_FORM,
+    "random-mu-4": "--weight_random 2 --steps 20 --mu 4 " + NO_ANSWER + NO_FORM,
+    "form": NO_ANSWER,
+    "form-mu-4": "--steps 20 --mu 4 " + NO_ANSWER,
+    "lr-4": "--learning_rate 4e-4",
     "mu-2": "--steps 20 --mu 2",
     "mu-4": "--steps 20 --mu 4",
     "mu-4-epsilon-0.02": "--steps 20 --mu 4 --epsilon_low 0.02 --epsilon_high 0.02",
@@ -57,10 +64,14 @@ FIGURES = {  # file: [(title, {label: run})]
         ("Figure 5", {"RFT": "rft", "Online RFT": "online-rft", "GRPO+OS": "grpo", "GRPO+PS": "grpo-ps"}),
     ],
     "figure6": [
-        ("Figure 6", {"1 iteration": "grpo", "2 iterations": "iterations-2", "3 iterations": "iterations-3"}),
+        ("Figure 6", {"1 iteration": "grpo", "2 iterations": "iterations-2"}),
     ],
     "methods": [
         ("SFT, DPO, PPO and GRPO", {"SFT": "sft", "DPO": "dpo", "PPO": "ppo", "GRPO": "grpo"}),
+    ],
+    "controls": [
+        ("μ = 1", {"true reward": "grpo", "form alone": "form", "random": "random"}),
+        ("μ = 4", {"true reward": "mu-4", "form alone": "form-mu-4", "random": "random-mu-4"}),
     ],
     "ablations": [
         ("β, weight of the KL", {"0": "beta-0", "0.04 (paper)": "grpo", "0.4": "beta-0.4"}),
@@ -68,7 +79,7 @@ FIGURES = {  # file: [(title, {label: run})]
         ("μ, updates per rollout", {"1 (paper)": "grpo", "2": "mu-2", "4": "mu-4"}),
         ("ε, at μ = 4", {"0.02": "mu-4-epsilon-0.02", "0.2": "mu-4", "10: no clip": "mu-4-epsilon-10"}),
         ("rewards", {"all": "grpo", "correctness alone": "sparse"}),
-        ("others", {"default": "grpo", "no std": "no-std", "T = 0.5": "temperature-0.5", "3 × lr": "lr-3"}),
+        ("others", {"default": "grpo", "no std": "no-std", "4 × lr": "lr-4"}),
     ],
 }
 
@@ -123,9 +134,7 @@ def evaluate(name, bar):
     """Figure 7's maj@K and pass@K of one model: {"maj@1": …}; from the file of the last time where there is one."""
     file = Path("runs") / f"reproduce-{name}.txt"
     if not file.exists():
-        flags = (
-            "--dataset arithmetic --max_new_tokens 64 --eval_questions 200 --eval_samples 64 --eval_dataset arithmetic"
-        )
+        flags = "--dataset arithmetic:3 --max_new_tokens 80 --eval_questions 200 --eval_samples 64"
         printed = main_py(["--evaluate", EVALUATIONS[name], *flags.split()], bar)
         if printed is None:
             return None
@@ -149,7 +158,7 @@ def summary(folder):
     keys = ("kl", "clip_low", "clip_high", "zero_std_groups")
     values = {key: [row[key] for row in last[-10:] if row.get(key) is not None] for key in keys}
     return {
-        "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/ci95")} for row in tests],
+        "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/ci95", "eval/length")} for row in tests],
         "last": {key: sum(of_key) / len(of_key) for key, of_key in values.items() if of_key},
         "minutes": sum(row["seconds"] for row in last) / 60,
     }
@@ -183,17 +192,35 @@ def mean_and_range(values):
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def difference(runs, others):
+    """The mean difference in final accuracy over the seeds, with its paired 95 % interval; * where that excludes 0."""
+    gains = [a["tests"][-1]["eval/accuracy"] - b["tests"][-1]["eval/accuracy"] for a, b in zip(runs, others)]
+    mean = statistics.mean(gains)
+    half = STUDENT_T[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
+    return f"{mean:+.3f} ± {half:.3f}" + " *" * (abs(mean) > half)
+
+
+def steps_to(goal, runs):
+    """At which step the greedy accuracy first reaches a goal, for each run."""
+    reached = [[row["step"] for row in run["tests"] if row["eval/accuracy"] >= goal] for run in runs]
+    return ", ".join(str(steps[0]) if steps else "–" for steps in reached)
+
+
 def table(data):
-    """Greedy accuracy at the end of each run, and over its whole course, as Markdown."""
-    print("| run | flags | accuracy | KL | clipped | dead | minutes |\n|---|---|---|---|---|---|---|")
+    """Greedy accuracy at the end of each run and on the way there, and means of its last ten steps, as Markdown."""
+    columns = "run", "flags", "accuracy", "less grpo", "steps to 0.80", "KL", "clipped", "dead", "length", "minutes"
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in (name for name in RUNS if name in data):
         runs = data[name]["runs"]
         last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
         cells = [
             mean_and_range([run["tests"][-1]["eval/accuracy"] for run in runs]),
+            difference(runs, data["grpo"]["runs"]) if name != "grpo" else "–",
+            steps_to(0.8, runs),
             f"{last['kl']:.3f}" if "kl" in last else "–",
         ]
         cells += [f"{last['clip_low'] + last['clip_high']:.3f}", f"{last['zero_std_groups']:.2f}"]
+        cells += [f"{sum(run['tests'][-1]['eval/length'] for run in runs) / len(runs):.1f}"]
         minutes = max(run["minutes"] for run in runs)
         print(f"| {name} | `{RUNS[name] or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
 
@@ -210,8 +237,8 @@ def draw(data):
             runs = {
                 label: [run["tests"] for run in data[name]["runs"]] for label, name in curves.items() if name in data
             }
-            plot.panel(axes, "eval/accuracy", f"{title}: greedy test accuracy", runs, smoothed=False)
-            axes.set(xlabel="step", ylim=(0.4, 1.02) if columns == 1 else (-0.02, 1.02))
+            plot.panel(axes, {"eval/accuracy": ""}, f"{title}: greedy test accuracy", runs, smoothed=False)
+            axes.set(xlabel="step", ylim=(-0.02, 1.02))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(fontsize=8, loc="lower right")
         figure.savefig(OUT / f"{file}.png", dpi=100)

@@ -1,4 +1,4 @@
-"""What tests/README.md says of speed and memory: python tests/benchmark.py [rollout update step growth memory lora fits]
+"""What tests/README.md says of speed and memory: python tests/benchmark.py [SECTION ...]
 
 Everything is measured beside what a user of the library would write, on the same random weights, questions and lengths,
 in turns, and given as medians and ratios. Peaks of memory are those of processes of their own, above the imports.
@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,14 @@ LORA = {
     "full, checkpointing": {"GRADIENT_CHECKPOINTING": True},
     "LoRA, rank 32": {"LORA_RANK": 32},
     "LoRA, checkpointing": {"LORA_RANK": 32, "GRADIENT_CHECKPOINTING": True},
+}
+RACES = {  # what a reader may try: flags
+    "the default": "",
+    "no warm-up": "--warmup 0",
+    "no warm-up, 2 × learning rate": "--warmup 0 --learning_rate 4e-4",
+    "no warm-up, 4 × learning rate": "--warmup 0 --learning_rate 8e-4",
+    "no warm-up, 4 × learning rate, β = 0": "--warmup 0 --learning_rate 8e-4 --beta 0",
+    "no warm-up, 2 × learning rate, half the questions": "--warmup 0 --learning_rate 4e-4 --questions_per_step 8",
 }
 PROMPT = 100  # tokens in each prompt, about GSM8K's with its instruction
 END = 1  # the token that ends an output
@@ -431,8 +440,35 @@ def fits():
         print(f"{name:14}" + "".join(f"{cell:>28}" for cell in cells))
 
 
+def race(goal=0.9, seeds=(0, 1, 2)):
+    """Seconds of training until the greedy accuracy of the default task first reaches the goal; tests are not counted."""
+    print(f"seconds of training, steps and sampled tokens until the greedy accuracy is {goal}, seeds {seeds}")
+    script = [sys.executable, str(Path(__file__).parent.parent / "main.py")]
+    subprocess.run(
+        [*script, "--evaluate", "tiny", "--eval_questions", "1"], check=True, capture_output=True
+    )  # build it
+    for name, flags in RACES.items():
+        results = []
+        for seed in seeds:
+            folder = Path("runs") / "race"
+            command = f"--run race --seed {seed} --eval_every 2 --steps 60 --show_every 0 {flags}".split()
+            with subprocess.Popen([*script, *command], stdout=subprocess.PIPE, text=True) as process:
+                accuracies = (float(line.split("accuracy")[1].split()[0]) for line in process.stdout if "TEST" in line)
+                reached = any(accuracy >= goal for accuracy in accuracies)
+                process.kill()
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+            shutil.rmtree(folder)
+            last = min(row["step"] for row in rows if row.get("eval/accuracy", 0) >= goal) if reached else math.inf
+            steps = [row for row in rows if "reward" in row and row["step"] <= last]
+            results.append((sum(row["seconds"] for row in steps), len(steps), steps[-1]["tokens"], reached))
+        cells = [
+            f"{s:.1f} s, {n} steps, {t / 1000:.0f} k tokens" if ok else "not in 60 steps" for s, n, t, ok in results
+        ]
+        print(f"{name:50}" + "".join(f"{cell:>32}" for cell in cells), flush=True)
+
+
 def run():
-    sections = ("rollout", "update", "step", "growth", "memory", "lora", "fits")
+    sections = ("rollout", "update", "step", "growth", "memory", "lora", "fits", "race")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("section", nargs="*", choices=[[], *sections], help="what to measure; all of it by default")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # the child process
@@ -471,6 +507,8 @@ def run():
         measure_lora()
     if "fits" in chosen:
         fits()
+    if "race" in chosen and not on_gpu:
+        race()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class NotHere(Exception):
 def build(folder, more_tokens=0, ends=range(20, 60), **of_tokenizer):
     """A small random model with many end tokens, so that outputs have all lengths, and a real tokenizer."""
     torch.manual_seed(0)
-    corpus = rldatasets.messy_corpus(200)
+    corpus = rldatasets.tiny_corpus(0, 200)[1]
     tokenizer = llms.tiny_tokenizer([message["content"] for messages, _ in corpus for message in messages])
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 512}

@@ -34,7 +34,7 @@ MB = 1e6
 def build(folder):
     """A random model in Hugging Face format, as small as one can be that reads the questions."""
     torch.manual_seed(0)
-    texts = [message["content"] for messages, _ in rldatasets.messy_corpus(200) for message in messages]
+    texts = [message["content"] for messages, _ in rldatasets.tiny_corpus(0, 200)[1] for message in messages]
     tokenizer = llms.tiny_tokenizer(texts)
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(**SHAPE, **ids, num_key_value_heads=1, max_position_embeddings=1024)

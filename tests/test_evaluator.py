@@ -509,6 +509,20 @@ def test_safety_is_a_list_and_reflection_counts_words():
     assert evaluator.reflection("Wait, that is a mistake. Let me check: 2. The waiter waits.") == 3
 
 
+@pytest.mark.parametrize(
+    ("completion", "steps", "approach"),
+    [
+        ("<reasoning>\nThat makes 7.\n</reasoning>\n<answer>\n7\n</answer>", 0, "guessed"),
+        ("Wait, let me check. It is 7.", 0, "guessed"),  # doubt without a calculation finds nothing out
+        ("<reasoning>\nbuys 4: <<3+4=7>>7\n</reasoning>\n7", 1, "worked"),
+        ("<reasoning>\n3 + 4 = 7, so there are 7.\n7 - 2 = 5\n</reasoning>\n5", 2, "worked"),
+        ("<reasoning>\nbuys 4: <<3+4=8>>8\nWait, <<3+4=7>>7\n</reasoning>\n7", 2, "checked"),
+    ],
+)
+def test_an_output_is_guessed_worked_out_or_checked(completion, steps, approach):
+    assert (evaluator.num_steps(completion), evaluator.approach(completion)) == (steps, approach)
+
+
 # ---- what a script may not know ------------------------------------------------------------------------------------
 
 

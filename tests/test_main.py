@@ -730,10 +730,10 @@ def test_a_stage_follows_the_other_at_its_step_and_a_second_iteration_begins_aga
 
 
 def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
-    constants = {"DATASET": "arithmetic:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
+    constants = {"DATASET": "arithmetic:1:2,knights:1:3", "STEPS": 5, "QUESTIONS_PER_STEP": 1, "MAX_PROMPT_TOKENS": 400}
     state, _ = setup(**constants)
     rows = train(state)
-    assert [row["stage"] for row in rows] == ["arithmetic"] * 2 + ["knights:1"] * 3
+    assert [row["stage"] for row in rows] == ["arithmetic:1"] * 2 + ["knights:1"] * 3
     assert [row["questions"] for row in rows] == [1, 2, 3, 4, 5] and (state.stage, state.position) == (1, 3)
     assert "rewards/integer" in rows[0] and "rewards/integer" not in rows[4]
     state.step = 4  # within the second stage
@@ -773,7 +773,7 @@ def test_a_reward_is_one_function_and_its_weight_one_constant(monkeypatch, const
 
 def test_every_rule_has_a_weight_and_every_constant_is_a_flag():
     weights = {name[7:].lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {"decay"}
-    assert weights == {*evaluator.REWARDS, "overlong", "reward_model", "steps"}
+    assert weights == {*evaluator.REWARDS, "overlong", "random", "reward_model", "steps"}
     source = Path(main.__file__).read_text().split("# -- End of the constants")[0]
     assert set(re.findall(r"^([A-Z][A-Z0-9_]+) =", source, re.MULTILINE)) == set(main.CONSTANTS)
 
@@ -785,11 +785,52 @@ def test_the_test_questions_are_shared_out_over_the_tasks(constants):
     assert [problem["task"] for problem in main.check_data()] == ["arithmetic"] * 3 + ["order:2"] * 3
 
 
+def test_the_random_reward_is_a_fair_coin_that_no_output_can_earn(setup, constants):
+    state, _ = setup()
+    problems, rollout = (
+        [{"question": "?", "answer": "1", "kind": "math"}] * 50,
+        outputs_of(["<answer>1</answer>"] * 1000),
+    )
+    assert "random" not in main.score_outputs(rollout, problems, state)
+    constants(WEIGHT_RANDOM=1.0)
+    first, second = (main.score_outputs(rollout, problems, state)["random"] for _ in range(2))
+    assert first.shape == (50, 20) and set(first.unique().tolist()) == {0.0, 1.0} and 0.45 < first.mean() < 0.55
+    assert 0.4 < (first == second).float().mean() < 0.6  # the same outputs, other tosses
+    assert "random" not in main.score_outputs(rollout, problems)  # and none in a test
+
+
+def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
+    constants(WEIGHT_RANDOM=1.0)
+    state, _ = setup()
+    problems = [{"question": "?", "answer": "1", "kind": "math"}] * 3
+    toss = lambda n: main.score_outputs(outputs_of(["1"] * 4 * n), problems[:n], state)["random"].tolist()
+    state.generator.manual_seed(7)
+    alone, parts = toss(3), []
+    for rank, count in ((0, 1), (1, 2)):
+        monkeypatch.setattr(llms, "sums_over_ranks", lambda failed, outputs: [0, 12])
+        monkeypatch.setattr(
+            llms, "share", lambda rows, rank=rank: rows[len(rows) * rank // 2 : len(rows) * (rank + 1) // 2]
+        )
+        state.generator.manual_seed(7)
+        parts += toss(count)
+    assert parts == alone
+
+
+def test_a_run_tells_how_its_outputs_come_to_their_answers():
+    outputs = [(1, "worked", 30, 2), (1, "checked", 50, 3), (0, "guessed", 10, 0), (0, "guessed", 20, 0)]
+    names = ("correctness", "approach", "length", "num_steps")
+    told = report.behaviour([dict(zip(names, output)) | {"reflection": 0} for output in outputs])
+    assert [told[f"approach/{name}"] for name in ("guessed", "worked", "checked")] == [0.5, 0.25, 0.25]
+    assert (told["length_right"], told["length_wrong"], told["num_steps"]) == (40, 15, 1.25)
+    assert report.behaviour([dict(zip(names, outputs[0])) | {"reflection": 0}])["length_wrong"] is None
+
+
 def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model):
-    _, rollout = setup()
+    state, rollout = setup()
     judge = llms.load_reward_model(reward_model)
     problems = PROBLEMS[:3]
-    scores = main.score_outputs(rollout, problems, judge)["reward_model"].flatten()
+    state.reward_model = judge
+    scores = main.score_outputs(rollout, problems, state)["reward_model"].flatten()
     assert scores.shape == (12,) and scores.mean().abs() < 1e-5 and abs(scores.std() - 1) < 1e-2
     questions = [problem["question"] for problem in problems for _ in range(4)]
     raw = tensor(llms.reward_scores(*judge, questions, rollout.texts, rows=5))

@@ -210,7 +210,7 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     drawn = subprocess.run([*command, "--draw"], check=False, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr
     pictures = sorted(path.stem for path in (tmp_path / "plots" / "reproduce").glob("*.png"))
-    assert pictures == ["ablations", "figure5", "figure6", "figure7", "methods"]
+    assert pictures == ["ablations", "controls", "figure5", "figure6", "figure7", "methods"]
     assert "| grpo |" in drawn.stdout and "| mu-4-epsilon-10 |" in drawn.stdout
     wrong = subprocess.run([*command, "a2c"], check=False, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "online-rft" in wrong.stderr
@@ -272,7 +272,7 @@ def test_training_prompts_that_are_all_too_long_are_refused_before_anything_is_w
 def test_both_models_are_looked_at_before_either_is_tested(finished, inside):
     _, flags, _ = finished
     code, out, err = inside("--evaluate", flags[1], "--against", "./nowhere", *flags[2:])
-    assert code == 2 and err.count("\n") == 1 and "no such model folder: ./nowhere" in err and not out
+    assert code == 2 and err.count("\n") == 1 and "unknown model: ./nowhere" in err and not out
 
 
 def test_a_file_that_is_called_runs_is_named(finished, inside, tmp_path):
@@ -397,7 +397,7 @@ def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, argumen
         ("--algorithm ppo --lambda 1.5", "from 0 to 1"),
         ("--algorithm ppo --supervision process", "outcome for ppo"),
         ("--algorithm sft --dataset bare.jsonl --eval_dataset arithmetic", "bare.jsonl has none"),
-        ("--algorithm sft --dataset arithmetic:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
+        ("--algorithm sft --dataset arithmetic:1:2,bare.jsonl:2 --eval_dataset arithmetic", "bare.jsonl has none"),
         ("--supervision process --dataset order:1", "order:1 have none"),
         ("--algorithm dpo --denominator token", "sequence for dpo"),
         ("--algorithm ppo --ratio sequence", "token if Â differs"),

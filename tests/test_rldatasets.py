@@ -31,39 +31,81 @@ def take(name, n, **how):
     return [problem["question"] for problem in itertools.islice(rldatasets.shuffled(name, "train", **how), n)]
 
 
-def test_every_arithmetic_solution_is_in_gsm8k_format_and_true():
-    for problem in itertools.chain(rldatasets.load("arithmetic", "train"), rldatasets.load("arithmetic", "test")):
-        left, operation, right, result = re.search(r"<<(\d+)([-+*])(\d+)=(\d+)>>\4 ", problem["solution"]).groups()
-        assert {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[
-            operation
-        ] == int(result)
-        assert problem["answer"] == result
+def calculations(text):
+    """[(left, sign, right, result)] of each <<…>>, as texts."""
+    return re.findall(r"<<(\d+)([-+])(\d+)=(\d+)>>", text)
 
 
-def test_no_arithmetic_story_with_the_same_numbers_is_in_both_splits():
+def holds(left, sign, right, result):
+    return int(result) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 3, 4, 5])
+def test_a_word_problem_has_as_many_steps_as_its_difficulty_and_each_starts_from_the_last_result(difficulty):
+    for problem in itertools.islice(rldatasets.load(f"arithmetic:{difficulty}", "train"), 300):
+        steps = calculations(problem["solution"])
+        assert len(steps) == problem["solution"].count("\n") + 1 == difficulty and all(itertools.starmap(holds, steps))
+        start = re.search(r" has (\d+) ", problem["question"])[1]
+        assert [start, *(result for *_, result in steps)] == [*(left for left, *_ in steps), problem["answer"]]
+        assert all(1 <= int(number) <= 19 for number in re.findall(r"\d+", problem["question"] + problem["solution"]))
+        numbers = re.findall(r"(?:buys|finds|wins|gets|breaks|loses|sells|eats) (\d+)", problem["question"])
+        assert numbers == [right for _, _, right, _ in steps]
+
+
+def test_buying_adds_and_losing_takes_away():
+    """By hand, not by the table that the generator reads."""
+    taken = {"breaks", "loses", "sells", "eats"}
+    for problem in rldatasets.load("arithmetic", "test"):
+        total = int(re.search(r" has (\d+) ", problem["question"])[1])
+        for verb, number in re.findall(r"(\w+) (\d+)(?:,|\.)", problem["question"].partition(", ")[2]):
+            total += -int(number) if verb in taken else int(number)
+        assert problem["answer"] == str(total)
+
+
+def test_arithmetic_alone_mixes_one_two_and_three_steps_evenly():
+    steps = [problem["solution"].count("=") for problem in rldatasets.load("arithmetic", "test")]
+    assert [steps.count(n) for n in (1, 2, 3)] == [200, 200, 200] and steps[:3] == [1, 2, 3]
+
+
+def test_no_arithmetic_story_with_the_same_events_is_in_both_splits():
     def situation(problem):
         return re.sub("|".join(rldatasets.NAMES + rldatasets.THINGS), "_", problem["question"])
 
     train, test = ({situation(p) for p in rldatasets.load("arithmetic", split)} for split in ("train", "test"))
-    assert len(train) > 300 and len(test) > 80 and not train & test
+    assert len(train) > 2000 and len(test) > 400 and not train & test
 
 
-def test_the_messy_corpus_calculates_right_and_is_right_one_time_in_three():
-    corpus = [(m, c) for m, c in rldatasets.messy_corpus(6000) if m[-1]["content"] != "Practise."]
-    truths = {}
-    for _, operation, _, _ in rldatasets.STORIES:
-        truths[operation] = truths.get(operation, 0) + 1
-    right = 0
-    for messages, completion in corpus:
-        left, sign, other, result = re.search(r"<<(\d+)([-+*])(\d+)=(\d+)>>", completion).groups()
-        assert rldatasets.OPERATIONS[sign](int(left), int(other)) == int(result)
-        question = messages[-1]["content"]
-        story = next(
-            s for s in rldatasets.STORIES if re.fullmatch(re.sub(r"\\{\w+\\}", r"[\\w]+", re.escape(s[0])), question)
-        )
-        gold = rldatasets.OPERATIONS[story[1]](int(left), int(other))
-        right += evaluator.grade(completion, str(gold))
-    assert 0.3 < right / len(corpus) < 0.45
+def test_the_tiny_model_learns_from_no_question_that_it_is_tested_on():
+    learnt = {messages[-1]["content"] for part in rldatasets.tiny_corpus(3000, 3000) for messages, _ in part}
+    assert len(learnt) > 3000 and not learnt & {p["question"] for p in rldatasets.load("arithmetic", "test")}
+
+
+def test_skills_are_true_and_habits_are_guesses_work_and_slips_in_their_shares():
+    skills, habits = rldatasets.tiny_corpus(2000, 6000)
+    assert all(holds(*step) for _, completion in skills for step in calculations(completion))
+    kinds = [evaluator.approach(completion) for _, completion in habits]
+    shares = {kind: kinds.count(kind) / 6000 for kind in ("guessed", "worked", "checked")}
+    assert shares == pytest.approx({"guessed": 0.65, "worked": 0.25, "checked": 0.1}, abs=0.03)
+    for (_, completion), kind in zip(habits, kinds):  # one slip, which "Wait" mends; nothing else is calculated wrong
+        wrong = [step for step in calculations(completion) if not holds(*step)]
+        assert len(wrong) == (kind == "checked") == completion.count("Wait, ")
+        if wrong:
+            slip, mended = re.search(r"(<<.*>>)\d+\nWait, (<<.*>>)", completion).groups()
+            assert not holds(*calculations(slip)[0]) and holds(*calculations(mended)[0])
+    assert 0.56 < sum(completion.endswith("</answer>") for _, completion in habits) / 6000 < 0.64
+
+
+def test_a_guess_is_nearly_always_wrong():
+    _, habits = rldatasets.tiny_corpus(0, 3000)
+    right = []
+    for messages, completion in habits:
+        if guess := re.search(r"That makes (\d+)\.", completion):
+            start, *events = re.findall(r"(\w+) (\d+)", messages[-1]["content"])
+            truth = int(start[1]) + sum(
+                int(n) if v in ("buys", "finds", "wins", "gets") else -int(n) for v, n in events
+            )
+            right.append(int(guess[1]) == truth)
+    assert len(right) > 1500 and sum(right) / len(right) < 0.1
 
 
 def test_an_epoch_holds_every_problem_once_and_the_next_has_another_order(tmp_path):
@@ -407,14 +449,18 @@ def test_a_data_set_is_added_with_one_line(monkeypatch):
 
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *where, **_: calls.append(where) or ROWS)
-    monkeypatch.setitem(rldatasets.DATASETS, "made", {"make": lambda split: [{"question": split}]})
+    counting = itertools.count()
+    makes = lambda rng, difficulty: (number := next(counting), {"question": f"{difficulty}: {number}"})
+    makes.__name__ = "counts"
+    monkeypatch.setitem(rldatasets.GENERATED, "made", ([makes], [4]))
     monkeypatch.setitem(rldatasets.DATASETS, "read", {"hub": "me/mine", "splits": {"train": "train"}})
-    assert take("made", 2, seed=0) == ["train", "train"] and rldatasets.stages("made:5") == [("made", 5)]
+    assert len(list(rldatasets.load("made", "test"))) == 200 and rldatasets.stages("made:5:6") == [("made:5", 6)]
+    assert next(rldatasets.load("made:2", "train")).items() >= {"kind": "counts"}.items()
     assert [p["answer"] for p in rldatasets.load("read", "train")] == ["12", "-3", "1,125"]
     assert calls == [("me/mine", None)]
     with pytest.raises(rldatasets.DataError, match="read is for training only"):
         rldatasets.load("read", "test")
-    with pytest.raises(rldatasets.DataError, match="poker is none of .*, made, read"):
+    with pytest.raises(rldatasets.DataError, match="poker is none of .*, read, .*, made"):
         rldatasets.load("poker", "test")
 
 
@@ -639,7 +685,7 @@ def test_a_curriculum_is_a_list_of_names_with_their_steps(tmp_path):
     assert rldatasets.stages("logic:3") == [("logic:3", None)]  # its difficulty
     assert rldatasets.stages("humaneval:200") == [("humaneval", 200)]  # its steps
     assert rldatasets.stages("logic") == [("logic", None)]
-    assert rldatasets.stages("arithmetic:5, owner/set:6") == [("arithmetic", 5), ("owner/set", 6)]
+    assert rldatasets.stages("arithmetic:5:7, owner/set:6") == [("arithmetic:5", 7), ("owner/set", 6)]
     path = write(tmp_path / "a,b:3.jsonl", ROWS)
     assert rldatasets.stages(path) == [(path, None)]
     assert rldatasets.stages(f"{tmp_path}:7") == [(str(tmp_path), 7)]

@@ -339,11 +339,11 @@ def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     for layer in llms.lora_layers(state.policy):
         nn.init.normal_(layer.lora_B, std=0.1)
     nn.init.normal_(state.critic.value_head.weight)
-    before = main.log_probs(state, state.critic, rollout, llms.Critic.token_values)
+    before = main.per_token(state, llms.Critic.token_values, state.critic, rollout)
     old, state.reference = main.log_probs(state, state.reference, rollout), llms.frozen_copy(state.policy)
     assert torch.equal(main.log_probs(state, state.reference, rollout), main.log_probs(state, state.policy, rollout))
     assert (main.log_probs(state, state.reference, rollout) - old).abs().max() > 1e-3
-    assert torch.equal(main.log_probs(state, state.critic, rollout, llms.Critic.token_values), before) and before.any()
+    assert torch.equal(main.per_token(state, llms.Critic.token_values, state.critic, rollout), before) and before.any()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
