@@ -996,7 +996,7 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endif %}"""
 
 TINY = {
-    "phases": [(1200, 4e-3), (300, 8e-4)],  # of supervised learning: steps and highest learning rate
+    "phases": [(1600, 4e-3), (300, 8e-4)],  # of supervised learning: steps and highest learning rate
     "rows": 16,  # in each step
     "vocabulary": 640,  # tokens at most
     "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
