@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -996,8 +997,8 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endif %}"""
 
 TINY = {
-    "phases": [(1600, 4e-3), (300, 8e-4)],  # of supervised learning: steps and highest learning rate
-    "rows": 16,  # in each step
+    "learning_rates": [4e-3, 8e-4],  # the highest one for each part of the corpus
+    "rows": 16,  # in each step of supervised learning
     "vocabulary": 640,  # tokens at most
     "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
@@ -1025,26 +1026,38 @@ def build_tiny(folder, corpora):
     tokenizer = tiny_tokenizer(texts)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    model = transformers.AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    total = sum(steps for steps, _ in TINY["phases"])
+    count = TINY["rows"]
+    total = sum(len(corpus) // count for corpus in corpora)
     with tqdm(total=total, desc="building the tiny model, once", leave=False, disable=RANK > 0 or None) as bar:
-        for corpus, (steps, learning_rate) in zip(corpora, TINY["phases"]):
-            prompts = [encode(tokenizer, messages) for messages, _ in corpus]
-            completions = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for _, text in corpus]
+        for corpus, highest in zip(corpora, TINY["learning_rates"]):
+            rows = [(encode(tokenizer, messages), completion) for messages, completion in corpus]
+            rows = [(prompt, tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for prompt, text in rows]
+            for start in range(0, len(rows), 8 * count):  # neighbours of about the same length need little padding
+                rows[start : start + 8 * count] = sorted(
+                    rows[start : start + 8 * count], key=lambda row: len(sum(row, []))
+                )
+            steps = len(rows) // count
             for step in range(steps):
-                rows = [(step * TINY["rows"] + row) % len(corpus) for row in range(TINY["rows"])]
-                inputs = [prompts[row] for row in rows], [completions[row] for row in rows]
-                ids, attention, mask = batch(*inputs, model.device)
-                loss = -token_logprobs(model, ids, attention, mask, 1.0)[mask].mean()
+                loss = imitation_loss(model, rows[step * count : (step + 1) * count])
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * min(1.0, (step + 1) / 20) * (1 - step / steps)
+                    group["lr"] = highest * min(1.0, (step + 1) / 20) * (1 - step / steps)
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.update()
     save(model, tokenizer, folder)
+
+
+def imitation_loss(model, rows):
+    """Minus the mean log-probability of the completions' tokens, for rows of (prompt, completion), two lists of ids."""
+    ids = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows], True)  # [N, L]
+    learnt = [torch.tensor([False] * len(prompt) + [True] * len(completion)) for prompt, completion in rows]
+    learnt = pad_sequence(learnt, True)[:, 1:]  # [N, L - 1]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [N, L - 1, D]
+    return F.cross_entropy(model.lm_head(hidden[learnt]), ids[:, 1:][learnt])
 
 
 def tiny_folder(runs, corpora):
