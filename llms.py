@@ -1034,9 +1034,6 @@ def build_tiny(folder, corpora):
         for corpus, highest in zip(corpora, TINY["learning_rates"]):
             rows = [(encode(tokenizer, messages), completion) for messages, completion in corpus]
             rows = [(prompt, tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for prompt, text in rows]
-            windows = [rows[start : start + 8 * count] for start in range(0, len(rows), 8 * count)]
-            # in each window the rows are sorted by length, so that the rows of a step need little padding
-            rows = [row for window in windows for row in sorted(window, key=lambda row: len(row[0]) + len(row[1]))]
             steps = len(rows) // count
             for step in range(steps):
                 loss = imitation_loss(model, rows[step * count : (step + 1) * count])

@@ -103,7 +103,7 @@ HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # how often the careless au
 TAGGED = 0.6  # the share of that author's solutions that have the form of the prompt
 
 
-def tiny_corpus(num_skilled=25600, num_careless=4800):
+def tiny_corpus(num_skilled=24800, num_careless=4000):
     """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
     Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the
