@@ -52,7 +52,6 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "random-mu-4": "--weight_random 2 --steps 20 --mu 4 " + NO_ANSWER + NO_FORM,
     "form": NO_ANSWER,
     "form-mu-4": "--steps 20 --mu 4 " + NO_ANSWER,
-    "lr-4": "--learning_rate 4e-4",
     "mu-2": "--steps 20 --mu 2",
     "mu-4": "--steps 20 --mu 4",
     "mu-4-epsilon-0.02": "--steps 20 --mu 4 --epsilon_low 0.02 --epsilon_high 0.02",
@@ -79,7 +78,7 @@ FIGURES = {  # file: [(title, {label: run})]
         ("μ, updates per rollout", {"1 (paper)": "grpo", "2": "mu-2", "4": "mu-4"}),
         ("ε, at μ = 4", {"0.02": "mu-4-epsilon-0.02", "0.2": "mu-4", "10: no clip": "mu-4-epsilon-10"}),
         ("rewards", {"all": "grpo", "correctness alone": "sparse"}),
-        ("others", {"default": "grpo", "no std": "no-std", "4 × lr": "lr-4"}),
+        ("others", {"default": "grpo", "no std": "no-std"}),
     ],
 }
 
