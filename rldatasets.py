@@ -75,7 +75,7 @@ NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 EVENTS = {"buys": "+", "finds": "+", "wins": "+", "gets": "+", "breaks": "-", "loses": "-", "sells": "-", "eats": "-"}
-LARGEST = 19  # no number in a word problem is larger
+LARGEST = 12  # no number in a word problem is larger
 
 
 def arithmetic(rng, difficulty):
@@ -103,7 +103,7 @@ HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # how often the careless au
 TAGGED = 0.6  # the share of that author's solutions that have the form of the prompt
 
 
-def tiny_corpus(num_skilled=24800, num_careless=4000):
+def tiny_corpus(num_skilled=24000, num_careless=4000):
     """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
     Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the

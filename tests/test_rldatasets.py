@@ -47,7 +47,7 @@ def test_a_word_problem_has_as_many_steps_as_its_difficulty_and_each_starts_from
         assert len(steps) == problem["solution"].count("\n") + 1 == difficulty and all(itertools.starmap(holds, steps))
         start = re.search(r" has (\d+) ", problem["question"])[1]
         assert [start, *(result for *_, result in steps)] == [*(left for left, *_ in steps), problem["answer"]]
-        assert all(1 <= int(number) <= 19 for number in re.findall(r"\d+", problem["question"] + problem["solution"]))
+        assert all(1 <= int(number) <= 12 for number in re.findall(r"\d+", problem["question"] + problem["solution"]))
         numbers = re.findall(r"(?:buys|finds|wins|gets|breaks|loses|sells|eats) (\d+)", problem["question"])
         assert numbers == [right for _, _, right, _ in steps]
 
