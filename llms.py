@@ -346,8 +346,8 @@ def at_tokens(tokenizer, rollout, marks):
 
 
 # ---- attention over packed sequences -------------------------------------------------------------------------------
-# In a decoder only attention mixes tokens. So the tokens of a batch can be packed into one sequence, without padding and
-# with each prompt only once, if the attention knows which of them belong together. In every layer transformers calls
+# In a decoder only attention mixes tokens. So the tokens of a batch can be packed into one sequence, without padding
+# and with each prompt only once, if the attention knows which of them belong together. In every layer transformers calls
 # `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens are read at once (prompts in
 # sampling, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
 
@@ -448,8 +448,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     """Sample `group_size` completions of each prompt (token ids) from softmax(logits / τ); τ = 0 takes the likeliest.
 
     Nothing else changes the distribution: no top-k, no top-p, and of a model's generation config only the end tokens
-    count. The KV cache holds `cache_tokens` tokens, but at least one group and 2 rows. `prompts` is this rank's share: each
-    rank draws the random numbers of all ranks and uses its part, so that any number of them samples the same outputs.
+    count. The KV cache holds `cache_tokens` tokens, but at least one group and 2 rows. `prompts` is this rank's share;
+    each rank draws the random numbers of all and uses its part, so any number of ranks samples the same outputs.
     """
     counts, lengths = zip(*gather([(len(prompts), max(map(len, prompts)))]))  # prompts, and the longest, of each rank
     longest = max(lengths) + max_new_tokens
@@ -504,7 +504,7 @@ def check_finite(logits):
 class DecodingBatch:
     """N outputs that are being sampled, and a KV cache with a row for each of those that are sampled now.
 
-    Each output has a row in the tables below. Their last row, -1, is for free rows of the cache: a GPU computes them too.
+    Each output has a row in the tables below. Their last row, -1, is for free rows of the cache, computed on a GPU.
     An output that has ended is sampled on until its row is freed; these tokens go into the column after its last one.
     """
 
