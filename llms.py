@@ -348,8 +348,8 @@ def at_tokens(tokenizer, rollout, marks):
 # ---- attention over packed sequences -------------------------------------------------------------------------------
 # In a decoder only attention mixes tokens. So the tokens of a batch can be packed into one sequence, without padding
 # and with each prompt only once, if the attention knows which of them belong together. In every layer transformers
-# calls `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens are read at once (prompts
-# in sampling, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
+# calls `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens are read at once (in
+# prefill, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
 
 UNSUPPORTED = """{} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, \
 with softmax attention to the whole text once a layer, and logits straight from the head"""
