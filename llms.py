@@ -1,15 +1,16 @@
 """The model: loading, sampling, log-probabilities, LoRA, a learned reward model, the tiny model, several GPUs.
 
-Everything between a checkpoint and the maths: weights, token ids, masks and log-probabilities. What a right answer is,
-what an advantage is, what β and ε are, is not known here.
+Everything between text and the maths: weights, token ids, masks and log-probabilities. What a right answer is, what an
+advantage is, what β and ε are, is not known here. Here a "checkpoint" is always the state of a training run.
 
-    load, save, checkpoint_layers         a model and its tokenizer, from the Hugging Face hub or a folder
-    save_, read_, load_checkpoint         all that a run cannot make again, in one file
+    load, save                            a model and its tokenizer, from the Hugging Face hub or a folder
+    save_, read_, load_checkpoint         the state of a training run in one file, to resume it
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
     Memory, in_micro_batches              how many tokens are computed at once; scoring in micro-batches
-    at_tokens                             numbers at positions of a text, moved onto its tokens
+    enable_gradient_checkpointing         less memory in the backward pass, which then takes longer
+    at_tokens                             character positions in a text to tokens: a step's reward on its last token
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     reward_model, reward_scores           a learned reward model
     tiny_folder                           the model that needs no download, trained on the spot
@@ -75,10 +76,7 @@ class ModelError(ValueError):
 
 
 def load(name):
-    """A causal language model in fp32 and its tokenizer; the folder of a run stands for the model in it.
-
-    With several ranks the model comes to the GPU when it is sharded.
-    """
+    """A causal language model in fp32 and its tokenizer; the folder of a run stands for the model in it."""
     if (Path(name) / "metrics.jsonl").is_file():
         if not (Path(name) / "model").is_dir():
             raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
@@ -88,7 +86,7 @@ def load(name):
         raise ModelError(f"{name} has no tokenizer")
     if not end_tokens(model, tokenizer):
         raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
-    if torch.cuda.is_available() and WORLD == 1:
+    if torch.cuda.is_available() and WORLD == 1:  # with several ranks it comes to the GPU when it is sharded
         model.cuda()
     use_packed_attention(model, name)
     return model, tokenizer
@@ -129,8 +127,7 @@ def explain(name, error):
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
-        nowhere = "no such model folder, and not on the Hugging Face hub either (a private one needs HF_TOKEN)"
-        return f"unknown model: {name}: {nowhere}"
+        return f"unknown model: {name}: no such model folder, nor on the Hugging Face hub (private ones need HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
         offline = "offline, give a folder with the model, or use --model tiny"
         return f"{name} is not on this machine and the Hugging Face hub cannot be reached: {offline}"
@@ -138,7 +135,7 @@ def explain(name, error):
 
 
 def save(model, tokenizer, folder):
-    """Write a plain Hugging Face folder, which gets its name when it is complete. Adapters are merged: save last."""
+    """Write a plain Hugging Face folder, whole or not at all. It merges the adapters: call it when training is over."""
     if model in SHARDED:
         model = copy_with(model, lambda weight: weight.to("meta" if RANK else "cpu"))
         if RANK:
@@ -156,17 +153,17 @@ def save(model, tokenizer, folder):
 
 @contextmanager
 def disk_errors(folder):
-    """A block that writes to a folder: its errors, a full disk's say, become OSErrors."""
+    """A block that writes to a folder: whatever it raises, for example when the disk is full, becomes an OSError."""
     try:
         yield
     except Exception as error:  # safetensors and tokenizers have errors of their own, or raise plain Exception
         raise OSError(f"{folder} cannot be written: {error}") from error
 
 
-def checkpoint_layers(model):
-    """Gradient checkpointing: keep only the input of each layer, and recompute the rest in the backward pass."""
-    name = "activation_checkpointing_enable"  # since transformers 5.2x; before, it had the other name
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+def enable_gradient_checkpointing(model):
+    """Keep only the input of each layer in the forward pass, and compute the rest again in the backward pass."""
+    new_name = "activation_checkpointing_enable"  # newer versions of transformers call it so
+    getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")()
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -175,7 +172,7 @@ def checkpoint_layers(model):
 def named_tensors(networks, optimizer, generator):
     """Every tensor of a checkpoint by name, without a copy; tied weights appear once.
 
-    networks is {name: module}. With LoRA the frozen weights are those of the model as it was loaded, and left out.
+    networks is {name: module}. With LoRA the frozen weights are left out: a resumed run loads them with its model.
     """
     weights = {f"{network}/{name}": w for network, module in networks.items() for name, w in module.named_parameters()}
     if any(".lora_" in name for name in weights):  # the trained ones, and the reference's adapter
@@ -215,7 +212,7 @@ def read_checkpoint(folder):
     """What was saved as `about`, and the tensors of a checkpoint; ModelError if the file is damaged."""
     path = folder / "state.safetensors"
     try:
-        tensors = safetensors.torch.load_file(path)  # read from the disk when they are used
+        tensors = safetensors.torch.load_file(path)  # memory-mapped: each is read from the disk when it is used
         metadata = safetensors.safe_open(path, "pt").metadata() or {}
         intact = metadata["checksum"] == checksum(tensors, metadata["about"])
     except (safetensors.SafetensorError, OSError, KeyError) as error:
@@ -247,7 +244,7 @@ def load_checkpoint(saved, networks, optimizer, generator):
 
 
 def apply_template(tokenizer, messages, **options):
-    """A dialogue as the text that the checkpoint's chat template makes of it."""
+    """A dialogue as the text that the tokenizer's chat template makes of it."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
@@ -255,7 +252,7 @@ def apply_template(tokenizer, messages, **options):
 
 
 def encode(tokenizer, messages):
-    """Token ids of a prompt: through the checkpoint's chat template, or plain paragraphs where it has none."""
+    """Token ids of a prompt: through the tokenizer's chat template, or plain paragraphs where it has none."""
     paragraphs = "\n\n".join(message["content"] for message in messages)
     if not tokenizer.chat_template:
         return tokenizer(paragraphs + "\n\n")["input_ids"]
@@ -267,7 +264,7 @@ def encode(tokenizer, messages):
 
 
 def end_tokens(model, tokenizer):
-    """Every id that ends a completion: those of the checkpoint's generation config, and the tokenizer's."""
+    """Every id that ends a completion: those of the model's generation config, and the tokenizer's."""
     ends = model.generation_config.eos_token_id
     ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     return sorted({token for token in ends if token is not None})
@@ -289,8 +286,8 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor  # [N, T]  log π of each token when it was sampled, at that temperature; None if it was not sampled
-    entropy: Tensor  # [N, T]  of the distribution it was sampled from, in nats; None if it was not sampled
+    logp: Tensor  # [N, T]  log π of each token as it was sampled: at temperature τ, at 1 if τ = 0; None if not sampled
+    entropy: Tensor  # [N, T]  of the same distribution, in nats; None if not sampled
     truncated: Tensor  # [N]  True where no end token came within the limit
     texts: list  # [N]  the completions, without their end token
 
@@ -298,22 +295,23 @@ class Rollout(NamedTuple):
         """ids, attention and mask of some of the rows, without the padding that only the others need."""
         attention, mask = self.attention[index], self.mask[index]
         P, T = attention.shape[1] - mask.shape[1], int(mask.sum(1).max())
-        columns = slice(int((attention[:, :P].sum(0) == 0).sum()), P + T)
+        columns = slice(P - int(attention[:, :P].sum(1).max()), P + T)  # the longest prompt and output
         return self.ids[index, columns], attention[:, columns], mask[:, :T]
 
     def micro_batches(self, rows, group_size, token_budget):
-        """Split rows into lists of at most token_budget tokens, padding included.
+        """Split rows into lists of at most token_budget tokens, counted with padding; a longer row gets its own list.
 
-        The outputs of a question are neighbours, since those in one batch share their prompt; longest first.
+        A packed batch has fewer: no padding, and one prompt for neighbouring outputs of a question. Longest come first.
         """
-        completions, totals = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()
-        prompts = [total - completion for total, completion in zip(totals, completions)]
-        questions = [list(same) for _, same in itertools.groupby(rows, lambda row: row // group_size)]
-        questions.sort(key=lambda rows: -max(totals[row] for row in rows))
+        outputs, totals = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()  # lengths in tokens
+        prompts = [total - output for total, output in zip(totals, outputs)]
+        questions = itertools.groupby(rows, lambda row: row // group_size)
+        questions = [sorted(group, key=lambda row: -outputs[row]) for _, group in questions]
+        questions.sort(key=lambda group: -max(totals[row] for row in group))
         batches = []
-        for row in (row for rows in questions for row in sorted(rows, key=lambda row: -completions[row])):
+        for row in itertools.chain.from_iterable(questions):
             candidate = [*batches[-1], row] if batches else [row]
-            width = max(prompts[i] for i in candidate) + max(completions[i] for i in candidate)
+            width = max(prompts[i] for i in candidate) + max(outputs[i] for i in candidate)
             if batches and len(candidate) * width <= token_budget:
                 batches[-1] = candidate
             else:
@@ -322,38 +320,41 @@ class Rollout(NamedTuple):
 
 
 def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):
-    """A rollout of given texts, one for each prompt; an end token is added, and they are truncated like outputs."""
+    """A rollout of given texts, one for each prompt, each with an end token; too long ones are cut, ids and text."""
     end = end_tokens(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     completions = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts]
-    truncated = torch.tensor([len(tokens) > max_new_tokens for tokens in completions], device=model.device)
-    tensors = batch(prompts, [tokens[:max_new_tokens] for tokens in completions], model.device)
-    return Rollout(*tensors, None, None, truncated, texts)
+    truncated = [len(tokens) > max_new_tokens for tokens in completions]
+    completions = [tokens[:max_new_tokens] for tokens in completions]
+    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    texts = [decode(tokens) if cut else text for text, tokens, cut in zip(texts, completions, truncated)]
+    tensors = batch(prompts, completions, model.device)
+    return Rollout(*tensors, None, None, torch.tensor(truncated, device=model.device), texts)
 
 
 def at_tokens(tokenizer, rollout, marks):
-    """Numbers that belong to positions in the outputs' texts, each on the first token whose text reaches its position.
+    """Numbers at character positions of the outputs' texts, each put on the first token that reaches its position.
 
-    marks: for each output [(position in its text, number)] -> numbers [N, T]; marked [N, T], True where one was put.
+    marks: for each output [(position, number)], e.g. (end of a step, its reward) -> numbers; where one was put: [N, T].
     """
     numbers, marked = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape, dtype=torch.bool)
     for row, pairs in enumerate(marks):
         ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
-        length = lambda count, ids=ids: len(tokenizer.decode(ids[:count], skip_special_tokens=True))
-        for position, number in pairs:  # search for the smallest count of tokens whose text reaches the position
-            token = min(bisect.bisect_left(range(1, len(ids) + 1), position, key=length), len(ids) - 1)
+        length_with = lambda token, ids=ids: len(tokenizer.decode(ids[: token + 1], skip_special_tokens=True))
+        for position, number in pairs:
+            token = min(bisect.bisect_left(range(len(ids)), position, key=length_with), len(ids) - 1)
             numbers[row, token], marked[row, token] = number, True
     return numbers, marked
 
 
 # ---- attention over packed sequences -------------------------------------------------------------------------------
-# All of a decoder but its attention treats each token by itself. So the tokens of a batch can be packed into one
-# sequence, without padding and with each prompt only once, if the attention knows which of them belong together. In
-# every layer transformers calls `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens
-# are read at once (prompts in sampling, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
+# In a decoder only attention mixes tokens. So the tokens of a batch can be packed into one sequence, without padding
+# and with each prompt only once, if the attention knows which of them belong together. In every layer transformers
+# calls `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens are read at once (in
+# prefill, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
 
 UNSUPPORTED = """{} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, \
 with softmax attention to the whole text once a layer, and logits straight from the head"""
-NO_MASK = torch.zeros(1, 1, 1, 0)  # 4-dimensional: transformers passes it on as it is; empty: any other attention fails
+NO_MASK = torch.zeros(1, 1, 1, 0)  # 4 dimensions: transformers builds no mask; empty: any attention but ours fails
 
 
 def packed_attention(module, query, key, value, mask, *, layout, scaling=None, **_):
@@ -379,7 +380,7 @@ def use_packed_attention(model, name):
     check_finite(expected)
     model.set_attn_implementation("packed")
     packed, config = PackedBatch([(prompt, [output])], model.device, keep_kv=True), model.config.get_text_config()
-    # what a short text cannot show: sliding windows, and a cap that its small logits do not reach
+    # only the configuration tells of a window that is wider than the short text, and of a cap that is above its logits
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     supported &= getattr(config, "final_logit_softcapping", None) is None
@@ -395,27 +396,24 @@ def use_packed_attention(model, name):
 
 
 class PackedBatch:
-    """Prompts and their outputs packed into one sequence: q₁ o₁ o₂ … q₂ o_{G+1} …
-
-    The last token of each output is left out, for nothing is predicted from it.
-    """
+    """Prompts and their outputs packed into one sequence: q₁ o₁ o₂ … q₂ o_{G+1} …"""
 
     def __init__(self, groups, device, keep_kv=False):
         """groups: [(a prompt, [its outputs])], all of them lists of token ids."""
         ids, positions, predictors = [], [], []
-        self.groups = []  # (prompt length, outputs, longest output, filled cells of [outputs, longest output])
+        self.groups = []  # (prompt length P, number of outputs n, longest T, places of their tokens in a padded [n·T])
         for prompt, outputs in groups:
             ids += prompt
             positions += range(len(prompt))
             prompt_end = len(ids) - 1  # it predicts the first token of each output
-            lengths = [len(output) - 1 for output in outputs]
+            lengths = [len(output) - 1 for output in outputs]  # without the last token: nothing is predicted from it
             for output, length in zip(outputs, lengths):
                 predictors += [prompt_end, *range(len(ids), len(ids) + length)]
                 ids += output[:-1]
                 positions += range(len(prompt), len(prompt) + length)
             longest = max(lengths, default=0)
-            cells = [row * longest + t for row, length in enumerate(lengths) for t in range(length)]
-            self.groups.append((len(prompt), len(outputs), longest, torch.tensor(cells, device=device)))
+            filled = [row * longest + t for row, length in enumerate(lengths) for t in range(length)]
+            self.groups.append((len(prompt), len(outputs), longest, torch.tensor(filled, device=device)))
         self.ids, self.positions = torch.tensor([[ids], [positions]], device=device)  # 2 × [1, tokens]
         self.predictors = torch.tensor(predictors, device=device)  # place of the token that predicts each output token
         self.kv = [] if keep_kv else None  # (layer, keys, values), each [1, heads, tokens, D]
@@ -424,21 +422,22 @@ class PackedBatch:
         """Causal attention of every output to its prompt and itself: [1, heads, tokens, D] -> [1, tokens, heads, D]."""
         if self.kv is not None:
             self.kv.append((layer, key, value))
-        if query.is_cuda and query.dtype == torch.float32:  # its fast kernels want a key head for every query head
+        if query.is_cuda and query.dtype == torch.float32:  # fast fp32 kernels need as many key heads as query heads
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         options, start, parts = {"scale": scaling, "enable_gqa": True}, 0, []
-        for prompt, n, T, cells in self.groups:
-            q, k, v = (x[:, :, start : start + prompt] for x in (query, key, value))  # [1, heads, prompt, D]
+        for P, n, T, filled in self.groups:
+            q, k, v = (x[:, :, start : start + P] for x in (query, key, value))  # [1, heads, P, D]
             parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[0].transpose(0, 1))
-            start += prompt
-            if len(cells):
-                own = (x[0, :, start : start + len(cells)].transpose(0, 1) for x in (query, key, value))
-                padded = [x.new_zeros(n * T, *x.shape[1:]).index_copy(0, cells, x).unflatten(0, (n, T)) for x in own]
-                q, *own = (x.transpose(1, 2) for x in padded)  # [n, heads, T, D]
-                k, v = (torch.cat([x.expand(n, -1, -1, -1), y], 2) for x, y in zip((k, v), own))
-                out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, prompt + T), **options)
-                parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, cells))
-                start += len(cells)
+            start += P
+            if len(filled):
+                packed = (x[0, :, start : start + len(filled)].transpose(0, 1) for x in (query, key, value))
+                padded = [x.new_zeros(n * T, *x.shape[1:]).index_copy(0, filled, x) for x in packed]  # [n·T, heads, D]
+                q, own_k, own_v = (x.unflatten(0, (n, T)).transpose(1, 2) for x in padded)  # [n, heads, T, D]
+                k = torch.cat([k.expand(n, -1, -1, -1), own_k], 2)  # [n, heads, P + T, D]
+                v = torch.cat([v.expand(n, -1, -1, -1), own_v], 2)
+                out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, P + T), **options)
+                parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, filled))
+                start += len(filled)
         return torch.cat(parts)[None]
 
 
@@ -449,9 +448,9 @@ class PackedBatch:
 def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens):
     """Sample `group_size` completions of each prompt (token ids) from softmax(logits / τ); τ = 0 takes the likeliest.
 
-    Nothing else changes the distribution: no top-k, no top-p, and of a checkpoint's generation config only the end
-    tokens count. The KV cache holds `cache_tokens` tokens, but at least one group. The prompts are those of this rank,
-    which uses its part of the generator's numbers: the outputs are the same for any number of ranks.
+    Nothing else changes the distribution: no top-k, no top-p, and of a model's generation config only the end tokens
+    count. The KV cache holds `cache_tokens` tokens, but at least one group and 2 rows. `prompts` is this rank's share;
+    each rank draws the random numbers of all and uses its part, so any number of ranks samples the same outputs.
     """
     counts, lengths = zip(*gather([(len(prompts), max(map(len, prompts)))]))  # prompts, and the longest, of each rank
     longest = max(lengths) + max_new_tokens
@@ -461,8 +460,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
     rows = min(max(counts), max(1, cache_tokens // (columns * group_size))) * group_size
     ends = end_tokens(model, tokenizer)
-    # the same size on all ranks, which copy sharded weights together or not at all
-    decoding = decoding_batch(model, (max(counts) * group_size, rows, columns, max_new_tokens), ends)
+    # the same size on all ranks: it decides whether sharded weights are copied, which all must do together
+    decoding = decoding_batch(model, (max(counts) * group_size, max(2, rows), columns, max_new_tokens), ends)
     uniform = torch.rand(sum(counts) * group_size if temperature else 0, max_new_tokens, generator=generator)
     before, N = sum(counts[:RANK]) * group_size, len(prompts) * group_size  # outputs of the ranks before this one
     decoding.reset(temperature, uniform[before : before + N])
@@ -487,7 +486,7 @@ def sample_token(logits, temperature, uniform):
     if temperature:
         cumulative = pi.cumsum(-1)  # [n, V]
         total = cumulative[:, -1:]
-        # so that rounding never selects a token after the last one with π > 0; clamp: a valid token even for nan
+        # less than the total, or a token with π = 0 at the end could be selected; clamp: nan selects a token too
         uniform = torch.minimum(uniform * total, total.nextafter(0 * total))
         token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
     else:
@@ -504,19 +503,19 @@ def check_finite(logits):
 
 
 class DecodingBatch:
-    """N outputs that are being sampled, and a KV cache for some of them at a time.
+    """N outputs that are being sampled, and a KV cache with a row for each of those that are sampled now.
 
-    Row i of the cache is that of output `output[i]`. What belongs to an output stands in tables, in its own row; their
-    last row, -1, and last column take what is computed for free rows of the cache, and what is sampled after an end.
+    Each output has a row in the tables below. Their last row, -1, is for free rows of the cache, computed on a GPU.
+    An output that has ended is sampled on until its row is freed; these tokens go into the column after its last one.
     """
 
     def __init__(self, model, size, ends):
         self.model, self.size = model, size
-        N, rows, self.columns, self.limit = size
+        N, self.rows, self.columns, self.limit = size
         self.ends = torch.tensor(ends, device=model.device)
         self.cache = {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
         self.graphs, self.recordable = {}, True  # on a GPU: {(n, width, τ): the CUDA graph of a decode step}
-        self.output = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.output_of_row = torch.zeros(self.rows, dtype=torch.long, device=model.device)  # -1 for a free row
         self.tokens = torch.zeros(N + 1, self.limit + 1, dtype=torch.long, device=model.device)
         self.logp, self.entropy, self.uniform = torch.zeros(3, N + 1, self.limit + 1, device=model.device)
         # of each output: the number of sampled tokens, and where the newest one stands in prompt and output
@@ -525,12 +524,13 @@ class DecodingBatch:
 
     def reset(self, temperature, uniform):
         """Forget all outputs. uniform [N, T]: the random numbers for their tokens, [0, T] at temperature 0."""
-        self.temperature, self.begun, self.active = temperature, 0, 0  # …, outputs that have begun, rows in use
+        self.temperature = temperature
+        self.begun, self.active = 0, 0  # outputs that have begun; rows of the cache in use, which are the first ones
         self.uniform[: len(uniform), :-1] = uniform.to(self.uniform.device)
-        self.output.fill_(-1)
+        self.output_of_row.fill_(-1)
 
     def sample_all(self, prompts, group_size, rows):
-        """Sample all outputs, in at most so many rows at once; where some end, those of the next prompts begin."""
+        """Sample all outputs, at most `rows` at a time; where some end, those of the next prompts begin."""
         waiting = list(prompts)
         options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
         with tqdm(total=len(prompts) * group_size, desc="sampling", **options) as bar:
@@ -545,65 +545,65 @@ class DecodingBatch:
 
     def prefill(self, prompts, group_size):
         """Read each prompt once, copy its keys and values to the rows of its outputs, and sample their first tokens."""
-        packed = PackedBatch([(prompt, []) for prompt in prompts], self.output.device, keep_kv=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.output.device)
-        options = {"logits_to_keep": lengths.cumsum(0) - 1}
-        logits = run_model(self.model, packed, packed.ids, packed.positions, **options).logits[0]  # [Q, V]
+        packed = PackedBatch([(prompt, []) for prompt in prompts], self.position.device, keep_kv=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.position.device)
+        last = lengths.cumsum(0) - 1  # where each prompt ends in the packed sequence
+        logits = run_model(self.model, packed, packed.ids, packed.positions, logits_to_keep=last).logits[0]  # [Q, V]
         check_finite(logits)
         first, n = self.active, len(prompts) * group_size
         for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
             if layer not in self.cache:
-                self.cache[layer] = [x.new_zeros(len(self.output), x.shape[1], self.columns, x.shape[3]) for x in kv]
+                self.cache[layer] = [x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in kv]
             for cache, x in zip(self.cache[layer], kv):
                 for row, prompt in zip(range(first, first + n, group_size), x[0].split(lengths.tolist(), 1)):
                     cache[row : row + group_size, :, : prompt.shape[1]] = prompt
-        output = torch.arange(self.begun, self.begun + n, device=self.output.device)
-        self.output[first : first + n] = output
-        self.position[output] = lengths.repeat_interleave(group_size) - 1
-        self.length[output], self.ended[output] = 0, False
+        outputs = torch.arange(self.begun, self.begun + n, device=self.position.device)
+        self.output_of_row[first : first + n] = outputs
+        self.position[outputs] = lengths.repeat_interleave(group_size) - 1  # the newest token is the prompt's last
+        self.length[outputs], self.ended[outputs] = 0, False
         self.begun, self.active = self.begun + n, self.active + n
-        self.append_tokens(output, logits.repeat_interleave(group_size, 0))
+        self.append_tokens(outputs, logits.repeat_interleave(group_size, 0))
 
-    def append_tokens(self, output, logits):
-        """Sample the next token of some outputs and write it down: output [n], logits [n, V]."""
-        place = output[:, None], self.length[output, None]  # row and column in the tables, 2 × [n, 1]
+    def append_tokens(self, outputs, logits):
+        """Sample the next token of some outputs and write it down: outputs [n], logits [n, V]."""
+        place = outputs[:, None], self.length[outputs, None]  # row and column in the tables, 2 × [n, 1]
         token, self.logp[place], self.entropy[place] = sample_token(logits, self.temperature, self.uniform[place])
         self.tokens[place] = token
-        goes_on = ~self.ended[output]  # [n]
-        self.length[output] += goes_on
-        self.position[output] += goes_on
-        self.ended[output] |= (token == self.ends).any(1) | (self.length[output] == self.limit)
+        goes_on = ~self.ended[outputs]  # [n]
+        self.length[outputs] += goes_on
+        self.position[outputs] += goes_on
+        self.ended[outputs] |= (token == self.ends).any(1) | (self.length[outputs] == self.limit)
 
     def attention(self, layer, query, key, value, scaling):
         """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
         keys, values = self.cache[layer]
-        keys[self.new_cells], values[self.new_cells] = key[:, :, 0], value[:, :, 0]
+        keys[self.write_at], values[self.write_at] = key[:, :, 0], value[:, :, 0]
         n, _, _, width = self.bias.shape
         keys, values = keys[:n, :, :width], values[:n, :, :width]
-        # the query heads that share a key head stand where several query tokens would: no key is repeated
+        # query heads that share a key head are passed as several query tokens of one head: so no key is repeated
         queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads of each, D]
         out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
         return out.flatten(1, 2)[:, None]
 
     def decode_step(self, n, width):
         """Read the newest token of the first n rows, and sample the next. The cache is read up to column `width`."""
-        output = self.output[:n]
-        position = self.position[output]  # [n]
-        self.new_cells = torch.arange(n, device=position.device), slice(None), position  # of the cache
+        outputs = self.output_of_row[:n]
+        position = self.position[outputs]  # [n]
+        self.write_at = torch.arange(n, device=position.device), slice(None), position  # rows, heads, columns
         unfilled = torch.arange(width, device=position.device) > position[:, None]  # [n, width]
         self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
         self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
-        token = self.tokens[output, self.length[output] - 1]  # [n]
+        token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
         logits = run_model(self.model, self, token[:, None], position[:, None]).logits[:, -1]  # [n, V]
-        self.append_tokens(output, logits)
+        self.append_tokens(outputs, logits)
 
     def decode(self):
         """Sample the next token of every row in use; on a GPU the next 16, replayed from CUDA graphs."""
-        last = int(self.position[self.output[: self.active]].max())
+        last = int(self.position[self.output_of_row[: self.active]].max())
         if self.position.device.type != "cuda":
             return self.decode_step(self.active, last + 1)
-        # rounded up, so that few graphs are needed; at least 2 rows, since one alone is computed less exactly
-        n = min(len(self.output), max(2, 2 ** (self.active - 1).bit_length()))
+        # rounded up, so that few graphs are needed; at least 2 rows: with one, matrix products are less exact
+        n = min(self.rows, max(2, 2 ** (self.active - 1).bit_length()))
         width = min(self.columns, (last + 16) // 256 * 256 + 256)
         for _ in range(16):
             if (key := (n, width, self.temperature)) in self.graphs:
@@ -629,14 +629,14 @@ class DecodingBatch:
 
     def remove_ended(self):
         """Free the rows of the outputs that have ended, and return their number. The last rows fill the gaps."""
-        ended = self.ended[self.output[: self.active]].tolist()
-        before, going_on = self.active, [row for row, end in enumerate(ended) if not end]
-        self.active = len(going_on)
+        ended = self.ended[self.output_of_row[: self.active]].tolist()
+        before, self.active = self.active, ended.count(False)
         gaps = [row for row in range(self.active) if ended[row]]
-        last = going_on[self.active - len(gaps) :]  # the rows in use that are not among the first `active`
-        for x in (self.output, *(x for kv in self.cache.values() for x in kv)) if gaps else ():
-            x[gaps] = x[last]
-        self.output[self.active : before] = -1
+        moved = [row for row in range(self.active, before) if not ended[row]]  # as many as there are gaps
+        if gaps:
+            for x in (self.output_of_row, *itertools.chain.from_iterable(self.cache.values())):
+                x[gaps] = x[moved]
+        self.output_of_row[self.active : before] = -1
         return before - self.active
 
 
@@ -644,7 +644,7 @@ DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatc
 
 
 def decoding_batch(model, size, ends):
-    """A DecodingBatch with the model itself, or on a GPU with a bf16 copy, of all weights if they are sharded.
+    """A DecodingBatch of the model itself; on a GPU, or if it is sharded, of a whole copy, in bf16 if the GPU has it.
 
     size: outputs, rows and columns of the cache, longest output. A copy whose batch is large enough is used again.
     Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
@@ -671,8 +671,10 @@ def with_full_weights(function):
 
     @functools.wraps(function)
     def run(module, *inputs):
-        call = functools.partial(function, module, *inputs)
-        return SHARDED[module][0](call) if module in SHARDED else call()
+        if module not in SHARDED:
+            return function(module, *inputs)
+        root, _ = SHARDED[module]
+        return root(functools.partial(function, module, *inputs))
 
     return run
 
@@ -781,11 +783,11 @@ def at_least_fp32(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-# ---- LoRA (arXiv 2106.09685) ---------------------------------------------------------------------------------------
+# ---- LoRA (arXiv 2106.09685), the reference and other copies -------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
-    """W x + (α/r) B A x: W is frozen, A [r, in] and B [out, r] are trained, B from 0; without them W x."""
+    """W x + (α/r) B A x: W is frozen; A [r, in] and B [out, r] are trained, B is 0 at first. W x if both are None."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -828,9 +830,6 @@ def merge_lora(model):
         layer.lora_B.zero_()
 
 
-# ---- the reference and other copies --------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def frozen_copy(model, adapter=True):
     """A copy that no gradient and no update reaches: the reference.
@@ -851,11 +850,8 @@ def frozen_copy(model, adapter=True):
 
 @torch.no_grad()
 def copy_with(module, change=None):
-    """A copy with change(weight) in the place of each weight; sharded weights are gathered first.
-
-    Without `change` trained weights are cloned, and frozen ones are shared.
-    """
-    clone = lambda weight: weight.clone() if weight.requires_grad else weight
+    """A copy with change(weight) in the place of each weight; sharded weights are gathered first."""
+    clone = lambda weight: weight.clone() if weight.requires_grad else weight  # without `change`: share frozen ones
     source = SHARDED[module][1] if module in SHARDED else module
     memo = {  # deepcopy puts these in the place of the weights
         id(old): nn.Parameter((change or clone)(full_tensor(weight)), weight.requires_grad)
@@ -883,7 +879,7 @@ class Memory:
                 if WORLD > 1 or limit <= self.least:
                     remedy = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
                     raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {remedy}") from error
-            self.limits[name] = max(limit // 2, self.least)  # after the except block, in which the error keeps memory
+            self.limits[name] = max(limit // 2, self.least)  # here the error is gone, and the tensors that it held
             free_copies()
             tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
 
@@ -955,27 +951,31 @@ def load_reward_model(name):
 
 def reward_model(name):
     """A reward model and its tokenizer; None, with a note, if a rank cannot load it: then the rules judge alone."""
-    loaded = None
     try:
-        loaded = load_reward_model(name)
+        loaded, errors = load_reward_model(name), []
     except ModelError as error:
-        if RANK == 0:
-            tqdm.write(f"note: {error}; the rules judge alone.")
-    return loaded if all(gather([loaded is not None])) else None
+        loaded, errors = None, [str(error)]
+    errors = gather(errors)
+    if errors and RANK == 0:
+        tqdm.write(f"note: {errors[0]}; the rules judge alone.")
+    return None if errors else loaded
 
 
 @torch.no_grad()
 def reward_scores(model, tokenizer, questions, completions, rows=16):
     """Scores of completions as answers: the only logit, or the log-odds of the last class, taken to be the good one."""
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
     scores = []
     for start in range(0, len(questions), rows):
-        texts = questions[start : start + rows], completions[start : start + rows]
-        if tokenizer.chat_template:  # a decoder reads the dialogue, an encoder a pair of texts
-            dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in zip(*texts)]
-            texts = ([apply_template(tokenizer, dialogue) for dialogue in dialogues],)
-        limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-        options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-        inputs = tokenizer(*texts, **options, add_special_tokens=not tokenizer.chat_template)  # a template has its own
+        asked, answers = questions[start : start + rows], completions[start : start + rows]
+        if tokenizer.chat_template:  # a decoder reads the dialogue; the template has its own special tokens
+            pairs = zip(asked, answers)
+            dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in pairs]
+            texts = [apply_template(tokenizer, dialogue) for dialogue in dialogues]
+            inputs = tokenizer(texts, **options, add_special_tokens=False)
+        else:  # an encoder reads pairs of texts
+            inputs = tokenizer(asked, answers, **options)
         with autocast(model):
             logits = model(**inputs.to(model.device)).logits.float()  # [rows, classes]
         others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
@@ -1081,7 +1081,7 @@ def distributed():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    # an hour, since the others wait while one rank samples; a dead rank shows by torchrun or a broken connection
+    # an hour: ranks wait for the one that samples longest; a dead rank is noticed sooner, by torchrun or the connection
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
     yield
     dist.destroy_process_group()  # not after an error, when the others may never come
@@ -1130,7 +1130,7 @@ def lockstep(batches):
 
 
 class Root(nn.Sequential):
-    """Holds a module's children for FSDP. It gathers weights around a forward only, so this forward runs a function."""
+    """A module's children for FSDP, which gathers weights while a forward runs: so this forward runs any function."""
 
     def forward(self, function):
         return function()
@@ -1140,7 +1140,7 @@ SHARDED = weakref.WeakKeyDictionary()  # {a module: (its Root, the same module w
 
 
 def shard(module):
-    """Split the weights of a module over all ranks, layer by layer (FSDP2); what reads them is `with_full_weights`.
+    """Split the weights of a module over all ranks, layer by layer (FSDP2); with_full_weights lets functions read them.
 
     Gradients are added up over the ranks, not averaged: every loss is divided by the counts of all ranks already.
     """

@@ -858,7 +858,7 @@ def new_state(policy, tokenizer, run=None):
     if LORA_RANK:
         llms.add_lora(policy, LORA_RANK, LORA_ALPHA, SEED)
     if GRADIENT_CHECKPOINTING:
-        llms.checkpoint_layers(policy)
+        llms.enable_gradient_checkpointing(policy)
     state = State(policy, tokenizer, run)
     state.critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
     networks = [llms.shard(network) for network in state.networks().values()]

@@ -263,6 +263,30 @@ def test_the_ids_that_are_trained_on_are_the_ids_that_were_drawn():  # never dec
     assert out.ids[0, -5:].tolist() == script[0]
 
 
+def test_a_given_text_that_is_too_long_is_cut_where_its_tokens_are(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))  # each digit is a token
+    for limit, text, truncated in ((3, "123", True), (5, "12345", True), (6, "12345", False)):  # 6 with the end token
+        out = llms.rollout_of(model, tokenizer, [[7, 3]] * 2, ["12345", "1"], limit)
+        assert out.texts == [text, "1"] and out.truncated.tolist() == [truncated, False]
+        assert out.mask.sum(1).tolist() == [limit, 2]
+
+
+def test_a_mark_is_put_on_the_token_that_reaches_its_position(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    out = llms.rollout_of(model, tokenizer, [[7, 3]] * 2, ["12345", "6"], 12)
+    numbers, marked = llms.at_tokens(tokenizer, out, [[(2, 0.5), (5, -1.0)], []])
+    assert numbers.tolist() == [[0, 0.5, 0, 0, -1.0, 0], [0] * 6]  # tokens "2" and "5", not the end token
+    assert marked.tolist() == [[False, True, False, False, True, False], [False] * 6]
+
+
+def test_one_output_has_two_rows_of_the_cache(checkpoint, monkeypatch):  # a GPU computes one row less exactly
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    sizes, make = [], llms.decoding_batch
+    monkeypatch.setattr(llms, "decoding_batch", lambda model, size, ends: sizes.append(size) or make(model, size, ends))
+    out = draw(model, tokenizer, [[7, 3]], n=1)
+    assert sizes == [(1, 2, 14, 12)] and len(out.texts) == 1
+
+
 def test_the_checkpoints_own_sampling_settings_are_not_inherited(checkpoint, tmp_path):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     before = draw(model, tokenizer).texts
@@ -701,7 +725,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_runs_the_layers_agai
         for layer in llms.lora_layers(model):
             torch.nn.init.normal_(layer.lora_B.data, std=0.1)
         if again:
-            llms.checkpoint_layers(model)
+            llms.enable_gradient_checkpointing(model)
         calls.append(0)
         mlp = model.base_model.layers[0].mlp
         mlp.register_forward_pre_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))

@@ -117,7 +117,8 @@ def ten_steps(checkpoint, folder):
     problems = list(itertools.islice(rldatasets.load("arithmetic", "test"), 11))
     metrics, records = main.evaluate(state, problems)
     weights = {name: llms.full_tensor(weight).detach().clone() for name, weight in state.policy.named_parameters()}
-    tensors = {f"metrics.{name}": torch.tensor(values).double() for name, values in (columns | metrics).items()}
+    columns |= {name: value or 0.0 for name, value in metrics.items()}  # None is the mean of no outputs
+    tensors = {f"metrics.{name}": torch.tensor(values).double() for name, values in columns.items()}
     asked = torch.tensor([record["question"] == problem["question"] for record, problem in zip(records, problems)])
     return weights | tensors | {"in order": asked}
 
@@ -202,6 +203,12 @@ def on_two_ranks(folder, *arguments):
     return subprocess.Popen(command, cwd=folder, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def ranks_of(torchrun):
+    """The process ids of the ranks that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], check=True, capture_output=True, text=True)
+    return [int(rank) for rank in found.stdout.split()]
+
+
 def on_one(folder, *arguments):
     """The program in this process, which saves the seconds of a start."""
     before = main.settings()
@@ -240,9 +247,8 @@ def test_a_rank_that_dies_ends_the_run_and_one_rank_goes_on_from_the_checkpoint_
     process = on_two_ranks(folder, *flags, "--steps", "6", "--run", "killed")
     while (line := process.stdout.readline()) and not line.startswith("step    3"):
         assert process.poll() is None
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     began = time.monotonic()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - began < 60
     assert "lost the other ranks" in err and "SIGKILL" in err
@@ -255,9 +261,7 @@ def test_ranks_whose_torchrun_is_killed_end_and_nobody_else_may_write_meanwhile(
     process = on_two_ranks(folder, *flags, "--steps", "100000", "--run", "orphans", "--eval_every", "100000")
     while (line := process.stdout.readline()) and not line.startswith("step    1"):
         assert process.poll() is None
-    ranks = [
-        int(rank) for rank in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True).stdout.split()
-    ]
+    ranks = ranks_of(process)
     with contextlib.chdir(folder):
         assert main.main(["--resume", "runs/orphans"]) == 2
     process.kill()
@@ -289,6 +293,13 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_and_only_one_of_them_speaks(
     rows = [row for row in tests if not (row["step"] == 3 and row["split"] == "test")]
     (folder / "runs" / "grown" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_same_run(folder / "runs" / "whole", folder / "runs" / "grown")
+
+
+def test_a_reward_model_that_only_another_rank_cannot_load_is_a_note_with_the_reason(monkeypatch, capsys):
+    monkeypatch.setattr(llms, "load_reward_model", lambda name: ("model", "tokenizer"))
+    monkeypatch.setattr(llms, "gather", lambda rows: [*rows, "x/y is gated"])
+    assert llms.reward_model("x/y") is None
+    assert capsys.readouterr().out == "note: x/y is gated; the rules judge alone.\n"
 
 
 def test_an_error_that_all_ranks_meet_is_told_once(alone):
