@@ -97,7 +97,7 @@ NUMERALS = """zero one two three four five six seven eight nine ten eleven twelv
 NUMERAL_VALUES = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
 IN_WORDS = rf"(?:(?:{'|'.join(NUMERALS[20:])})[ -](?:{'|'.join(NUMERALS[1:10])})|{'|'.join(NUMERALS)})\b"  # seventy-two
 ORDINAL = rf"(?:third|(?:{'|'.join(NUMERALS[4:20])}|fif|eigh|nin|twelf|[a-z]+tie|hundred|thousand|million)th)s?"
-FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters? of|{ORDINAL})\b"  # 72 hundredths are not 72; but 8 quarters may be coins
+FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters? of|(?<!the ){ORDINAL})\b"  # 72 hundredths are not 72; 8 quarters are 8
 OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"
 # words that change a number: `Total: 72` is 72 with a label, but `not: 72` is not 72
 MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"

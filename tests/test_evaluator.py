@@ -68,6 +68,7 @@ def test_the_answer_of_a_completion_is(completion, answer):
         ("− 5", "-5"), ("\\$72", "72"), ("72 apples", "72"), ("**72**", "72"), ("12 + 7 = 19", "19"), ("0.5", "1/2"),
         ("1,450,000", "1,450,000"), ("50%", "50"), ("72kg", "72"), ("72/hour", "72"), (".5", "0.5"), ("Total - $72", "72"), ("-€5", "-5"), ("x = 5", "5"), ("Monday", "monday"),
         ("She ends up with 72 clips", "72"), ("5 teeth", "5"), ("both have 72", "72"), ("a length of 72", "72"),
+        ("The third house needs 72 cases", "72"), ("On the fifth day she has 72", "72"),
         ("She has 8 quarters", "8"), ("It is 8 cm.", "8 cm"), ("It is 50 percent", "50%"), ("It is 50%", "50%"),
         ("It is 16 sq cm", "16 cm^2"), ("She needs 8 inches of rope", "8 in"),
         ("72", "48+24 = <<48+24=72>>72 clips.\n#### 72"),
@@ -511,8 +512,9 @@ def test_a_line_that_calculates_nothing_is_no_step(line):
 def test_the_steps_of_a_worked_solution_are_all_right():
     for problem in itertools.islice(rldatasets.load("arithmetic", "test"), 300):
         completion = rldatasets.written_out(problem)
-        ((end, reward),) = evaluator.step_rewards(completion, problem)
-        assert reward == 1.0 and completion[:end].rstrip().endswith(problem["solution"])
+        found = evaluator.step_rewards(completion, problem)
+        assert [reward for _, reward in found] == [1.0] * len(problem["solution"].split("\n"))
+        assert completion[: found[-1][0]].rstrip().endswith(problem["solution"])
 
 
 # ---- length, safety, reflection ------------------------------------------------------------------------------------
