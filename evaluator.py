@@ -1,7 +1,7 @@
-"""The rules: what a completion answers, whether that is right, and every reward.
+"""The rules: what a completion answers, whether that is right, and the rewards that need no model.
 
-Completions and problems are plain text and dicts. `rewards` gives every reward of one completion, and `score` those of
-many. They are unweighted. If a rule raises an exception, `score` counts that completion as wrong and reports it.
+Completions and problems are plain text and dicts. `rewards` gives the rewards in the table REWARDS for one completion,
+and `score` those of many, unweighted. Not in the table: `step_rewards` (for each step) and `overlong` (of a length).
 To add a reward, write a function under `@reward` (last section) and its weight in main.py.
 """
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
@@ -50,9 +50,9 @@ def extract_answer(completion):
 
 def outside_reasoning(completion):
     """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>."""
-    head, last_end, rest = completion.rpartition("</reasoning>")
-    head = re.sub(r"<reasoning>.*?</reasoning>", "", head + last_end, flags=re.DOTALL)
-    return head + re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", rest, count=1, flags=re.DOTALL)
+    before, end_tag, after = completion.rpartition("</reasoning>")  # `after` may hold one that is never closed
+    before = re.sub(r"<reasoning>.*?</reasoning>", "", before + end_tag, flags=re.DOTALL)
+    return before + re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", after, count=1, flags=re.DOTALL)
 
 
 BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text without braces; \{ and \} count as text
@@ -65,29 +65,26 @@ BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:
 
 
 def boxed(text):
-    r"""What the last box holds, or "": `\boxed{…}`, `\fbox{…}`, or `\boxed 5` up to the next space or $.
-
-    Boxes with only `and`, `or`, `x =` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`.
-    """
+    r"""What the last box holds: `\boxed{…}`, `\fbox{…}`, or `\boxed 5` up to a space or $. "" if it is never closed.
+    Boxes with only `and`, `or`, `x =` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`."""
     contents, end = [], 0
     for box in BOX.finditer(text):
-        if box.lastindex is None:  # a box that is never closed
-            return ""
-        if not re.fullmatch(BETWEEN_BOXES, text[end : box.start()]):
+        if not box.lastindex or not re.fullmatch(BETWEEN_BOXES, text[end : box.start()]):
             contents.clear()
-        contents.append(box[box.lastindex].strip())
+        if box.lastindex:  # it is closed
+            contents.append(box[box.lastindex].strip())
         end = box.end()
     return ", ".join(contents)
 
 
 # ---- what does an answer mean? -------------------------------------------------------------------------------------
-# `tidy` brings an answer into one notation, `tokenize` cuts it into tokens, and `Reader` computes its value. A variable
-# stands for a random number. This is done at several points: two expressions that agree at all of them are the same.
+# `tidy` brings an answer into one notation, `tokenize` cuts it into tokens, and `Reader` computes its value. At each
+# point, every variable gets another random value. Two answers are the same if they are equal at all points.
 # No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # at -1 all variables are negative, below it some: so x differs from |x|
+POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # seeds; all variables are negative at -1, some at -2 to -4: so x is not |x|
 
 nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
 SIGNS = str.maketrans("−–—⁻×·⋅∙÷∕⁄’", "----****///'", "\u200b€£¥₹")  # the third text is removed
@@ -99,9 +96,11 @@ NUMERALS = """zero one two three four five six seven eight nine ten eleven twelv
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
 NUMERAL_VALUES = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
 IN_WORDS = rf"(?:(?:{'|'.join(NUMERALS[20:])})[ -](?:{'|'.join(NUMERALS[1:10])})|{'|'.join(NUMERALS)})\b"  # seventy-two
-FRACTION_WORD = r"(?!months?\b)[A-Za-z]+ths?\b"  # 72 hundredths are not 72
-OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|hal(?:f|ves)|thirds?|quarters?|{FRACTION_WORD})\b)"
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"  # `not: 72` is no label
+ORDINAL = rf"(?:third|(?:{'|'.join(NUMERALS[4:20])}|fif|eigh|nin|twelf|[a-z]+tie|hundred|thousand|million)th)s?"
+FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters? of|(?<!the ){ORDINAL})\b"  # 72 hundredths are not 72; 8 quarters are 8
+OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"
+# words that change a number: `Total: 72` is 72 with a label, but `not: 72` is not 72
+MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 
@@ -126,7 +125,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"[₀-₉]+", r"_{\g<0>}"),  # before NFKC, which turns x₂ into x2
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
     (r"[^\x00-\x7f]+", lambda run: nfkc(run[0].translate(SIGNS))),
-    (rf"\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
+    (rf"(?s)\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
     (r"<<[^<>]*>>|<\|\w+\|>|</?(?:s|b|i|em|strong)>", ""),  # <<3*4=12>> is GSM8K's, <|im_end|> ends a chat
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
     (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
@@ -153,7 +152,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (rf"(?i)^{IN_WORDS}(?!.*{OTHER_NUMBER})",  # seventy-two, but not five sixths
         lambda words: str(sum(NUMERAL_VALUES[word] for word in re.split("[ -]", words[0].lower())))),
     (r"(?i)^(?:minus|negative) (?=[\d.\\])", "-"),
-    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # 20 periods
+    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # the period, 20 times
     (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
     (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
     (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
@@ -189,16 +188,21 @@ TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes
 
 def split_units(text):
     """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
-    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", " ".join(TRAILING_UNITS.findall(text))))
+    return TRAILING_UNITS.sub("", text), unit_names(" ".join(TRAILING_UNITS.findall(text)))
+
+
+def unit_names(text):
+    """The words in a text, with its units by their full names."""
+    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", text))
     names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
-    return TRAILING_UNITS.sub("", text), set(names) - {""}
+    return set(names) - {""}
 
 
 UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
 GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
 GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau)(?![a-z])"
 PLAIN_COMMANDS = "sin cos tan cot ln log exp sqrt pi".split()  # also understood without the backslash
-TOKEN = (
+TOKEN = (  # a letter is x_1, a Greek letter, capitals as one name (AB), or a single letter that begins no word
     rf"(?P<command>(?!{GREEK})\\(?:[A-Za-z]+|.)"
     rf"|(?<![A-Za-z])(?i:{'|'.join(PLAIN_COMMANDS)}|inf|infinity|and|or)(?![A-Za-z]))"
     rf"|(?P<letter>(?:[A-Za-z]|{GREEK})_(?:\w|\{{\w+\}})|{GREEK}"
@@ -255,7 +259,7 @@ FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "co
 FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
 FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
 ROUNDED = {"\\lfloor": math.floor, "\\lceil": math.ceil, "|": abs}
-BRACKETS = {"(": ")]", "[": "])", "{": "}", "\\{": ["\\}"], "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
+CLOSING = {"(": ") ]", "[": "] )", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
 DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
     r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?"
@@ -295,8 +299,8 @@ class Reader:
             sides.append(self.side())
         if set(signs) - {"=", "\\in"}:
             return as_interval(sides, signs)
-        if len(sides) == 1 or not any(name for _, name in sides):  # 3 + 4 = 7
-            return sides[-1][0]
+        if len(sides) == 1 or not any(name for _, name in sides):
+            return sides[-1][0]  # 3 + 4 = 7 answers 7; whether the calculation is correct does not matter here
         if not sides[0][1] and DEFINED.fullmatch(sides[-1][1]):  # 5 = x
             sides.reverse()
         (left, name), (right, _) = sides[0], sides[-1]
@@ -330,7 +334,7 @@ class Reader:
                 value = bounded(value / self.signed())
             elif text == "|" and self.in_bars:  # it closes |x|
                 return value
-            elif kind == "letter" or text in FACTORS or text in BRACKETS:  # 2x
+            elif kind == "letter" or text in FACTORS or text in CLOSING:  # 2x
                 value = bounded(value * self.raised())
             else:
                 return value
@@ -347,7 +351,7 @@ class Reader:
         if self.take("^"):
             value = power(value, self.signed())
         if self.point < 0 and isinstance(value, complex):
-            raise ValueError("no complex value at a negative point: there √x √y is not √(xy)")
+            raise ValueError("this point does not count: √x √y is not √(xy) where x and y are negative")
         return value
 
     def atom(self):
@@ -362,7 +366,7 @@ class Reader:
             if kind == "word" and self.tokens[self.position][0] == "word":
                 raise ValueError("a sentence")
             return self.variable(re.sub("[{}]", "", text))
-        if text in BRACKETS:
+        if text in CLOSING:
             return self.bracket(text)
         if text in FUNCTIONS:
             return self.function(text)
@@ -375,7 +379,7 @@ class Reader:
         raise ValueError("not mathematics")
 
     def variable(self, name):
-        """A random number for a name. Its size is between 0.1 and 32, in one quarter of this range for each point."""
+        """A random number for a name: 10^u or -10^u. From -1 to 1.5, each of four points has a quarter for its u."""
         rng = random.Random(f"{name} {self.point}")
         size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
         negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
@@ -396,7 +400,7 @@ class Reader:
         outer_in_bars, self.in_bars = self.in_bars, opening == "|"
         empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
         value = Group("list", []) if empty else self.answer()
-        closing = self.take(*BRACKETS[opening])
+        closing = self.take(*CLOSING[opening].split())
         self.in_bars = outer_in_bars
         if closing is None:
             raise ValueError("never closed")
@@ -431,7 +435,7 @@ def as_interval(sides, signs):
         sides, signs = [(-math.inf, ""), *sides], ["<", *signs]
     if sides[-1][1]:  # 5 < x as 5 < x < ∞
         sides, signs = [*sides, (math.inf, "")], [*signs, "<"]
-    (low, _), (_, name), (high, _) = sides  # else a ValueError
+    (low, _), (_, name), (high, _) = sides  # a ValueError if there are not three
     if not DEFINED.fullmatch(name) or set(signs) - {"<", "\\le"}:
         raise ValueError("no interval")
     opening, closing = ("[" if signs[0] == "\\le" else "("), ("]" if signs[1] == "\\le" else ")")
@@ -439,10 +443,8 @@ def as_interval(sides, signs):
 
 
 def reading(text):
-    """A text read as mathematics: (its value at each of POINTS, its units), or None.
-
-    A value is a number, a Group, an Equation, or None (only at negative points).
-    """
+    """A text read as mathematics: (its value at each of POINTS, its units), or None. A value is a number, a Group, an
+    Equation, or None (only at negative points)."""
     if len(text) > LONGEST:
         return None
     text, units = split_units(text)
@@ -464,7 +466,7 @@ def value_at(tokens, point):
 
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
-# math_equal compares answers, agree their readings, same the values at one point, and close two numbers.
+# `math_equal` compares two answers, `agree` two readings, `same` two values at one point, and `close` two numbers.
 
 
 def math_equal(prediction, gold):
@@ -478,12 +480,14 @@ def math_equal(prediction, gold):
     first, second = reading(prediction), reading(gold)
     if first and second and agree(first, second):
         return True
+    # what is left: a sentence that states the gold number, and names its units if it has some: It is 8 cm.
     target = exact_number(second)
-    sentence = first is None or re.search("[A-Za-z]{4}", prediction)
-    if target is None or exact_number(first) is not None or not sentence:
+    if target is None or exact_number(first) is not None:
         return False
-    _, units = second  # a sentence may state the gold number; if the gold has units, it must name them
-    return stated(prediction) == target and all(unit in prediction for unit in units)
+    if first and not re.search("[A-Za-z]{4}", prediction):  # it is a formula, no sentence
+        return False
+    words = re.sub(r"(?<=[A-Za-z] )(?:in|am)\b", "", prediction)  # in: inches after a number, not after a word
+    return stated(prediction) == target and second[1] <= unit_names(words)
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
@@ -496,13 +500,13 @@ def spaced_like(other, text):
 
 
 def as_text(text):
-    """A text without spaces, with words in lower case, and C for (C). Single letters stay: R is not r."""
+    """A text without spaces, with words in lower case. (C) becomes C. Single letters stay as they are: R is not r."""
     text = re.sub(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])", lambda m: m[0].lower(), text)
     return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text))
 
 
 def agree(one, other):
-    """Do two readings mean the same? Units count where both have one; 50% is 50, and 0.5."""
+    """Do two readings mean the same? Units must match if both have some. 50% equals 0.5, and also 50 without a unit."""
     (values, units), (other_values, other_units) = one, other
     if units and other_units and units != other_units:
         return False
@@ -536,7 +540,7 @@ def same(a, b):
 
 
 def close(a, b):
-    """The same number? Exactly the same, where both are exact."""
+    """The same number? Exact numbers must be equal, but those with 10 or more decimals may be rounded."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         long_decimal = max(a.denominator, b.denominator) > 10**9  # 0.3333333333 is 1/3
         return a == b or (long_decimal and abs(a - b) * 10**9 < abs(a))
@@ -546,7 +550,7 @@ def close(a, b):
 
 
 def number(text):
-    """The one number that an answer states, exactly, or None: $1,080  72.  -5 degrees  3 + 4 = 7."""
+    """The one number that an answer states, as a Fraction, or None: '-5 degrees' states -5, '3 + 4 = 7' states 7."""
     text = tidy(text)
     found = reading(text)
     return exact_number(found) if found else stated(text)
@@ -564,7 +568,7 @@ DOUBT = "not?|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perha
 DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
 CHANGED = re.compile(  # words that change a number, LaTeX and code
     r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
-    rf"|hal(?:f|ves)|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
+    rf"|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
 )
 STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
     rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
@@ -589,10 +593,12 @@ ROLES = {
     "knight": "knights?|truth(?:[ -]?tellers?|ful)?",
     "knave": "knaves?|liars?|lies|lying",
 }
+NOBODY = rf"(?i)\b(?:{ROLES['knight']}|{ROLES['knave']})\W*\bnone\b"  # `Knaves: none`
+PLACES = dict(zip("first second third fourth fifth sixth seventh".split(), range(1, 8)))
 NUMBERING = {
     "ignored": "first to last|1st to last",
-    "doubt": rf"{ROLES['doubt']}|first|second|third|fourth|fifth|sixth|seventh|last|after|behind|reversed?",
-    "number": r"\d{1,9}(?:st|nd|rd|th)?",
+    "doubt": rf"{ROLES['doubt']}|last|after|behind|reversed?",
+    "number": rf"\d{{1,9}}(?:st|nd|rd|th)?|{'|'.join(PLACES)}",
 }
 
 
@@ -608,7 +614,7 @@ def words_that_matter(answer, names, choices):
 def knights_equal(answer, problem):
     """Does an answer give each person one role: `Ada: knight, Ben: knave`, or by role `Knights: Ada. Knaves: Ben`?"""
     gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
-    words = words_that_matter(answer, gold, ROLES)
+    words = words_that_matter(re.sub(NOBODY, "", answer), gold, ROLES)
     if words and words[0][0] != "name":
         words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: names before their role
     claims, waiting, last_role = set(), [], None  # waiting: names that wait for their role
@@ -624,11 +630,11 @@ def knights_equal(answer, problem):
 
 
 def order_equal(answer, problem):
-    """Does an answer give every name once, in the right order? They may be numbered: `1. Ben 2. Ada`."""
+    """Does an answer give every name once, in the right order? They may be numbered: `1. Ben 2. Ada`, `first Ben`."""
     gold = problem["answer"].lower().split(", ")
     words = words_that_matter(answer, gold, NUMBERING)
     names = [word for kind, word in words if kind == "name"]
-    numbers = [int(re.match(r"\d+", word)[0]) for kind, word in words if kind == "number"]
+    numbers = [PLACES.get(word) or int(word.rstrip("stndrh")) for kind, word in words if kind == "number"]
     return names == gold and numbers in ([], list(range(1, len(gold) + 1)))
 
 
@@ -643,16 +649,14 @@ def countdown_equal(answer, problem):
     sides = [side for side in text.split("=") if side.strip() != str(problem["target"])]
     if len(sides) != 1 or ARITHMETIC.sub("", text) or re.search(r"\*\*|\d\s+\d", text):
         return False  # not one calculation, or with other signs
-    if number(sides[0]) != problem["target"]:
-        return False
-    return Counter(map(int, re.findall(r"\d+", sides[0]))) <= Counter(problem["numbers"])
+    right_value = number(sides[0]) == problem["target"]
+    return right_value and Counter(map(int, re.findall(r"\d+", sides[0]))) <= Counter(problem["numbers"])
 
 
 # ---- programs, graded by tests in a sandbox ------------------------------------------------------------------------
-# A program could change anything in its own process: even an `assert`, or the count of passed tests. So two sandboxes
-# share the work. One runs the tests, the other runs the program. Where a test calls a function of the program, the
-# arguments go through a pipe to the program, and the result comes back through another pipe, as text of plain values.
-# The program sees no test, no expected value and no verdict.
+# A program could change anything in its own process: even an `assert`, or the count of passed tests. So one sandbox
+# runs the tests, and another the program. If a test calls a function of the program, the arguments go there through a
+# pipe, and the result comes back through another. The program sees no test, no expected value and no verdict.
 
 SECONDS = 4.0  # of wall-clock time, for all tests of one program
 REPLY_BYTES = 1 << 20  # the longest result, as text
@@ -664,8 +668,10 @@ LIMITS = {  # for each process; NPROC counts all processes and threads of a sand
 
 
 def run_tests(code, problem):
-    """(The share of the tests with an assert that a program passes, does it compile without a warning?)"""
+    """Run a program's tests: (the share that pass of those with an assert, does it compile without a warning?)"""
     asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
+    if not any(asserts):
+        raise ValueError("no test has an assert")
     tests = list(zip(problem["tests"], asserts))
     # no environment: /proc/1/environ would show it; a new session: Ctrl-C does not reach the sandboxes
     start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -704,8 +710,8 @@ def sandbox_problem():
 def sandboxed(entry):
     """The command that runs one Python statement in a sandbox: no network, no environment, only Python and /usr.
 
-    As an ordinary user the sandbox is a user namespace. For root the limit on processes has no
-    effect. So for root each sandbox switches to a new user id without rights, and has no user namespace.
+    An ordinary user's sandbox is a user namespace. Root's changes to a new user id without rights instead, because a
+    limit on processes has no effect on root.
     """
     uid = None if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
     options = "--unshare-all --unshare-user --disable-userns"
@@ -716,7 +722,7 @@ def sandboxed(entry):
     command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in filter(os.path.exists, ("/lib", "/lib64")):
         command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    python = sys.base_prefix  # --dir below makes its parent folders readable by all
+    python = sys.base_prefix  # --dir makes new, empty parent folders for it, which the sandbox's user may enter
     command += ["--dir", os.path.dirname(python), "--ro-bind", python, python, "--proc", "/proc", "--dev", "/dev"]
     command += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
@@ -724,9 +730,7 @@ def sandboxed(entry):
     return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-# The source text of the next seven functions runs in the sandboxes (INSIDE).
-
-
+# The source text of this function and the next six runs in the sandboxes (INSIDE).
 def tests_process(requests, replies, limit):
     """Run the tests. Write 1 or 0 for `it compiles`, then 1 or 0 after each test that has an assert."""
     verdict, requests, replies = os.dup(1), open(requests, "wb"), open(replies, "rb")
@@ -862,8 +866,8 @@ def majority(completions):
 
 STEP = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|$)")  # a line, or a sentence of it
 CHARS = r"[\d.,+\-−*/×÷()$% ]"
-CALCULATION = re.compile(  # groups: left of the =, the number right of it, its decimals. Not 12 in `= 12 + 5`
-    rf"(?<!{CHARS})({CHARS}*+)(?==[\s$]*(-?\d[\d,]{{0,20}}+(?:\.(\d{{1,20}}+))?+)(?!\s*[-+*/×÷]\s*[\d(]|\d))"
+CALCULATION = re.compile(  # groups: left of the =, the number right of it, its decimals. `10 + 7 = 12 + 5` is none
+    rf"(?<!{CHARS})({CHARS}*+)(?==[\s$]*(-?\d[\d,]{{0,20}}+(?:\.(\d{{1,20}}+))?+)(?!\s*[-+−*/×÷]\s*[\d($]|\s*%|\d))"
 )
 
 
@@ -877,7 +881,7 @@ def step_rewards(completion, problem):
     start = max(0, completion.find("<reasoning>"))
     end = start + len(completion[start:].partition("</reasoning>")[0])
     steps = []
-    for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # no worked solution has more
+    for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # 100 are enough, and quick for any text
         if found := list(calculations(match[0])):
             value = 1.0 if any(result in known for result, _ in found) else 0.5
             steps.append((match.end(), value if all(correct for _, correct in found) else 0.0))
@@ -886,10 +890,12 @@ def step_rewards(completion, problem):
 
 def calculations(step):
     """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
+    step = re.sub(r"^\s*[-*+] ", "", step)  # the bullet of a list is no minus
     for text in re.findall(r"<<([^<>]*)>>", step)[:9] or [step]:
         for left, written, decimals in CALCULATION.findall(text)[:9]:
             calculated = re.search(r"\d[\s%)]*[-+−*/×÷][\s$(]*\d", left)
-            value = number(left.replace("%", "/100")) if calculated else None
+            left = re.sub(r"(?<![\d.,])([\d.,]++|\([^()]*+\))\s*%", r"(\1/100)", left)
+            value = number(left) if calculated else None
             if value is not None:
                 result = Fraction(written.replace(",", ""))
                 rounding = Fraction(1, 2 * 10 ** len(decimals)) if decimals else 0  # 3.33 may be 0.005 away
@@ -909,16 +915,14 @@ def reward(function):
 
 
 def rewards(completion, problem):
-    """Every rule-based reward of a completion that applies to its problem, unweighted: {name: number}."""
+    """The rewards in the table that apply to a completion's problem, unweighted: {name: number}."""
     values = {name: function(completion, problem) for name, function in REWARDS.items()}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def score(completions, problems, threads):
-    """The rewards of many completions: ({name: one number per completion}, [why a rule failed, if one did]).
-
-    Where a rule fails, its completion counts as wrong. The rules run in threads, because programs are slow.
-    """
+    """The rewards of many completions: ({name: one number per completion}, [the exceptions that rules raised]).
+    If a rule raises one, its completion counts as wrong. The rules run in threads, because programs are slow."""
 
     def score_one(completion, problem):
         try:
@@ -926,8 +930,8 @@ def score(completions, problems, threads):
             if not all(map(math.isfinite, values.values())):
                 raise ValueError(f"a reward is no finite number: {values}")
             return values, None
-        except Exception as error:  # a fault in one rule must not end the training
-            return {"correctness": 0.0, "strict_format": 0.0}, f"{error!r} (question: {problem['question']})"
+        except Exception as error:  # must not end the training, and the metrics need these two of every completion
+            return {"correctness": 0.0, "strict_format": 0.0}, f"{error!r} (question: {problem.get('question')})"
 
     with ThreadPoolExecutor(threads) as pool:
         scored = list(pool.map(score_one, completions, problems))
@@ -946,7 +950,7 @@ def correctness(completion, problem):
 
 @reward
 def integer(completion, problem):
-    """1 if the answer is a whole number, and the right one is too (only mathematics)."""
+    """1 if the answer is a whole number, right or wrong, where the right answer is one too (only mathematics)."""
     if problem.get("kind", "math") == "math":
         numbers = number(extract_answer(completion) or ""), number(problem["answer"].rpartition("####")[2])
         return all(value is not None and value.denominator == 1 for value in numbers)
@@ -969,10 +973,9 @@ def compiles(completion, problem):
 @reward
 def strict_format(completion, problem):
     """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
-    form = r"<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>"
     if tag_count(completion, problem) < 1:
         return False
-    match = re.fullmatch(form, completion.strip(), re.DOTALL)
+    match = re.fullmatch(r"(?s)<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>", completion.strip())
     return match is not None and all(part.strip() for part in match.groups())
 
 
@@ -1002,7 +1005,7 @@ REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me 
 
 
 @functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
-def test_results(completion, problem):
+def test_results(completion, problem):  # the problem as JSON, because the cache takes only what has a hash
     """The share of tests that a completion's program passes, and whether it compiles without a warning."""
     source = program_source(completion)
     return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
@@ -1026,7 +1029,7 @@ def num_steps(completion):
 
 
 def approach(completion):
-    """How a completion comes to its answer: "guessed" without a calculation, "checked" with one and with doubt."""
+    """How a completion gets its answer: "guessed" (no calculation), "worked" (one), "checked" (one, and doubt too)."""
     if not num_steps(completion):
         return "guessed"
     return "checked" if reflection(completion) else "worked"

@@ -52,6 +52,7 @@ def reward(completion, answer="72"):
         ("<answer>\n72", "72"),
         ("<answer></answer>", None),
         ("\\boxed{72", None),
+        ("\\boxed{6 and then \\boxed{5}", "5"),  # only the last box must be closed
         ("the answer is 72", None),
         ("", None),
     ],
@@ -66,6 +67,10 @@ def test_the_answer_of_a_completion_is(completion, answer):
         ("1,080", "1080"), ("-5", "-5"), ("$72.00", "72"), ("72.", "72"), ("72", "72.0"), ("$-5", "-5"), ("-$5", "-5"),
         ("− 5", "-5"), ("\\$72", "72"), ("72 apples", "72"), ("**72**", "72"), ("12 + 7 = 19", "19"), ("0.5", "1/2"),
         ("1,450,000", "1,450,000"), ("50%", "50"), ("72kg", "72"), ("72/hour", "72"), (".5", "0.5"), ("Total - $72", "72"), ("-€5", "-5"), ("x = 5", "5"), ("Monday", "monday"),
+        ("She ends up with 72 clips", "72"), ("5 teeth", "5"), ("both have 72", "72"), ("a length of 72", "72"),
+        ("The third house needs 72 cases", "72"), ("On the fifth day she has 72", "72"),
+        ("She has 8 quarters", "8"), ("It is 8 cm.", "8 cm"), ("It is 50 percent", "50%"), ("It is 50%", "50%"),
+        ("It is 16 sq cm", "16 cm^2"), ("She needs 8 inches of rope", "8 in"),
         ("72", "48+24 = <<48+24=72>>72 clips.\n#### 72"),
     ],
 )  # fmt: skip
@@ -80,6 +85,9 @@ def test_a_right_answer_is_right_however_it_is_written(said, gold):
         ("1/0", "1"), ("", "72"), ("seventy", "72"), ("72", "48+24 = <<48+24=72>>72 clips.\n#### 73"), ("9**9**9", "9"),
         ("7*2", "72"), ("6*12", "612"), ("72.5e3", "72"), ("72." + "3" * 41, "72"), ("9^72", "72"), ("1E+72", "72"),
         ("1/2/3", "2/3"), ("USD-5", "5"), ("–5", "5"), ("72 + 3", "72"), ("5-3", "5"),
+        ("72 hundredths", "72"), ("72 thirds", "72"), ("a third of 72", "72"), ("a quarter of 72", "72"), ("72 halves", "72"),
+        ("72 twentieths", "72"), ("It is 72 sixty-fourths", "72"), ("a twelfth of 72", "72"),
+        ("It is 5 feet in all", "5 inches"), ("It is 5 kg", "5 cm"), ("It is 5", "5 cm"),
     ],
 )  # fmt: skip
 def test_a_wrong_or_undecided_answer_is_wrong(said, gold):
@@ -210,6 +218,7 @@ def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monke
     assert failures[0] == "KeyError('boom') (question: about boom)"
     assert "'strict_format': inf, 'tests': nan" in failures[1] and "about odd" in failures[1] and len(failures) == 2
     assert evaluator.score(["right"], [{}], threads=2) == ({"correctness": [1], "strict_format": [0.5]}, [])
+    assert evaluator.score(["boom"], [{}], threads=2)[1] == ["KeyError('boom') (question: None)"]
 
 
 def test_very_small_numbers_keep_their_sign():
@@ -331,6 +340,11 @@ def test_the_same_in_every_notation(kind):
     written = SAME[kind].split(" == ")
     for left, right in itertools.permutations(written, 2):
         assert evaluator.math_equal(left, right), (left, right)
+
+
+def test_a_matrix_may_stand_on_several_lines():
+    matrix = "\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}"
+    assert evaluator.math_equal(matrix, "[[1,2],[3,4]]") and not evaluator.math_equal(matrix, "[[1,3],[2,4]]")
 
 
 @pytest.mark.parametrize("left, right", DIFFERENT)
@@ -478,13 +492,19 @@ def test_steps_are_lines_and_sentences_and_right_ones_earn_more_than_true_ones_a
         ("<<48/2=24>>24", 1.0), ("$48 ÷ 2 = $24.00", 1.0), ("48 - 24 = 24 and 24 + 24 = 49", 0.0), ("50 * 20% = 10", 0.5),
         ("10 / 3 = 3.33", 0.5), ("10 / 3 = 3", 0.0), ("2 * 3 = 6 = 3 + 3", 0.5), ("6 * 4 = 12 + 12 = 24", 1.0),
         ("1,000 * 2 = 1,000 + 1,000 = 2,000", 0.5), ("1,000 + 80 = 1,080", 0.5),
+        ("- 48 / 2 = 24", 1.0), ("* 48 / 2 = 24", 1.0), ("- 48 / 2 = 23", 0.0), ("-48 / 2 = -24", 0.5), ("So - 48 / 2 = -24", 0.5),
+        ("100 / 50% = 200", 0.5), ("12 / (20 + 30)% = 24", 1.0), ("100 / 50% = 2", 0.0),
+        ("20 + 4 = $12 + $12 = $24", 1.0), ("20 + 4 = 30 − 6 = 24", 1.0),
     ],
 )  # fmt: skip
 def test_a_calculation_holds_by_value_or_rounded_to_the_decimals_it_shows(line, reward):
     assert steps(line) == [(line, reward)]
 
 
-@pytest.mark.parametrize("line", ["I think so.", "x = 5", "24 = 24", "", "So = 3", "6 = 2 * 3"])
+@pytest.mark.parametrize(
+    "line",
+    ["I think so.", "x = 5", "24 = 24", "", "So = 3", "6 = 2 * 3", "10 + 7 = $12 + $5", "10 + 7 = 20 − 3", "50% - 20% = 30%"],
+)  # fmt: skip
 def test_a_line_that_calculates_nothing_is_no_step(line):
     assert steps(line) == []
 
@@ -492,8 +512,9 @@ def test_a_line_that_calculates_nothing_is_no_step(line):
 def test_the_steps_of_a_worked_solution_are_all_right():
     for problem in itertools.islice(rldatasets.load("arithmetic", "test"), 300):
         completion = rldatasets.written_out(problem)
-        ((end, reward),) = evaluator.step_rewards(completion, problem)
-        assert reward == 1.0 and completion[:end].endswith(problem["solution"])
+        found = evaluator.step_rewards(completion, problem)
+        assert [reward for _, reward in found] == [1.0] * len(problem["solution"].split("\n"))
+        assert completion[: found[-1][0]].rstrip().endswith(problem["solution"])
 
 
 # ---- length, safety, reflection ------------------------------------------------------------------------------------

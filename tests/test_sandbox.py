@@ -171,6 +171,11 @@ def test_the_share_of_tests_counts_only_those_that_assert():
     assert passes("def f(x): return x", *tests) == 0.5
 
 
+def test_tests_without_an_assert_are_refused_in_words():
+    with pytest.raises(ValueError, match="no test has an assert"):
+        passes("def f(x): return x", "f(1)", "a = 'assert'")
+
+
 def test_a_program_that_stops_halfway_keeps_what_it_passed(monkeypatch):
     monkeypatch.setattr(evaluator, "SECONDS", 1.0)
     tests = [f"assert f({x}) == {x}" for x in range(4)]
