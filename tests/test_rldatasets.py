@@ -382,7 +382,7 @@ def test_the_folder_of_a_split_can_hold_any_kind_of_file(tmp_path, ending):
         path.write_bytes(gzip.compress(text.encode()) if ending == "jsonl.gz" else text.encode())
     (tmp_path / "train" / "README.md").write_text("# rows")
     assert [problem["answer"] for problem in rldatasets.load(str(tmp_path), "train")] == ["12", "-3", "1,125"]
-    with pytest.raises(rldatasets.DataError, match="'test' in its path"):
+    with pytest.raises(rldatasets.DataError, match="its path must name the split 'test'"):
         list(rldatasets.load(str(tmp_path), "test"))
 
 

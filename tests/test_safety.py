@@ -259,7 +259,7 @@ def test_what_stands_in_the_rows_becomes_no_path(checkpoint, inside, tmp_path, m
     assert not any((tmp_path / "temporary").iterdir())
 
 
-@pytest.mark.parametrize("model", ["..", "a/..", "a/", "a/../../b", "/", ".", "a\nb", "~", "..."])
+@pytest.mark.parametrize("model", ["..", "a/..", "a/", "a/../../b", "/", ".", "a b", "~", "..."])
 @pytest.mark.parametrize("dataset", ["arithmetic", "..", "data/..", "data/rows.jsonl/../..", "data/../../../x.jsonl"])
 def test_a_new_run_lies_in_runs_whatever_the_model_and_the_data_are_called(tmp_path, monkeypatch, model, dataset):
     (tmp_path / "a" / "b" / "data" / "rows.jsonl").mkdir(parents=True)
