@@ -109,6 +109,16 @@ def test_a_guess_is_nearly_always_wrong():
     assert len(right) > 1500 and sum(right) / len(right) < 0.1
 
 
+@pytest.mark.parametrize("difficulty", [2, 3])
+def test_no_knights_puzzle_is_in_both_splits_under_other_names(difficulty):
+    def nameless(problem):
+        numbers = {name: str(number) for number, name in enumerate(problem["names"])}
+        return re.sub("|".join(numbers), lambda name: numbers[name[0]], problem["question"])
+
+    train, test = (set(map(nameless, rldatasets.load(f"knights:{difficulty}", split))) for split in ("train", "test"))
+    assert len(test) > 100 and not train & test
+
+
 def test_an_epoch_holds_every_problem_once_and_the_next_has_another_order(tmp_path):
     path = write(tmp_path / "train.jsonl", [dict(ROWS[0], question=str(i)) for i in range(20)])
     epochs = take(path, 40, seed=0)
