@@ -389,7 +389,7 @@ def learning_rate(number):
 
 
 # ==== Table 10 (§5.2.1): the other methods ==========================================================================
-# All follow ∇J = E[(q, o) ~ D] 1/|o| Σ_t GC(q, o, t) ∇log π_θ(o_t | q, o_<t), eq. (5). They differ in the data source D,
+# All use ∇J = E[(q, o) ~ D] 1/|o| Σ_t GC(q, o, t) ∇log π_θ(o_t | q, o_<t), eq. (5). They differ in the data source D,
 # the reward function and the gradient coefficient GC.
 
 

@@ -1,8 +1,8 @@
 """The problems: where they come from, the prompt for each, and in which order they come.
 
-A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (a worked
-one, or ""), `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such
-as the tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
+A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (worked,
+or ""), `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as
+the tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
 `load`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
 """
 
@@ -310,7 +310,7 @@ def mathematics(row):
 
 
 def program(question, reference, prelude, setup, tests, names):
-    """A program to write: completions are run as prelude + completion, tests as setup + tests in a process of their own.
+    """A program to write: a completion is run after the prelude; the tests after the setup, in another process.
 
     Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
     """

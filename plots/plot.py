@@ -162,7 +162,7 @@ def line(axes, key, runs, smoothed, **style):
 
 
 def draw(folders, out):
-    """Write train_score.png and eval_score.png of some run folders into a folder, which is made; returns their paths."""
+    """Write train_score.png and eval_score.png of some runs into a folder, which is made; returns their paths."""
     from matplotlib.figure import Figure  # here, so that a run which draws nothing starts faster
 
     runs_by_label, paths = groups(folders), []

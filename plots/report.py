@@ -62,7 +62,7 @@ def step_metrics(records, group_size, names):
 
 
 def behaviour(records):
-    """How the outputs come to their answers: shares of the approaches, steps, doubts, lengths of right and wrong ones."""
+    """How outputs come to their answers: shares of the approaches, steps, doubts, lengths of right and wrong ones."""
     lengths = {"right": [], "wrong": []}
     for record in records:
         lengths["right" if record.get("correctness") else "wrong"].append(record["length"])

@@ -441,7 +441,7 @@ def fits():
 
 
 def race(goal=0.9, seeds=(0, 1, 2)):
-    """Seconds of training until the greedy accuracy of the default task first reaches the goal; tests are not counted."""
+    """Seconds of training until the greedy accuracy of the default task reaches the goal; tests are not counted."""
     print(f"seconds of training, steps and sampled tokens until the greedy accuracy is {goal}, seeds {seeds}")
     script = [sys.executable, str(Path(__file__).parent.parent / "main.py")]
     subprocess.run(

@@ -24,7 +24,8 @@ import main
 from plots import plot, report, reproduce
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8 --steps 6 --eval_every 3 --eval_questions 4"
+SMALL = "--dataset arithmetic --questions_per_step 2 --group_size 2 --max_new_tokens 8"
+SMALL += " --steps 6 --eval_every 3 --eval_questions 4"
 SMALL += " --learning_rate 1e-3 --save_every 2 --show_every 3"
 # nothing of these tests may reach the network, nor a cache of the user's
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The checkers of logic puzzles: a right answer in the form that the question wants, as a list or a table too; no other."""
+"""The checkers of logic puzzles: a right answer in the form that the question wants, also as a list or a table."""
 
 import itertools
 import random
