@@ -42,12 +42,14 @@ LORA = {
     "LoRA, rank 32": {"LORA_RANK": 32},
     "LoRA, checkpointing": {"LORA_RANK": 32, "GRADIENT_CHECKPOINTING": True},
 }
+ANSWER_ONLY = "--weight_integer 0 --weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
 RACES = {  # what a reader may try: flags
     "the default": "",
     "no warm-up": "--warmup 0",
-    "no warm-up, 2 × learning rate": "--warmup 0 --learning_rate 4e-4",
+    "no warm-up, μ = 4": "--warmup 0 --mu 4",
+    "no warm-up, the answer's reward alone": f"--warmup 0 {ANSWER_ONLY}",
     "no warm-up, 4 × learning rate": "--warmup 0 --learning_rate 8e-4",
-    "no warm-up, 4 × learning rate, β = 0": "--warmup 0 --learning_rate 8e-4 --beta 0",
+    "no warm-up, 4 × learning rate, the answer's reward alone": f"--warmup 0 --learning_rate 8e-4 {ANSWER_ONLY}",
     "no warm-up, 2 × learning rate, half the questions": "--warmup 0 --learning_rate 4e-4 --questions_per_step 8",
 }
 PROMPT = 100  # tokens in each prompt, about GSM8K's with its instruction
@@ -451,7 +453,7 @@ def race(goal=0.9, seeds=(0, 1, 2)):
         results = []
         for seed in seeds:
             folder = Path("runs") / "race"
-            command = f"--run race --seed {seed} --eval_every 2 --steps 60 --show_every 0 {flags}".split()
+            command = f"--run race --seed {seed} --eval_every 2 --show_every 0 {flags}".split()
             with subprocess.Popen([*script, *command], stdout=subprocess.PIPE, text=True) as process:
                 accuracies = (float(line.split("accuracy")[1].split()[0]) for line in process.stdout if "TEST" in line)
                 reached = any(accuracy >= goal for accuracy in accuracies)
@@ -462,9 +464,9 @@ def race(goal=0.9, seeds=(0, 1, 2)):
             steps = [row for row in rows if "reward" in row and row["step"] <= last]
             results.append((sum(row["seconds"] for row in steps), len(steps), steps[-1]["tokens"], reached))
         cells = [
-            f"{s:.1f} s, {n} steps, {t / 1000:.0f} k tokens" if ok else "not in 60 steps" for s, n, t, ok in results
+            f"{s:.1f} s, {n} steps, {t / 1000:.0f} k tokens" if ok else "not in 100 steps" for s, n, t, ok in results
         ]
-        print(f"{name:50}" + "".join(f"{cell:>32}" for cell in cells), flush=True)
+        print(f"{name:58}" + "".join(f"{cell:>32}" for cell in cells), flush=True)
 
 
 def run():
