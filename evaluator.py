@@ -949,6 +949,18 @@ def correctness(completion, problem):
 
 
 @reward
+def lenient(completion, problem):
+    """1 if a person would find the right answer, in the asked form or not. It has no weight: it is for evaluations."""
+    if correctness(completion, problem):
+        return True
+    text = extract_answer(completion) or boxed(completion) or completion
+    if problem.get("kind", "math") != "math":  # the last line; a program is looked for in all of the text already
+        return problem["kind"] != "program" and right(text.strip().rpartition("\n")[2], problem)
+    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text.rpartition("####")[2])
+    return bool(numbers) and right(numbers[-1], problem)
+
+
+@reward
 def integer(completion, problem):
     """1 if the answer is a whole number, right or wrong, where the right answer is one too (only mathematics)."""
     if problem.get("kind", "math") == "math":

@@ -56,6 +56,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in a GPU's memory
+torch.backends.cuda.enable_cudnn_sdp(False)  # attention by cuDNN plans anew for each shape, which takes longer than it
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"  # weights come from the repository that was named, and no other
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -424,20 +426,22 @@ class PackedBatch:
             self.kv.append((layer, key, value))
         if query.is_cuda and query.dtype == torch.float32:  # fast fp32 kernels need as many key heads as query heads
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        options, start, parts = {"scale": scaling, "enable_gqa": True}, 0, []
-        for P, n, T, filled in self.groups:
-            q, k, v = (x[:, :, start : start + P] for x in (query, key, value))  # [1, heads, P, D]
+        options, parts = {"scale": scaling, "enable_gqa": True}, []
+        sizes = [size for P, _, _, filled in self.groups for size in (P, len(filled))]
+        pieces = iter(zip(*(x.split(sizes, 2) for x in (query, key, value))))  # prompt, its outputs, the next prompt …
+        for _, n, T, filled in self.groups:
+            q, k, v = next(pieces)  # [1, heads, P, D]
+            P = k.shape[2]
             parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[0].transpose(0, 1))
-            start += P
+            outputs = next(pieces)
             if len(filled):
-                packed = (x[0, :, start : start + len(filled)].transpose(0, 1) for x in (query, key, value))
+                packed = (x[0].transpose(0, 1) for x in outputs)
                 padded = [x.new_zeros(n * T, *x.shape[1:]).index_copy(0, filled, x) for x in packed]  # [n·T, heads, D]
                 q, own_k, own_v = (x.unflatten(0, (n, T)).transpose(1, 2) for x in padded)  # [n, heads, T, D]
                 k = torch.cat([k.expand(n, -1, -1, -1), own_k], 2)  # [n, heads, P + T, D]
                 v = torch.cat([v.expand(n, -1, -1, -1), own_v], 2)
                 out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, P + T), **options)
                 parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, filled))
-                start += len(filled)
         return torch.cat(parts)[None]
 
 
@@ -470,6 +474,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     completions = [row[:n].tolist() for row, n in zip(decoding.tokens[:N].cpu(), decoding.length.tolist())]
     ids, attention, mask = batch([q for q in prompts for _ in range(group_size)], completions, model.device)
     logp, entropy = (x[:N, : mask.shape[1]].where(mask, 0.0) for x in (decoding.logp, decoding.entropy))  # [N, T]
+    check_finite(logp)  # with logits that are not finite the last token of the vocabulary would be sampled
     truncated = [output[-1] not in ends for output in completions]
     without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated)]
     texts = [tokenizer.decode(output, skip_special_tokens=True) for output in without_end]
@@ -477,11 +482,11 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
 
 
 def sample_token(logits, temperature, uniform):
-    """A token from softmax(logits / τ) for each row, its log π and the entropy of π: logits [n, V] -> 3 × [n, 1].
+    """A token from softmax(logits / τ) for each row, its log π and the entropy of π: fp32 [n, V] -> 3 × [n, 1].
 
     It is the first at which the cumulative sum of π passes `uniform` [n, 1], random numbers between 0 and 1.
     """
-    logits = at_least_fp32(logits) if temperature in (0, 1) else at_least_fp32(logits) / temperature  # [n, V]
+    logits = logits if temperature in (0, 1) else logits / temperature  # [n, V]
     pi = torch.softmax(logits, -1)  # [n, V]
     if temperature:
         cumulative = pi.cumsum(-1)  # [n, V]
@@ -493,7 +498,7 @@ def sample_token(logits, temperature, uniform):
         token = logits.argmax(-1, keepdim=True)
     logp = pi.gather(1, token).log()
     # H = - Σ π log π = log Σ exp(logits) - Σ π logits; log Σ exp(logits) is logits - log π of any token
-    entropy = logits.gather(1, token) - logp - (pi[:, None] @ logits[:, :, None])[:, 0]
+    entropy = logits.gather(1, token) - logp - (pi * logits).sum(-1, keepdim=True)
     return token, logp.float(), entropy.float()
 
 
@@ -548,7 +553,8 @@ class DecodingBatch:
         packed = PackedBatch([(prompt, []) for prompt in prompts], self.position.device, keep_kv=True)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.position.device)
         last = lengths.cumsum(0) - 1  # where each prompt ends in the packed sequence
-        logits = run_model(self.model, packed, packed.ids, packed.positions, logits_to_keep=last).logits[0]  # [Q, V]
+        hidden = run_model(self.model.base_model, packed, packed.ids, packed.positions).last_hidden_state[0, last]
+        logits = head_logits(hidden, *head_weights(self.model))  # [Q, V]
         check_finite(logits)
         first, n = self.active, len(prompts) * group_size
         for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
@@ -594,7 +600,8 @@ class DecodingBatch:
         self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
         self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
         token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
-        logits = run_model(self.model, self, token[:, None], position[:, None]).logits[:, -1]  # [n, V]
+        hidden = run_model(self.model.base_model, self, token[:, None], position[:, None]).last_hidden_state[:, -1]
+        logits = head_logits(hidden, *head_weights(self.model))  # [n, V]
         self.append_tokens(outputs, logits)
 
     def decode(self):
@@ -617,7 +624,8 @@ class DecodingBatch:
         """Record a step as a CUDA graph, without running it. If that fails, all steps run as usual from then on."""
         graph, others, stream = torch.cuda.CUDAGraph(), list(self.graphs.values()), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+            pool = others[0].pool() if others else None
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 step()
             self.graphs[key] = graph
         except torch.OutOfMemoryError:
@@ -682,11 +690,10 @@ def with_full_weights(function):
 @with_full_weights
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / τ) of each completion token, fp32, [N, T]; 0 off the mask."""
-    head = model.get_output_embeddings()
     hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
     dtype = hidden.dtype if precision(model.device) is torch.float32 else torch.bfloat16
     targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
-    logp = HeadLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature, dtype)  # [tokens]
+    logp = HeadLogprobs.apply(hidden, *head_weights(model), targets, temperature, dtype)  # [tokens]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
@@ -739,7 +746,7 @@ class HeadLogprobs(torch.autograd.Function):
         # written in place, as in backward: a list of chunks would leave gaps in memory
         logp = at_least_fp32(hidden.new_empty(len(hidden)))
         for h, target, out in zip(*(x.split(ctx.chunk) for x in (hidden, targets, logp))):
-            logits = at_least_fp32(F.linear(h, weight, bias)) / temperature  # [chunk, V]
+            logits = head_logits(h, weight, bias, temperature)  # [chunk, V]
             out.copy_(logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1))  # [chunk]
         return logp
 
@@ -752,7 +759,7 @@ class HeadLogprobs(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
         chunks = (x.split(ctx.chunk) for x in (hidden, targets, d_logp / ctx.temperature, d_hidden))
         for h, target, d, out in zip(*chunks):
-            pi = torch.softmax(at_least_fp32(F.linear(h, weight, bias)) / ctx.temperature, 1)  # [chunk, V]
+            pi = torch.softmax(head_logits(h, weight, bias, ctx.temperature), 1)  # [chunk, V]
             d_logits = pi.mul_(-d[:, None]).scatter_add_(1, target[:, None], d[:, None])  # [chunk, V]
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -776,6 +783,25 @@ def autocast(model):
     bf16 = precision(model.device) is torch.bfloat16
     # no cache: with it, the gradients of a weight that is used several times would be added up in bf16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def head_weights(model):
+    """The weight [V, D] of a model's head, and its bias [V] or None."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def head_logits(hidden, weight, bias, temperature=1.0):
+    """(W h + b) / τ in fp32 or wider: hidden [n, D] -> [n, V]. Sampling and scoring both compute it here.
+
+    On a GPU bf16 numbers are multiplied, but their sums stay in fp32: rounded to bf16, a logit of 20 is wrong by 0.06.
+    """
+    if weight.is_cuda and weight.dtype == torch.bfloat16:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        logits = logits if bias is None else logits + bias
+    else:
+        logits = at_least_fp32(F.linear(hidden, weight, bias))
+    return logits if temperature == 1 else logits / temperature
 
 
 def at_least_fp32(logits):

@@ -71,6 +71,9 @@ SEED = 0  # random seed of the question order and of all sampling
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
 GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a third slower, far less memory
+# -- Cold start: the paper's π_θinit is an SFT model; for a model that does not write the form, make one first
+COLD_START = 0  # SFT steps on the worked solutions of DATASET, before the first step of Algorithm 1
+COLD_START_LEARNING_RATE = 1e-5  # of these steps
 # -- Algorithm 1
 ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo
 ITERATIONS = 1  # I, outer iterations, each begins with π_ref ← π_θ (paper: 1; Figure 6: up to 2)
@@ -79,6 +82,7 @@ QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
 MU = 1  # μ, updates per rollout (paper: 1): with more, samples are used again and the clip matters
 # -- Sampling
+SHOTS = 0  # worked training problems in every prompt, before its question: for a model that does not know the form
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
 MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
 MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
@@ -253,12 +257,18 @@ def train(state, after_step):
 
     after_step(state, metrics) evaluates and saves. Where it returns a signal to stop for, so does this function.
     """
+    while state.step < COLD_START:  # before 1: make π_θinit an SFT model
+        if stopped := after_step(state, TABLE_10["sft"](state)):
+            return stopped
+    if state.step == COLD_START:
+        state.optimizer.state.clear()  # AdamW begins anew
     one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
-        if state.step == iteration * STEPS and needs_reference():  # otherwise it came with the checkpoint
+        first = COLD_START + iteration * STEPS
+        if state.step == first and needs_reference():  # otherwise it came with the checkpoint
             state.reference = None  # frees its memory first
-            state.reference = llms.frozen_copy(state.policy, adapter=iteration > 0)  # 3: π_ref ← π_θ
-        while state.step < (iteration + 1) * STEPS:  # 4
+            state.reference = llms.frozen_copy(state.policy, adapter=first > 0)  # 3: π_ref ← π_θ
+        while state.step < first + STEPS:  # 4
             metrics = one_step(state)  # 5 to 11
             # 12: the reward is a rule or a frozen model, there is nothing to train
             if stopped := after_step(state, metrics):
@@ -378,14 +388,17 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
 
 
 def learning_rate(number):
-    """The learning rate of an optimizer step (the first is number 0): a linear warm-up, then SCHEDULE."""
-    total = ITERATIONS * STEPS * MU
+    """The learning rate of an optimizer step (the first is number 0): a linear warm-up, then SCHEDULE.
+
+    The cold start and Algorithm 1 each begin with a warm-up.
+    """
+    highest, total = COLD_START_LEARNING_RATE, COLD_START
+    if number >= COLD_START:
+        highest, total, number = LEARNING_RATE, ITERATIONS * STEPS * MU, number - COLD_START
     if number < WARMUP:
-        return LEARNING_RATE * (number + 1) / (WARMUP + 1)
+        return highest * (number + 1) / (WARMUP + 1)
     left = (total - number) / max(1, total - WARMUP)  # falls from 1 to 0
-    return (
-        LEARNING_RATE * {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[SCHEDULE]
-    )
+    return highest * {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[SCHEDULE]
 
 
 # ==== Table 10 (§5.2.1): the other methods ==========================================================================
@@ -412,8 +425,9 @@ def other_step(state, source, coefficients, loss_function):
     logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
     GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
+    num_updates = MU if source else 1  # there is nothing to use again in given texts
     with llms.timed("update"):
-        updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(MU)]
+        updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(num_updates)]
     return record_step(state, problems, rollout, by_name, weighted_sum(by_name), GC, updates, extra)
 
 
@@ -506,6 +520,11 @@ TABLE_10 = {  # data source (the reference is π_sft), gradient coefficient, los
 }
 
 
+def last_step():
+    """The number of steps of the cold start and of all iterations."""
+    return COLD_START + ITERATIONS * STEPS
+
+
 def needs_reference():
     """Is π_ref the source of the outputs, or used for a KL (which Online RFT only records)?"""
     return ALGORITHM in ("rft", "dpo") or (ALGORITHM != "sft" and BETA > 0)
@@ -535,6 +554,7 @@ def stage_of(step):
     stages = rldatasets.stages(DATASET)
     if len(stages) == 1:  # its questions continue through all iterations
         return 0, stages[0][0]
+    step = max(0, step - COLD_START)  # of Algorithm 1; the cold start has the questions of the first stage
     ends = itertools.accumulate(steps for _, steps in stages)
     index = next((index for index, end in enumerate(ends) if step % STEPS < end), len(stages) - 1)
     return step // STEPS * len(stages) + index, stages[index][0]
@@ -552,7 +572,7 @@ def next_questions(state):
     batch = []
     while len(batch) < QUESTIONS_PER_STEP:
         problem = next(state.stream)
-        prompt = llms.encode(state.tokenizer, rldatasets.prompt(problem))
+        prompt = prompt_ids(state.tokenizer, problem)
         state.position += 1
         if len(prompt) <= state.prompt_limit:
             batch.append((problem, prompt))
@@ -560,6 +580,12 @@ def next_questions(state):
             state.prompts_skipped += 1
     state.questions += len(batch)
     return map(list, zip(*llms.share(batch)))
+
+
+def prompt_ids(tokenizer, problem):
+    """The prompt of a problem, with SHOTS worked examples in it that are the same for all problems."""
+    examples = rldatasets.examples(stage_of(0)[1], SHOTS)
+    return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
 
 
 @llms.timed("sample")
@@ -628,7 +654,7 @@ def evaluate(state, problems):
     """Greedy on every problem, and pass@k and maj@k from EVAL_SAMPLES samples: metrics, and a record per problem."""
     votable = all(problem.get("kind") != "program" for problem in problems)  # programs have no answer to vote for
     problems, n = llms.share(problems), EVAL_SAMPLES
-    prompts = [llms.encode(state.tokenizer, rldatasets.prompt(problem)) for problem in problems]
+    prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
     rollout = sample(state, state.policy, prompts, 1, 0.0)
     records = output_records(rollout, problems, score_outputs(rollout, problems))
     metrics = report.eval_metrics(records)
@@ -662,12 +688,17 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
     columns = by_name | {"reward": rewards, "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
     records = output_records(rollout, problems, columns)
     names = dict.fromkeys(llms.gather(list(by_name)))  # the rewards of all ranks: one rank may lack some
-    dataset, state.step = stage_of(state.step)[1], state.step + 1
+    outputs = report.step_metrics(records, rewards.shape[1], names)
+    stage, state.step = stage_of(state.step)[1], state.step + 1
     state.tokens += sum(record["length"] for record in records)
+    if state.step <= COLD_START:  # nothing was sampled: these are the worked solutions
+        stage, outputs = "cold start", {name: outputs[name] for name in ("length", "length_max", "truncated")}
+    elif state.step == COLD_START + 1 and not any(record["reward"] for record in records):
+        say(report.silence(records, evaluator.TAGS))
     row = {
         "step": state.step,
-        "stage": dataset,
-        **report.step_metrics(records, rewards.shape[1], names),
+        "stage": stage,
+        **outputs,
         **report.mean_of_updates(updates),
         **(extra or {}),
         **{name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")},
@@ -699,8 +730,8 @@ def load_checkpoint(state):
     if differ:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
-    if needs_reference() and state.step:
-        state.reference = llms.frozen_copy(state.policy, adapter=state.step > STEPS)
+    if needs_reference() and state.step > COLD_START:
+        state.reference = llms.frozen_copy(state.policy, adapter=COLD_START > 0 or state.step > STEPS)
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
 
 
@@ -780,7 +811,8 @@ def choose_settings(actions, flags):
             raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
         values["STEPS"] = sum(counts)
     if actions.test:
-        values |= {"STEPS": 2, "ITERATIONS": 1, "EVAL_QUESTIONS": min(values["EVAL_QUESTIONS"] or 8, 8)}
+        values |= {"STEPS": 2, "ITERATIONS": 1, "COLD_START": min(values["COLD_START"], 2)}
+        values |= {"EVAL_QUESTIONS": min(values["EVAL_QUESTIONS"] or 8, 8)}
     globals().update(values)
     check_settings()
 
@@ -810,7 +842,7 @@ def check_settings():
         ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
         ("REWARD_MODEL", not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"), f"empty for {ALGORITHM}: it uses the rule"),
         ("RATIO", RATIO == "token" or (ALGORITHM != "ppo" and SUPERVISION == "outcome"), "token if Â differs by token"),
-        ("MU", MU == 1 or not dpo, "1 for dpo: the coefficient of its pairs changes with every update"),
+        ("MU", MU == 1 or ALGORITHM not in ("sft", "dpo"), f"1 for {ALGORITHM}: it makes one update a step"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
         ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
     ]
@@ -833,10 +865,15 @@ def check_data(training=True):
         problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
         samples += problems
         solutions = [problem.get("solution", "") for problem in problems]
-        if ALGORITHM == "sft" and not all(solutions):
-            raise SettingsError(f"--algorithm sft imitates worked solutions, and {name} has none")
+        cold_start = COLD_START and name == stages[0][0]
+        for setting, used in (("--algorithm sft", ALGORITHM == "sft"), ("--cold_start", cold_start)):
+            if used and not all(solutions):
+                raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
         if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
             raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
+    examples = rldatasets.examples(stages[0][0], SHOTS)
+    if len([example for example in examples if example.get("solution")]) < SHOTS:
+        raise SettingsError(f"--shots {SHOTS} takes worked solutions, and {stages[0][0]} does not begin with as many")
     tested, each = [], max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None
     for task in tasks:
         tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
@@ -863,7 +900,8 @@ def new_state(policy, tokenizer, run=None):
     state.critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
     networks = [llms.shard(network) for network in state.networks().values()]
     trained = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
-    state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), weight_decay=WEIGHT_DECAY)
+    options = {"weight_decay": WEIGHT_DECAY, "fused": torch.cuda.is_available() or None}
+    state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), **options)
     state.generator = torch.Generator().manual_seed(SEED)
     context = getattr(policy.config, "max_position_embeddings", math.inf)
     state.prompt_limit = min(MAX_PROMPT_TOKENS, context - MAX_NEW_TOKENS)
@@ -873,7 +911,7 @@ def new_state(policy, tokenizer, run=None):
 
 def check_prompts(state, tests, training=()):
     """Refuse a test question that leaves no room for an output, and a training set that has only too long ones."""
-    length = lambda problem: len(llms.encode(state.tokenizer, rldatasets.prompt(problem)))
+    length = lambda problem: len(prompt_ids(state.tokenizer, problem))
     context, limit = getattr(state.policy.config, "max_position_embeddings", math.inf), state.prompt_limit
     longest = max(map(length, tests))
     if longest + MAX_NEW_TOKENS > context:
@@ -907,7 +945,7 @@ def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
     if evaluates_at(state.step):
         record_evaluation(state, problems)
     stopped = max(llms.gather([state.stop_signal or (signal.SIGTERM if llms.orphaned() else 0)]))
-    if stopped or state.step == ITERATIONS * STEPS or (state.step % SAVE_EVERY == 0 and not state.failures):
+    if stopped or state.step == last_step() or (state.step % SAVE_EVERY == 0 and not state.failures):
         save_checkpoint(state)
     return stopped
 
@@ -923,7 +961,7 @@ def record_evaluation(state, problems):
 def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
     run = Path(actions.resume) if actions.resume else report.new_folder(RUN, MODEL, DATASET, actions.test)
-    problems, last = check_data(), ITERATIONS * STEPS
+    problems, last = check_data(), last_step()
     policy, tokenizer = load_model(MODEL)  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
     check_prompts(state, problems, rldatasets.stages(DATASET))
@@ -932,12 +970,13 @@ def run_training(actions):
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
-        return run_steps(state, problems, lambda step: step == last or (step % EVAL_EVERY == 0 and not actions.test))
+        between = lambda step: not actions.test and (step == COLD_START or step % EVAL_EVERY == 0)
+        return run_steps(state, problems, lambda step: step == last or between(step))
 
 
 def run_steps(state, problems, evaluates_at):
     """A run, from wherever its state stands, to its end; evaluates_at(step) is a bool. Returns the program's status."""
-    run, policy, last = state.run, state.policy, ITERATIONS * STEPS
+    run, policy, last = state.run, state.policy, last_step()
     about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
     begin(run, settings() | about, state.step)
     say(f"{ALGORITHM} on {DATASET}; {MODEL}: {llms.size(policy)}; {llms.WORLD} × {policy.device}; all goes to {run}")

@@ -3,10 +3,11 @@
 A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (worked,
 or ""), `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as
 the tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
-`load`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
+`load`, `examples`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
 """
 
 import ast
+import functools
 import gzip
 import itertools
 import json
@@ -28,9 +29,13 @@ class DataError(ValueError):
     """A data set cannot be found or read. The message is one line for the user."""
 
 
-def prompt(problem):
-    """The chat messages that ask the model a question."""
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": problem["question"]}]
+def prompt(problem, examples=()):
+    """The chat messages that ask the model a question, after worked examples as earlier turns of the dialogue."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    for example in examples:
+        messages.append({"role": "user", "content": example["question"]})
+        messages.append({"role": "assistant", "content": written_out(example)})
+    return [*messages, {"role": "user", "content": problem["question"]}]
 
 
 def written_out(problem):
@@ -478,6 +483,12 @@ def load(name, split):
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return problems(name, entry, split)
+
+
+@functools.cache
+def examples(name, count):
+    """The first training problems, in the official order, to be shown in every prompt."""
+    return list(itertools.islice(load(name, "train"), count)) if count else []
 
 
 def stages(spec):

@@ -109,10 +109,10 @@ def stages(rows):
 
 
 def shade(axes, rows):
-    """Every other stage of a curriculum in grey, with the names on top."""
+    """Every other stage in grey, from the first on, with the names on top: of a curriculum, or after a cold start."""
     found = stages(rows)
     for number, (name, first, last) in enumerate(found if len(found) > 1 else []):
-        axes.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.07 * (number % 2), linewidth=0)
+        axes.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.07 * (number % 2 == 0), linewidth=0)
         where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7, "color": "0.4"}
         axes.text((first + last) / 2, 0.99, name.replace("$", r"\$"), **where)
 

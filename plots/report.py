@@ -90,6 +90,7 @@ def eval_metrics(records):
     metrics = {
         "eval/accuracy": accuracy,
         "eval/ci95": wilson(accuracy, len(records)),
+        "eval/lenient": mean(records, "lenient"),
         "eval/format": mean(records, "strict_format"),
         "eval/length": mean(records, "length"),
         "eval/truncated": mean(records, "truncated"),
@@ -231,6 +232,11 @@ def log(run, row, split, records, tensorboard):
 
 def step_line(row):
     """A training step in fixed columns."""
+    if row["stage"] == "cold start":
+        return (
+            f"step {row['step']:4d} | cold start | loss {row['loss']:6.3f} | len {row['length']:5.1f}"
+            f" | cut {row['truncated']:4.2f} | {row['seconds']:5.1f} s"
+        )
     kl = "   off" if row["kl"] is None else f"{row['kl']:6.4f}"
     return (
         f"step {row['step']:4d} | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f} | right {row['accuracy']:4.2f}"
@@ -247,26 +253,42 @@ def completion(record):
     return f"  {record['question']}  (answer: {answer}; reward {record['reward']:.2f})\n{text}"
 
 
+def silence(records, tags):
+    """What to do about a first step that earned nothing, with one of its outputs."""
+    shares = [f"{tag} {sum(tag in record['completion'] for record in records) / len(records):.2f}" for tag in tags]
+    return (
+        f"note: no output of this step earned a reward, so nothing can be learnt. Share of outputs with each tag: "
+        f"{', '.join(shares)}; {mean(records, 'truncated'):.2f} are cut. One of them:\n{completion(records[0])}\n"
+        "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4. If outputs are\n"
+        "  cut: a longer --max_new_tokens. If answers are wrong: an easier data set, such as --dataset arithmetic:1."
+    )
+
+
 def eval_line(metrics):
     """An evaluation in one line."""
     more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in metrics if "@" in key or "accuracy/" in key}
     more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
     return (
-        f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | format {metrics['eval/format']:.3f}"
-        f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
+        f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | lenient {metrics['eval/lenient']:.3f}"
+        f" | format {metrics['eval/format']:.3f} | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
     )
 
 
 def health_notes(row, settings, on_gpu):
     """Sentences on what is out of its healthy range in the row of a step that was made with these settings."""
-    kl, entropy, past_warmup = row["kl"] or 0.0, row["entropy"], row["step"] > settings["WARMUP"] + 2
-    at_reference = (row["step"] - 1) % settings["STEPS"] == 0  # the first step of an iteration: π_θ = π_ref
+    if row["skipped_updates"]:
+        yield "the loss or the gradient was not finite: that update was skipped, the weights stayed as they were"
+    step = row["step"] - settings["COLD_START"]  # of Algorithm 1
+    if step <= 0:
+        return
+    kl, entropy, past_warmup = row["kl"] or 0.0, row["entropy"], step > settings["WARMUP"] + 2
+    at_reference = (step - 1) % settings["STEPS"] == 0  # the first step of an iteration: π_θ = π_ref
     grpo, mu, sequence = settings["ALGORITHM"] == "grpo", settings["MU"], settings["DENOMINATOR"] == "sequence"
     if grpo and mu == 1 and sequence and abs(row["loss"]) < 1e-3:
         yield "loss is about 0 at μ = 1: expected. Ratios are 1, a group's advantages sum to 0; its gradient is not 0"
     if row["zero_advantage"] > 0.9:
         yield "9 of 10 outputs have Â = 0 and teach nothing: the questions are too easy or too hard"
-    if row["step"] == 1 and kl > 1e-2:
+    if step == 1 and kl > 1e-2:
         yield "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
     if settings["BETA"] and past_warmup and row["kl"] == 0 and row["grad_norm"] > 0 and not at_reference:
         yield "the KL is exactly 0 after updates: is the reference the policy itself?"
@@ -286,8 +308,6 @@ def health_notes(row, settings, on_gpu):
         yield "over half of the outputs are cut at --max_new_tokens: raise it, or the end token is not being learnt"
     if (row["sampler_gap"] or 0.0) > (2e-2 if on_gpu else 1e-4):
         yield "the log-probabilities of sampling and scoring differ: the policy that samples is not the one that learns"
-    if row["skipped_updates"]:
-        yield "the loss or the gradient was not finite: that update was skipped, the weights stayed as they were"
 
 
 def stopped_line(run, step, ranks, local_ranks):
@@ -297,20 +317,22 @@ def stopped_line(run, step, ranks, local_ranks):
 
 
 def summary(run):
-    """The end of a run: base and trained model in a table, three test questions with both completions, the files."""
+    """The end of a run: its models in a table, three test questions with the first and last completions, the files."""
     metrics, samples = (read_lines(Path(run) / f"{name}.jsonl") for name in ("metrics", "samples"))
     files = f"\nthe model is in {run}/model, the curves in {run}/train_score.png and {run}/eval_score.png"
     evaluations = [row for row in metrics if "eval/accuracy" in row]
     if not evaluations or evaluations[0]["step"]:  # --test evaluates once, at its end
         return files
-    base, trained = evaluations[0], evaluations[-1]
-    first, last = "base (step 0)", f"trained (step {trained['step']})"
-    lines = [f"\n{'test, ' + str(base['eval/n']):24}{first:>18}{last:>22}"]
+    base, trained, cold_start = evaluations[0], evaluations[-1], read_config(run)["COLD_START"]
+    names = {0: "base", trained["step"]: "trained"} | ({cold_start: "cold start"} if cold_start else {})
+    shown = [row for row in evaluations if row["step"] in names]
+    heads = [f"{names[row['step']]} (step {row['step']})" for row in shown]
+    lines = [f"\n{'test, ' + str(base['eval/n']):24}" + "".join(f"{head:>24}" for head in heads)]
     for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
-        cells = ["–" if row[key] is None else f"{row[key]:.3f}" for row in (base, trained)]
-        if key == "eval/accuracy":
-            cells = [f"{cell} ± {row['eval/ci95']:.3f}" for cell, row in zip(cells, (base, trained))]
-        lines.append(f"{key.removeprefix('eval/'):24}{cells[0]:>18}{cells[1]:>22}")
+        cells = ["–" if row[key] is None else f"{row[key]:.3f}" for row in shown]
+        if key in ("eval/accuracy", "eval/lenient"):
+            cells = [f"{cell} ± {wilson(row[key], row['eval/n']):.3f}" for cell, row in zip(cells, shown)]
+        lines.append(f"{key.removeprefix('eval/'):24}" + "".join(f"{cell:>24}" for cell in cells))
     tests = [row for row in samples if row["split"] == "test"]
     pairs = zip(*([row for row in tests if row["step"] == one["step"]] for one in (base, trained)))
     for before, after in itertools.islice(pairs, 3):

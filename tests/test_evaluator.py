@@ -62,6 +62,37 @@ def test_the_answer_of_a_completion_is(completion, answer):
 
 
 @pytest.mark.parametrize(
+    "completion, found",
+    [
+        ("<answer>72</answer>", True),
+        ("the answer is 72", True),  # without any form: the last number
+        ("the answer is 72.", True),
+        ("She sold 48 + 24 = 72 clips, a total of $1,072.", False),
+        ("so 71 and then 72 or 73", False),  # only the last
+        ("<reasoning>\\boxed{72}, as 70 + 2 = 72 and 3 > 1", True),  # a box that stands in the reasoning
+        ("<answer>72 clips in 1 week</answer>", False),
+        ("<answer>in all it must be 72</answer>", True),
+        ("<answer>71</answer> or rather 72", False),  # the asked form comes first
+        ("#### 72 and no more, see 5", False),
+        ("<reasoning>\n#### 72", True),
+        ("no number", False),
+        ("", False),
+    ],
+)
+def test_the_answer_that_a_person_would_find_is_lenient_and_counts_for_no_reward(completion, found):
+    assert evaluator.lenient(completion, {"answer": "72"}) == found
+    assert not hasattr(main, "WEIGHT_LENIENT")
+
+
+def test_whatever_is_right_is_leniently_right_too_and_puzzles_are_read_from_their_last_line():
+    puzzle = {"kind": "countdown", "answer": "(8 - 2) * 5", "numbers": [8, 2, 5], "target": 30}
+    assert evaluator.lenient("<answer>(8 - 2) * 5</answer>", puzzle)
+    assert evaluator.lenient("I try.\n(8 - 2) * 5", puzzle) and not evaluator.correctness("I try.\n(8 - 2) * 5", puzzle)
+    assert not evaluator.lenient("I try.\n8 * 5", puzzle)
+    assert not evaluator.lenient("72", {"kind": "program", "answer": "", "tests": [], "functions": []})
+
+
+@pytest.mark.parametrize(
     "said, gold",
     [
         ("1,080", "1080"), ("-5", "-5"), ("$72.00", "72"), ("72.", "72"), ("72", "72.0"), ("$-5", "-5"), ("-$5", "-5"),
@@ -184,7 +215,7 @@ def test_a_new_reward_is_one_function_in_the_table(monkeypatch):
 def test_every_reward_says_what_earns_1():
     assert all(function.__doc__.startswith("1 ") for function in evaluator.REWARDS.values())
     assert list(evaluator.REWARDS) == [
-        "correctness", "integer", "tests", "compiles", "strict_format", "soft_format", "tag_count", "safety",
+        "correctness", "lenient", "integer", "tests", "compiles", "strict_format", "soft_format", "tag_count", "safety",
     ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The maths and the loop of main.py."""
 
+import itertools
 import math
 import random
 import re
@@ -15,6 +16,7 @@ from tqdm import tqdm
 import evaluator
 import llms
 import main
+import rldatasets
 from plots import report
 
 A2 = 0.8660254037844386  # the advantages of rewards 1, 0, 0, 1 are ± this, without the 1e-4
@@ -773,7 +775,7 @@ def test_a_reward_is_one_function_and_its_weight_one_constant(monkeypatch, const
 
 def test_every_rule_has_a_weight_and_every_constant_is_a_flag():
     weights = {name[7:].lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {"decay"}
-    assert weights == {*evaluator.REWARDS, "overlong", "random", "reward_model", "steps"}
+    assert weights == {*evaluator.REWARDS.keys() - {"lenient"}, "overlong", "random", "reward_model", "steps"}
     source = Path(main.__file__).read_text().split("# -- End of the constants")[0]
     assert set(re.findall(r"^([A-Z][A-Z0-9_]+) =", source, re.MULTILINE)) == set(main.CONSTANTS)
 
@@ -930,6 +932,32 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(constants):
     assert [main.learning_rate(u) for u in (4, 9, 13)] == [1.0, 0.5, 0.1]
     constants(SCHEDULE="cosine")
     assert main.learning_rate(9) == pytest.approx(0.5) and main.learning_rate(13) < 0.03
+    constants(COLD_START=10, COLD_START_LEARNING_RATE=8.0, SCHEDULE="linear")  # then the same again, 10 updates later
+    assert [main.learning_rate(u) for u in (0, 4, 7, 9)] == [1.6, 8.0, 4.0, pytest.approx(8 / 6)]
+    assert [main.learning_rate(u) for u in (10, 14, 19, 23)] == [0.2, 1.0, 0.5, 0.1]
+
+
+def test_shots_are_the_first_training_problems_in_every_prompt_as_turns_of_the_dialogue(setup):
+    state, _ = setup(SHOTS=2)
+    first, second = rldatasets.examples("arithmetic", 2)
+    assert [first, second] == list(itertools.islice(rldatasets.load("arithmetic", "train"), 2))
+    for problem in PROBLEMS[:2]:
+        text = state.tokenizer.decode(main.prompt_ids(state.tokenizer, problem))
+        parts = [first["question"], rldatasets.written_out(first), second["question"], rldatasets.written_out(second)]
+        places = [text.index(part) for part in [*parts, problem["question"]]]
+        assert places == sorted(places) and text.count("<|im_start|>user") == 3 and text.count("system") == 1
+
+
+def test_a_first_step_that_earns_nothing_says_so_once_with_an_output_and_what_to_do(setup, capsys):
+    state, _ = setup(WEIGHT_SAFETY=0.0, STEPS=3)
+    train(state, PROBLEMS * 3)
+    out = capsys.readouterr().out
+    assert out.count("no output of this step earned a reward") == 1
+    for part in ("<reasoning> 0.00", "</answer> 0.00", PROBLEMS[0]["question"], "--cold_start", "--shots"):
+        assert part in out
+    state, _ = setup(WEIGHT_SAFETY=1.0, STEPS=1)  # nearly every output earns this one
+    train(state, PROBLEMS * 3)
+    assert "earned a reward" not in capsys.readouterr().out
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------

@@ -334,6 +334,73 @@ def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tm
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+# ---- cold start: SFT before Algorithm 1 ----------------------------------------------------------------------------
+
+SOLVED = [problem | {"solution": f"It is <<{i}+{i}={2 * i}>>{2 * i}."} for i, problem in enumerate(PROBLEMS)]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, rank):
+    both, _ = setup(COLD_START=3, COLD_START_LEARNING_RATE=3e-3, STEPS=2, LORA_RANK=rank)
+    rows = train(both, SOLVED * 20)
+    sft, _ = setup(COLD_START=0, ALGORITHM="sft", LEARNING_RATE=3e-3, STEPS=3, LORA_RANK=rank)
+    train(sft, SOLVED * 20)
+    then, _ = setup(ALGORITHM="grpo", LEARNING_RATE=1e-3, STEPS=2, LORA_RANK=rank, BETA=0.04)
+    then.policy.load_state_dict(sft.policy.state_dict())
+    then.reference = llms.frozen_copy(then.policy)
+    then.optimizer.state.clear()
+    then.generator.manual_seed(0)
+    for row in rows[3:]:
+        again = main.take_step(then_with(then, SOLVED * 20, position=9))
+        assert {key: again[key] for key in ("reward", "loss", "kl", "grad_norm")} == {
+            key: row[key] for key in ("reward", "loss", "kl", "grad_norm")
+        }
+    assert all(torch.equal(a, b) for a, b in zip(both.policy.parameters(), then.policy.parameters()))
+
+
+def then_with(state, problems, position):
+    """A state that takes its problems from a list, from a position on."""
+    if state.stream is None:
+        state.stream = iter(problems[position:])
+    return state
+
+
+def test_a_cold_start_has_one_update_a_step_and_its_own_learning_rate_and_its_rows_tell_of_no_samples(setup):
+    state, _ = setup(COLD_START=3, COLD_START_LEARNING_RATE=2e-3, STEPS=2, MU=2, WARMUP=1)
+    rows = train(state, SOLVED * 20)
+    assert [(row["step"], row["updates"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 5), (5, 7)]
+    assert [row["lr"] for row in rows[:3]] == [1e-3, 2e-3, 2e-3] and rows[3]["lr"] == (0.5e-3 + 1e-3) / 2
+    assert [row["stage"] for row in rows] == ["cold start"] * 3 + ["arithmetic"] * 2
+    assert "accuracy" not in rows[2] and rows[2]["loss"] > 0 and rows[2]["kl"] is None
+    assert rows[3]["accuracy"] >= 0
+
+
+def test_the_reference_is_the_model_after_the_cold_start(setup):
+    state, _ = setup(COLD_START=3, COLD_START_LEARNING_RATE=1e-2, STEPS=2)
+    rows = train(state, SOLVED * 20)
+    assert rows[3]["kl"] == 0.0 and rows[4]["kl"] > 0
+
+
+@pytest.mark.parametrize("rank, saved_at", [(0, 1), (0, 2), (0, 3), (0, 4), (2, 2), (2, 3)])
+def test_a_run_with_a_cold_start_goes_on_bit_for_bit_from_within_it_and_after_it(setup, rank, saved_at):
+    settings = {"COLD_START": 2, "STEPS": 2, "ITERATIONS": 2, "LORA_RANK": rank, "COLD_START_LEARNING_RATE": 1e-2}
+    (whole, _), (resumed, _) = setup(**settings), setup(**settings)
+
+    def save(state, metrics):
+        if state.step == saved_at:
+            main.save_checkpoint(state)
+        return 0
+
+    whole.reference = resumed.reference = None  # as at the start of the program
+    train(whole, SOLVED * 20, after_step=save)
+    main.load_checkpoint(resumed)
+    assert resumed.step == saved_at and (resumed.reference is None) == (saved_at <= 2)
+    rows = train(resumed, (SOLVED * 20)[resumed.position :])
+    assert rows[-1]["step"] == 6 and rows[-1]["grad_norm"] > 0
+    ours, theirs = tensors(whole), tensors(resumed)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     state, rollout = setup(ALGORITHM="ppo", LORA_RANK=2)
     for layer in llms.lora_layers(state.policy):
