@@ -49,9 +49,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -126,6 +123,11 @@ def refuse_pickles(name, config):
 def explain(name, error):
     """Why a model could not be loaded, and what to do about it, in one line."""
     causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors that led to it
+    suffixes = {path.suffix for path in (Path(name), *Path(name).glob("*"))}
+    if ".gguf" in suffixes:
+        return f"{name} is a GGUF model, quantised to be run and not to be trained: give the original, in safetensors"
+    if suffixes & {".bin", ".pt", ".pth"} and ".safetensors" not in suffixes:
+        return f"{name} has its weights as pickle, which can run code: give a copy in safetensors (save_pretrained)"
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
@@ -365,9 +367,6 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
     return layout.attention(module.layer_idx, query, key, value, scaling), None
 
 
-transformers.AttentionInterface.register("packed", packed_attention)
-
-
 def run_model(model, layout, ids, positions, **options):
     """What a model, or its trunk, makes of tokens that lie as the layout says; ids and positions [rows, tokens]."""
     options |= {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
@@ -380,6 +379,7 @@ def use_packed_attention(model, name):
     prompt, output = [3, 1, 4, 1, 5], [2, 6, 5]
     expected = model(torch.tensor([prompt + output], device=model.device)).logits[0, :-1]  # [7, V]
     check_finite(expected)
+    transformers.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation("packed")
     packed, config = PackedBatch([(prompt, [output])], model.device, keep_kv=True), model.config.get_text_config()
     # only the configuration tells of a window that is wider than the short text, and of a cap that is above its logits
@@ -422,6 +422,8 @@ class PackedBatch:
 
     def attention(self, layer, query, key, value, scaling):
         """Causal attention of every output to its prompt and itself: [1, heads, tokens, D] -> [1, tokens, heads, D]."""
+        from torch.nn.attention.bias import causal_lower_right  # here, for its first import takes as long as torch's
+
         if self.kv is not None:
             self.kv.append((layer, key, value))
         if query.is_cuda and query.dtype == torch.float32:  # fast fp32 kernels need as many key heads as query heads
@@ -1172,6 +1174,8 @@ def shard(module):
     """
     if WORLD == 1:
         return module
+    from torch.distributed.fsdp import fully_shard  # here, because it is slow to import and one process needs it not
+
     on_meta, root = copy_with(module, lambda weight: weight.to("meta")), Root(*module.children())
     trunk = getattr(module, "base_model", module)
     layers = next((part for part in trunk.modules() if isinstance(part, nn.ModuleList)), ())
@@ -1185,11 +1189,13 @@ def shard(module):
 
 def full_tensor(tensor, dtype=None):
     """All of a tensor that may be sharded, gathered in `dtype` if it is. All ranks must call it together."""
-    return tensor.to(dtype or tensor.dtype).full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to(dtype or tensor.dtype).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def fill(tensor, values):
     """Copy values into a tensor, or this rank's part of them into a sharded one."""
-    if isinstance(tensor, DTensor):
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)

@@ -122,7 +122,7 @@ ADAM_BETA1 = 0.9  # decay of AdamW's mean of the gradient
 ADAM_BETA2 = 0.99  # decay of AdamW's mean of the squared gradient: 0.999 remembers longer than most runs last
 WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # the global norm of the gradient is clipped here
-TOKEN_BUDGET = 8192  # maximum tokens per micro-batch, padding included: changes memory, not the gradient
+TOKEN_BUDGET = 4096  # maximum tokens per micro-batch, padding included: changes memory, not the gradient
 # -- The other methods of Table 10
 BETA_DPO = 2.0  # β of DPO, eq. (12): larger than BETA because eq. (12) averages log-ratios over tokens
 GAMMA = 1.0  # γ of PPO's advantages: below 1, later rewards count less

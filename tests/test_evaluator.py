@@ -89,7 +89,6 @@ def test_whatever_is_right_is_leniently_right_too_and_puzzles_are_read_from_thei
     assert evaluator.lenient("<answer>(8 - 2) * 5</answer>", puzzle)
     assert evaluator.lenient("I try.\n(8 - 2) * 5", puzzle) and not evaluator.correctness("I try.\n(8 - 2) * 5", puzzle)
     assert not evaluator.lenient("I try.\n8 * 5", puzzle)
-    assert not evaluator.lenient("72", {"kind": "program", "answer": "", "tests": [], "functions": []})
 
 
 @pytest.mark.parametrize(

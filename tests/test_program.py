@@ -347,6 +347,14 @@ def test_a_gated_model_and_an_unknown_one_are_told_apart(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("file, says", [("m.gguf", "is a GGUF model"), ("pytorch_model.bin", "its weights as pickle")])
+def test_a_model_in_another_format_is_named_with_what_to_give_instead(inside, tmp_path, file, says):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / file).write_bytes(b"GGUF")
+    code, _, err = inside("--model", "model", "--dataset", "arithmetic")
+    assert code == 2 and err.count("\n") == 1 and says in err and "safetensors" in err
+
+
 def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(finished, inside, monkeypatch):
     folder, flags, _ = finished
     monkeypatch.chdir(folder)
