@@ -141,6 +141,7 @@ def test_wrong_but_tidy_stays_well_below_right_but_untidy():
 
 def test_text_after_the_answer_costs_only_the_strict_format():
     names = evaluator.rewards(TIDY.format("so", "72") + " thanks" * 1000, {"answer": "72"})
+    assert names.pop("lenient") == 1
     assert names == {"correctness": 1, "integer": 1, "strict_format": 0, "soft_format": 1, "tag_count": 1, "safety": 1}
 
 
