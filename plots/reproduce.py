@@ -1,10 +1,10 @@
-"""Redraw the paper's figures, and ablate its constants, on the tiny model: about an hour on two cores.
+"""Redraw the paper's figures, and ablate its constants, on the tiny model: an hour and a half on two cores.
 
     python plots/reproduce.py            every run that is still missing, then the table and the pictures
     python plots/reproduce.py grpo rft   only these
     python plots/reproduce.py --draw     only the table and the pictures, from the data of the last time
 
-Every run is one of main.py's, with three seeds, in runs/reproduce-NAME-SEED. Interrupted, the command goes on where it
+Every run is one of main.py's, with three or five seeds, in runs/reproduce-NAME-SEED. Interrupted, the command goes on where it
 stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without the runs.
 """
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 from plots import plot  # noqa: E402, the script stands beside the package it draws with
 
 OUT = HERE / "reproduce"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile, by the number of seeds
 COMMON = "--model tiny --dataset arithmetic:3 --max_new_tokens 80 --steps 40 --learning_rate 1e-4 --schedule constant"
 COMMON += " --eval_every 5 --save_every 20 --show_every 0"
@@ -36,6 +36,14 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "grpo": "",
     "grpo-ps": "--supervision both",
     "grpo-ps-printed": "--supervision process",
+    "2-step-grpo": "--dataset arithmetic:2",
+    "2-step-grpo-ps": "--dataset arithmetic:2 --supervision both",
+    "2-step-rft": "--dataset arithmetic:2 --algorithm rft",
+    "2-step-online-rft": "--dataset arithmetic:2 --algorithm online_rft",
+    "4-step-grpo": "--dataset arithmetic:4 --max_new_tokens 112",
+    "4-step-grpo-ps": "--dataset arithmetic:4 --max_new_tokens 112 --supervision both",
+    "4-step-rft": "--dataset arithmetic:4 --max_new_tokens 112 --algorithm rft",
+    "4-step-online-rft": "--dataset arithmetic:4 --max_new_tokens 112 --algorithm online_rft",
     "rft": "--algorithm rft",
     "online-rft": "--algorithm online_rft",
     "sft": "--algorithm sft",
@@ -57,10 +65,14 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "mu-4-epsilon-0.02": "--steps 20 --mu 4 --epsilon_low 0.02 --epsilon_high 0.02",
     "mu-4-epsilon-10": "--steps 20 --mu 4 --epsilon_low 1 --epsilon_high 10",
 }
-EVALUATIONS = {f"figure7-{seed}": f"runs/reproduce-grpo-{seed}" for seed in SEEDS} | {"figure7-base": "tiny"}
+THREE_SEEDS = {"dpo", "iterations-2", "beta-0", "group-2", "group-32", "sparse", "no-std", "mu-2", "mu-4"}
+THREE_SEEDS |= {"mu-4-epsilon-10"}  # of these no difference to GRPO is claimed
+EVALUATIONS = {f"figure7-{seed}": f"runs/reproduce-grpo-{seed}" for seed in SEEDS[:3]} | {"figure7-base": "tiny"}
+FIGURE_5 = {"RFT": "rft", "Online RFT": "online-rft", "GRPO+OS": "grpo", "GRPO+PS": "grpo-ps"}
 FIGURES = {  # file: [(title, {label: run})]
     "figure5": [
-        ("Figure 5", {"RFT": "rft", "Online RFT": "online-rft", "GRPO+OS": "grpo", "GRPO+PS": "grpo-ps"}),
+        (f"Figure 5, {n} steps", {name: prefix + run for name, run in FIGURE_5.items()})
+        for n, prefix in ((2, "2-step-"), (3, ""), (4, "4-step-"))
     ],
     "figure6": [
         ("Figure 6", {"1 iteration": "grpo", "2 iterations": "iterations-2"}),
@@ -141,6 +153,10 @@ def evaluate(name, bar):
     return {key: float(value) for key, value in re.findall(r"((?:maj|pass)@\d+) ([\d.]+)", file.read_text())}
 
 
+def seeds(name):
+    return SEEDS[:3] if name in THREE_SEEDS else SEEDS
+
+
 def flag(name, which):
     """The value of a flag of a run."""
     return int(re.findall(rf"--{which} (\d+)", f"--iterations 1 {COMMON} {RUNS[name]}")[-1])
@@ -166,20 +182,20 @@ def summary(folder):
 def collect(names):
     """Make the runs that are missing, two or more side by side, and keep what they show in data.json."""
     data = json.loads((OUT / "data.json").read_text()) if (OUT / "data.json").exists() else {}
-    jobs = [(name, seed) for seed in SEEDS for name in names]
+    jobs = [(name, seed) for seed in SEEDS for name in names if seed in seeds(name)]
     with tqdm(total=sum(steps(name) for name, _ in jobs), desc="reproduce", unit="step", smoothing=0.02) as bar:
         evaluate("figure7-base", bar)  # builds the tiny model, once
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             done = dict(zip(jobs, pool.map(lambda job: train(*job, bar), jobs)))
-            if all(done.get(("grpo", seed)) for seed in SEEDS):
+            if all(done.get(("grpo", seed)) for seed in seeds("grpo")):
                 curves = dict(zip(EVALUATIONS, pool.map(lambda name: evaluate(name, bar), EVALUATIONS)))
                 data |= {"figure7": curves} if all(curves.values()) else {}
         finally:  # after Ctrl-C the runs in progress end after their step, and no other begins
             pool.shutdown(cancel_futures=True)
     for name in names:
-        if all(done[name, seed] for seed in SEEDS):
-            folders = [f"runs/reproduce-{name}-{seed}" for seed in SEEDS]
+        if all(done[name, seed] for seed in seeds(name)):
+            folders = [f"runs/reproduce-{name}-{seed}" for seed in seeds(name)]
             data[name] = {"flags": f"{COMMON} {RUNS[name]}".strip(), "runs": list(map(summary, folders))}
     OUT.mkdir(exist_ok=True)
     lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in data.items())
@@ -191,9 +207,13 @@ def mean_and_range(values):
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def difference(runs, others):
-    """The mean difference in final accuracy over the seeds, with its paired 95 % interval; * where that excludes 0."""
-    gains = [a["tests"][-1]["eval/accuracy"] - b["tests"][-1]["eval/accuracy"] for a, b in zip(runs, others)]
+def accuracies(runs, which=-1):
+    return [run["tests"][which]["eval/accuracy"] for run in runs]
+
+
+def difference(accuracies, others):
+    """The mean difference of accuracies over the seeds, with its paired 95 % interval; * where that excludes 0."""
+    gains = [a - b for a, b in zip(accuracies, others)]
     mean = statistics.mean(gains)
     half = STUDENT_T[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
     return f"{mean:+.3f} ± {half:.3f}" + " *" * (abs(mean) > half)
@@ -207,14 +227,16 @@ def steps_to(goal, runs):
 
 def table(data):
     """Greedy accuracy at the end of each run and on the way there, and means of its last ten steps, as Markdown."""
-    columns = "run", "flags", "accuracy", "less grpo", "steps to 0.80", "KL", "clipped", "dead", "length", "minutes"
+    columns = "run", "flags", "accuracy", "less its start", "less grpo", "steps to 0.80", "KL", "clipped", "dead", "length", "minutes"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in (name for name in RUNS if name in data):
         runs = data[name]["runs"]
         last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
+        grpo = "".join(re.findall(r"^\d-step-", name)) + "grpo"  # on the same questions
         cells = [
-            mean_and_range([run["tests"][-1]["eval/accuracy"] for run in runs]),
-            difference(runs, data["grpo"]["runs"]) if name != "grpo" else "–",
+            mean_and_range(accuracies(runs)),
+            difference(accuracies(runs), accuracies(runs, 0)),
+            "–" if name == grpo else difference(accuracies(runs), accuracies(data[grpo]["runs"])),
             steps_to(0.8, runs),
             f"{last['kl']:.3f}" if "kl" in last else "–",
         ]
