@@ -32,6 +32,7 @@ Departures: where the code leaves the paper or decides what the paper leaves ope
 10. PPO's value function is a network of its own (Figure 4), its advantages are not whitened. No setting.
 11. The data are GSM8K; the paper adds MATH, 144K questions in all: DATASET. It does not give ε, the warm-up, AdamW's
     betas, gradient clipping or the order of the questions: EPSILON_*, WARMUP, ADAM_*, MAX_GRAD_NORM, SEED.
+12. π_θinit is any model; the paper's has been through SFT. COLD_START > 0 begins with SFT, for a model that needs it.
 """
 
 import argparse
@@ -71,8 +72,8 @@ SEED = 0  # random seed of the question order and of all sampling
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
 GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a third slower, far less memory
-# -- Cold start: the paper's π_θinit is an SFT model; for a model that does not write the form, make one first
-COLD_START = 0  # SFT steps on the worked solutions of DATASET, before the first step of Algorithm 1
+# -- Cold start
+COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, for a model that does not write the form (try 50)
 COLD_START_LEARNING_RATE = 1e-5  # of these steps
 # -- Algorithm 1
 ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo
@@ -257,7 +258,7 @@ def train(state, after_step):
 
     after_step(state, metrics) evaluates and saves. Where it returns a signal to stop for, so does this function.
     """
-    while state.step < COLD_START:  # before 1: make π_θinit an SFT model
+    while state.step < COLD_START:  # 1: π_θinit is an SFT model; if it is none yet, this makes one of it
         if stopped := after_step(state, TABLE_10["sft"](state)):
             return stopped
     if state.step == COLD_START:

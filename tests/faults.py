@@ -210,6 +210,21 @@ def sigkill_at_random_moments(work):
     return f"{kills} kills in {number} runs, all the same"
 
 
+def sigkill_in_and_after_a_cold_start(work):
+    """A run that is killed in its cold start, right after it, and later, and resumed each time: nothing is lost."""
+    cold, run = ("--cold_start", "6", "--save_every", "1"), work / "runs" / "cold"
+    succeeds(new(work, "cold-whole", *cold))
+    program = new(work, "cold", *cold)
+    for step in (2, 5, 6, 7, 11):
+        saved = lambda step=step: (run / "checkpoint" / "state.safetensors").exists() and saved_step(run) >= step
+        program.wait_until(saved, f"step {step}")
+        assert program.kill(), "it had ended before"
+        program = Program(work, "--resume", "runs/cold")
+    succeeds(program)
+    same(run, work / "runs" / "cold-whole")
+    return "5 kills, the same"
+
+
 KILLED_BEFORE_RENAMING = """
 import os, signal
 replace = os.replace
@@ -643,7 +658,8 @@ def jumping_clock(work):
 
 
 FAULTS = [
-    sigkill_at_random_moments, hub_in_trouble, damaged_checkpoint, sigkill_while_saving,
+    sigkill_at_random_moments, sigkill_in_and_after_a_cold_start, hub_in_trouble, damaged_checkpoint,
+    sigkill_while_saving,
     peculiar_tokenizers, sigterm, ctrl_c_twice, disk_full_while_saving, disk_full_while_logging, read_only_folder,
     half_a_line, nan_reward, exception_in_a_reward, nan_once, nan_for_ever, hub_unreachable_at_the_start,
     data_that_ends_mid_epoch, empty_and_truncated_outputs, groups_without_spread, jumping_clock,
