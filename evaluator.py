@@ -469,6 +469,7 @@ def value_at(tokens, point):
 # `math_equal` compares two answers, `agree` two readings, `same` two values at one point, and `close` two numbers.
 
 
+@functools.lru_cache(maxsize=1024)  # outputs of a group often have the same answer
 def math_equal(prediction, gold):
     """Do two answers mean the same? By value where both can be read as mathematics, else as text."""
     prediction, gold = tidy(prediction), tidy(gold)
@@ -909,7 +910,7 @@ REWARDS = {}  # name: function
 
 
 def reward(function):
-    """Put a reward into the table under its own name. Its weight is the constant WEIGHT_ + NAME in main.py."""
+    """Put a reward into the table under its own name. Its weight, if any, is the constant WEIGHT_ + NAME in main.py."""
     REWARDS[function.__name__] = function
     return function
 
@@ -956,7 +957,7 @@ def lenient(completion, problem):
     text = extract_answer(completion) or boxed(completion) or completion
     if problem.get("kind", "math") != "math":  # the last line; a program is looked for in all of the text already
         return problem["kind"] != "program" and right(text.strip().rpartition("\n")[2], problem)
-    numbers = re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text.rpartition("####")[2])
+    numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text.rpartition("####")[2])
     return bool(numbers) and right(numbers[-1], problem)
 
 

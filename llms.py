@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in a GPU's memory
-torch.backends.cuda.enable_cudnn_sdp(False)  # attention by cuDNN plans anew for each shape, which takes longer than it
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for each shape, which takes longer than attention
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"  # weights come from the repository that was named, and no other
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -124,7 +124,7 @@ def explain(name, error):
     """Why a model could not be loaded, and what to do about it, in one line."""
     causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors that led to it
     suffixes = {path.suffix for path in (Path(name), *Path(name).glob("*"))}
-    if ".gguf" in suffixes:
+    if ".gguf" in suffixes and ".safetensors" not in suffixes:
         return f"{name} is a GGUF model, quantised to be run and not to be trained: give the original, in safetensors"
     if suffixes & {".bin", ".pt", ".pth"} and ".safetensors" not in suffixes:
         return f"{name} has its weights as pickle, which can run code: give a copy in safetensors (save_pretrained)"
@@ -232,7 +232,8 @@ def load_checkpoint(saved, networks, optimizer, generator):
     if any(name.startswith("adam/") for name in saved):  # AdamW's state as after its first step, filled below
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
             moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
-            optimizer.state[weight] = {"step": torch.zeros(())} | moments
+            step = torch.zeros((), device=weight.device if weight.is_cuda else "cpu")
+            optimizer.state[weight] = {"step": step} | moments
     tensors = named_tensors(networks, optimizer, generator)
     if different := tensors.keys() ^ saved.keys():
         raise ModelError(f"the checkpoint was made with another model: only one of the two has {min(different)}")
@@ -257,7 +258,8 @@ def apply_template(tokenizer, messages, **options):
 
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the tokenizer's chat template, or plain paragraphs where it has none."""
-    paragraphs = "\n\n".join(message["content"] for message in messages)
+    end = {"assistant": tokenizer.eos_token or ""}  # after a worked example, as after an output
+    paragraphs = "\n\n".join(message["content"] + end.get(message["role"], "") for message in messages)
     if not tokenizer.chat_template:
         return tokenizer(paragraphs + "\n\n")["input_ids"]
     try:
@@ -367,10 +369,10 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
     return layout.attention(module.layer_idx, query, key, value, scaling), None
 
 
-def run_model(model, layout, ids, positions, **options):
-    """What a model, or its trunk, makes of tokens that lie as the layout says; ids and positions [rows, tokens]."""
-    options |= {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
-    return model(input_ids=ids, position_ids=positions, **options)
+def run_trunk(trunk, layout, ids, positions):
+    """The last hidden states of tokens that lie as the layout says: ids, positions [rows, tokens] -> […, tokens, D]."""
+    options = {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
+    return trunk(input_ids=ids, position_ids=positions, **options).last_hidden_state
 
 
 @torch.no_grad()
@@ -387,8 +389,8 @@ def use_packed_attention(model, name):
     supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     supported &= getattr(config, "final_logit_softcapping", None) is None
     try:
-        hidden = run_model(model.base_model, packed, packed.ids, packed.positions).last_hidden_state[0]
-        logits = model.get_output_embeddings()(hidden)  # [7, V]
+        hidden = run_trunk(model.base_model, packed, packed.ids, packed.positions)[0]  # [7, D]
+        logits = head_logits(hidden, *head_weights(model))  # [7, V]
         supported &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
         supported &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
     except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
@@ -422,7 +424,7 @@ class PackedBatch:
 
     def attention(self, layer, query, key, value, scaling):
         """Causal attention of every output to its prompt and itself: [1, heads, tokens, D] -> [1, tokens, heads, D]."""
-        from torch.nn.attention.bias import causal_lower_right  # here, for its first import takes as long as torch's
+        from torch.nn.attention.bias import causal_lower_right  # here: it takes as long to import as torch
 
         if self.kv is not None:
             self.kv.append((layer, key, value))
@@ -431,9 +433,8 @@ class PackedBatch:
         options, parts = {"scale": scaling, "enable_gqa": True}, []
         sizes = [size for P, _, _, filled in self.groups for size in (P, len(filled))]
         pieces = iter(zip(*(x.split(sizes, 2) for x in (query, key, value))))  # prompt, its outputs, the next prompt …
-        for _, n, T, filled in self.groups:
+        for P, n, T, filled in self.groups:
             q, k, v = next(pieces)  # [1, heads, P, D]
-            P = k.shape[2]
             parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[0].transpose(0, 1))
             outputs = next(pieces)
             if len(filled):
@@ -476,7 +477,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     completions = [row[:n].tolist() for row, n in zip(decoding.tokens[:N].cpu(), decoding.length.tolist())]
     ids, attention, mask = batch([q for q in prompts for _ in range(group_size)], completions, model.device)
     logp, entropy = (x[:N, : mask.shape[1]].where(mask, 0.0) for x in (decoding.logp, decoding.entropy))  # [N, T]
-    check_finite(logp)  # with logits that are not finite the last token of the vocabulary would be sampled
+    check_finite(logp)  # from nan logits the last token is sampled, without an error
     truncated = [output[-1] not in ends for output in completions]
     without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated)]
     texts = [tokenizer.decode(output, skip_special_tokens=True) for output in without_end]
@@ -555,7 +556,7 @@ class DecodingBatch:
         packed = PackedBatch([(prompt, []) for prompt in prompts], self.position.device, keep_kv=True)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.position.device)
         last = lengths.cumsum(0) - 1  # where each prompt ends in the packed sequence
-        hidden = run_model(self.model.base_model, packed, packed.ids, packed.positions).last_hidden_state[0, last]
+        hidden = run_trunk(self.model.base_model, packed, packed.ids, packed.positions)[0, last]  # [Q, D]
         logits = head_logits(hidden, *head_weights(self.model))  # [Q, V]
         check_finite(logits)
         first, n = self.active, len(prompts) * group_size
@@ -602,7 +603,7 @@ class DecodingBatch:
         self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
         self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
         token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
-        hidden = run_model(self.model.base_model, self, token[:, None], position[:, None]).last_hidden_state[:, -1]
+        hidden = run_trunk(self.model.base_model, self, token[:, None], position[:, None])[:, -1]  # [n, D]
         logits = head_logits(hidden, *head_weights(self.model))  # [n, V]
         self.append_tokens(outputs, logits)
 
@@ -627,7 +628,7 @@ class DecodingBatch:
         graph, others, stream = torch.cuda.CUDAGraph(), list(self.graphs.values()), torch.cuda.current_stream()
         try:
             pool = others[0].pool() if others else None
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may use the GPU too
                 step()
             self.graphs[key] = graph
         except torch.OutOfMemoryError:
@@ -710,6 +711,12 @@ class Critic(nn.Module):
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)
 
+    @torch.no_grad()
+    def copy_trunk(self, model):
+        """Take over the trunk of a model as it is now."""
+        for weight, new in zip(self.trunk.parameters(), model.base_model.parameters()):
+            weight.copy_(new)
+
     @with_full_weights
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
@@ -727,7 +734,7 @@ def hidden_states(trunk, ids, attention, mask):
     packed = PackedBatch(groups, ids.device)  # consecutive rows with the same prompt share it
     trunk.train(torch.is_grad_enabled())  # gradient checkpointing needs train mode; nothing else does, dropout is 0
     with autocast(trunk):
-        hidden = run_model(trunk, packed, packed.ids, packed.positions).last_hidden_state[0]
+        hidden = run_trunk(trunk, packed, packed.ids, packed.positions)[0]
     trunk.eval()
     return hidden.index_select(0, packed.predictors)
 
@@ -1174,7 +1181,7 @@ def shard(module):
     """
     if WORLD == 1:
         return module
-    from torch.distributed.fsdp import fully_shard  # here, because it is slow to import and one process needs it not
+    from torch.distributed.fsdp import fully_shard  # here: slow to import, and not needed by one process
 
     on_meta, root = copy_with(module, lambda weight: weight.to("meta")), Root(*module.children())
     trunk = getattr(module, "base_model", module)

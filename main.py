@@ -66,6 +66,7 @@ from plots import plot, report
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model built here, with the settings of TINY below
 DATASET = "gsm8k"  # D: a name, a file or a folder; or stages, each with its steps: logic:1:100,gsm8k:400
+SHOTS = 0  # worked training problems in every prompt, before its question: for base models (try 4)
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # random seed of the question order and of all sampling
@@ -74,7 +75,7 @@ LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate
 GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a third slower, far less memory
 # -- Cold start
 COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, for a model that does not write the form (try 50)
-COLD_START_LEARNING_RATE = 1e-5  # of these steps
+COLD_START_LEARNING_RATE = 1e-5  # of these steps: higher than LEARNING_RATE; about ten times as much with LoRA
 # -- Algorithm 1
 ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo
 ITERATIONS = 1  # I, outer iterations, each begins with π_ref ← π_θ (paper: 1; Figure 6: up to 2)
@@ -83,10 +84,9 @@ QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
 MU = 1  # μ, updates per rollout (paper: 1): with more, samples are used again and the clip matters
 # -- Sampling
-SHOTS = 0  # worked training problems in every prompt, before its question: for a model that does not know the form
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
 MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
-MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt is skipped and counted, never cut
+MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt (SHOTS aside) is skipped and counted, never cut
 CACHE_TOKENS = 524288  # tokens in the KV cache at once while sampling: lower it when sampling runs out of memory
 # -- Objective, eq. (3) and (4)
 BASELINE = "group"  # compare an output with the mean of its group (paper), or of the others in the group (RLOO)
@@ -258,11 +258,13 @@ def train(state, after_step):
 
     after_step(state, metrics) evaluates and saves. Where it returns a signal to stop for, so does this function.
     """
-    while state.step < COLD_START:  # 1: π_θinit is an SFT model; if it is none yet, this makes one of it
+    while state.step < COLD_START:  # 1: π_θinit is the model as loaded, after this SFT
         if stopped := after_step(state, TABLE_10["sft"](state)):
             return stopped
     if state.step == COLD_START:
         state.optimizer.state.clear()  # AdamW begins anew
+        if state.critic:
+            state.critic.copy_trunk(state.policy)
     one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
         first = COLD_START + iteration * STEPS
@@ -426,7 +428,7 @@ def other_step(state, source, coefficients, loss_function):
     logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
     GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
-    num_updates = MU if source else 1  # there is nothing to use again in given texts
+    num_updates = MU if source else 1  # given texts are imitated once a step, whatever μ
     with llms.timed("update"):
         updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(num_updates)]
     return record_step(state, problems, rollout, by_name, weighted_sum(by_name), GC, updates, extra)
@@ -691,10 +693,11 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
     names = dict.fromkeys(llms.gather(list(by_name)))  # the rewards of all ranks: one rank may lack some
     outputs = report.step_metrics(records, rewards.shape[1], names)
     stage, state.step = stage_of(state.step)[1], state.step + 1
-    state.tokens += sum(record["length"] for record in records)
-    if state.step <= COLD_START:  # nothing was sampled: these are the worked solutions
+    if state.step <= COLD_START:  # nothing was sampled: the records are of worked solutions
         stage, outputs = "cold start", {name: outputs[name] for name in ("length", "length_max", "truncated")}
-    elif state.step == COLD_START + 1 and not any(record["reward"] for record in records):
+    else:
+        state.tokens += sum(record["length"] for record in records)
+    if state.step == COLD_START + 1 and not any(record["reward"] > 0 for record in records):
         say(report.silence(records, evaluator.TAGS))
     row = {
         "step": state.step,
@@ -860,21 +863,20 @@ def check_data(training=True):
         tasks = list(dict.fromkeys(name for name, _ in stages))
     elif Path(EVAL_DATASET).exists():  # a path can have commas in it
         tasks = [EVAL_DATASET]
-    for name, _ in stages if training else ():
+    for name, _ in stages if training else stages[:1] if SHOTS else ():
         if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
             raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
         problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
         samples += problems
         solutions = [problem.get("solution", "") for problem in problems]
-        cold_start = COLD_START and name == stages[0][0]
-        for setting, used in (("--algorithm sft", ALGORITHM == "sft"), ("--cold_start", cold_start)):
-            if used and not all(solutions):
-                raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
-        if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
+        if training and (ALGORITHM == "sft" or (COLD_START and name == stages[0][0])) and not all(solutions):
+            setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
+            raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
+        if training and SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
             raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
     examples = rldatasets.examples(stages[0][0], SHOTS)
     if len([example for example in examples if example.get("solution")]) < SHOTS:
-        raise SettingsError(f"--shots {SHOTS} takes worked solutions, and {stages[0][0]} does not begin with as many")
+        raise SettingsError(f"--shots {SHOTS}: {stages[0][0]} does not begin with {SHOTS} worked solutions")
     tested, each = [], max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None
     for task in tasks:
         tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
@@ -905,7 +907,9 @@ def new_state(policy, tokenizer, run=None):
     state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), **options)
     state.generator = torch.Generator().manual_seed(SEED)
     context = getattr(policy.config, "max_position_embeddings", math.inf)
-    state.prompt_limit = min(MAX_PROMPT_TOKENS, context - MAX_NEW_TOKENS)
+    empty = {"question": ""}
+    examples = len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty)))
+    state.prompt_limit = min(MAX_PROMPT_TOKENS + examples, context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
     return state
 
@@ -917,11 +921,12 @@ def check_prompts(state, tests, training=()):
     longest = max(map(length, tests))
     if longest + MAX_NEW_TOKENS > context:
         advice = "lower --max_new_tokens" if longest < context else "name other questions with --eval_dataset"
+        advice = "lower --shots" if SHOTS else advice
         raise SettingsError(f"a test question of {longest} tokens, the model reads {context} with the output: {advice}")
     for name, _ in training:
         some = itertools.islice(rldatasets.shuffled(name, "train", SEED), 1000)
         if all(length(problem) > limit for problem in some):
-            advice = "raise --max_prompt_tokens" if limit == MAX_PROMPT_TOKENS else "lower --max_new_tokens"
+            advice = "lower --max_new_tokens" if limit + MAX_NEW_TOKENS == context else "raise --max_prompt_tokens"
             raise SettingsError(f"every prompt of {name} is longer than {limit} tokens: {advice}")
 
 
@@ -969,7 +974,7 @@ def run_training(actions):
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state)
     if state.step > last:
-        raise SettingsError(f"{run} is at step {state.step} already, beyond --steps {STEPS}")
+        raise SettingsError(f"{run} is at step {state.step} already, beyond its last, {last}: raise --steps")
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         between = lambda step: not actions.test and (step == COLD_START or step % EVAL_EVERY == 0)
         return run_steps(state, problems, lambda step: step == last or between(step))

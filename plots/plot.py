@@ -109,7 +109,7 @@ def stages(rows):
 
 
 def shade(axes, rows):
-    """Every other stage in grey, from the first on, with the names on top: of a curriculum, or after a cold start."""
+    """The names of the stages (a cold start is one), and every other one in grey, the first included."""
     found = stages(rows)
     for number, (name, first, last) in enumerate(found if len(found) > 1 else []):
         axes.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.07 * (number % 2 == 0), linewidth=0)

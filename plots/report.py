@@ -270,7 +270,8 @@ def eval_line(metrics):
     more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
     return (
         f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | lenient {metrics['eval/lenient']:.3f}"
-        f" | format {metrics['eval/format']:.3f} | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
+        f" | format {metrics['eval/format']:.3f} | len {metrics['eval/length']:.1f}"
+        f" | cut {metrics['eval/truncated']:.3f}{more} (n = {metrics['eval/n']})"
     )
 
 

@@ -211,9 +211,9 @@ def accuracies(runs, which=-1):
     return [run["tests"][which]["eval/accuracy"] for run in runs]
 
 
-def difference(accuracies, others):
-    """The mean difference of accuracies over the seeds, with its paired 95 % interval; * where that excludes 0."""
-    gains = [a - b for a, b in zip(accuracies, others)]
+def difference(values, others):
+    """The mean difference of two lists of accuracies over the seeds, with its paired 95 % interval; * where that excludes 0."""
+    gains = [a - b for a, b in zip(values, others)]
     mean = statistics.mean(gains)
     half = STUDENT_T[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
     return f"{mean:+.3f} ± {half:.3f}" + " *" * (abs(mean) > half)
@@ -227,7 +227,8 @@ def steps_to(goal, runs):
 
 def table(data):
     """Greedy accuracy at the end of each run and on the way there, and means of its last ten steps, as Markdown."""
-    columns = "run", "flags", "accuracy", "less its start", "less grpo", "steps to 0.80", "KL", "clipped", "dead", "length", "minutes"
+    columns = "run", "flags", "accuracy", "less its start", "less grpo", "steps to 0.80", "KL", "clipped", "dead"
+    columns += "length", "minutes"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in (name for name in RUNS if name in data):
         runs = data[name]["runs"]
@@ -236,7 +237,7 @@ def table(data):
         cells = [
             mean_and_range(accuracies(runs)),
             difference(accuracies(runs), accuracies(runs, 0)),
-            "–" if name == grpo else difference(accuracies(runs), accuracies(data[grpo]["runs"])),
+            "–" if name == grpo or grpo not in data else difference(accuracies(runs), accuracies(data[grpo]["runs"])),
             steps_to(0.8, runs),
             f"{last['kl']:.3f}" if "kl" in last else "–",
         ]
@@ -266,7 +267,8 @@ def draw(data):
     if "figure7" in data:
         figure = Figure(figsize=(10, 4), layout="constrained")
         for axes, measure in zip(figure.subplots(1, 2), ("maj", "pass")):
-            models = [("before", ["figure7-base"]), ("after GRPO", [f"figure7-{seed}" for seed in SEEDS])]
+            after = [name for name in EVALUATIONS if name != "figure7-base"]
+            models = [("before", ["figure7-base"]), ("after GRPO", after)]
             for label, names in models:
                 ks = sorted(int(key.split("@")[1]) for key in data["figure7"][names[0]] if key.startswith(measure))
                 values = [[data["figure7"][name][f"{measure}@{k}"] for name in names] for k in ks]

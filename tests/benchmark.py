@@ -463,9 +463,7 @@ def race(goal=0.9, seeds=(0, 1, 2)):
             last = min(row["step"] for row in rows if row.get("eval/accuracy", 0) >= goal) if reached else math.inf
             steps = [row for row in rows if "reward" in row and row["step"] <= last]
             results.append((sum(row["seconds"] for row in steps), len(steps), steps[-1]["tokens"], reached))
-        cells = [
-            f"{s:.1f} s, {n} steps, {t / 1000:.0f} k tokens" if ok else "not in 100 steps" for s, n, t, ok in results
-        ]
+        cells = [f"{s:.1f} s, {n} steps, {t / 1000:.0f} k tokens" if ok else "never" for s, n, t, ok in results]
         print(f"{name:58}" + "".join(f"{cell:>32}" for cell in cells), flush=True)
 
 

@@ -73,7 +73,8 @@ def test_the_answer_of_a_completion_is(completion, answer):
         ("<answer>72 clips in 1 week</answer>", False),
         ("<answer>in all it must be 72</answer>", True),
         ("<answer>71</answer> or rather 72", False),  # the asked form comes first
-        ("#### 72 and no more, see 5", False),
+        ("The range is 70-72", True),  # a hyphen is no minus
+        ("It is -72", False),
         ("<reasoning>\n#### 72", True),
         ("no number", False),
         ("", False),

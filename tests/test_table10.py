@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PROBLEMS, tensors, train
 from torch import nn, tensor
 from torch.testing import assert_close
 
@@ -12,7 +13,6 @@ import evaluator
 import llms
 import main
 import rldatasets
-from conftest import PROBLEMS, tensors, train
 
 # ---- a toy policy: the next of five tokens depends on the last one only --------------------------------------------
 
@@ -349,19 +349,13 @@ def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, rank)
     then.policy.load_state_dict(sft.policy.state_dict())
     then.reference = llms.frozen_copy(then.policy)
     then.optimizer.state.clear()
+    then.stream = iter((SOLVED * 20)[9:])
     for row in rows[3:]:
-        again = main.take_step(then_with(then, SOLVED * 20, position=9))
+        again = main.take_step(then)
         assert {key: again[key] for key in ("reward", "loss", "kl", "grad_norm")} == {
             key: row[key] for key in ("reward", "loss", "kl", "grad_norm")
         }
     assert all(torch.equal(a, b) for a, b in zip(both.policy.parameters(), then.policy.parameters()))
-
-
-def then_with(state, problems, position):
-    """A state that takes its problems from a list, from a position on."""
-    if state.stream is None:
-        state.stream = iter(problems[position:])
-    return state
 
 
 def test_a_cold_start_has_one_update_a_step_and_its_own_learning_rate_and_its_rows_tell_of_no_samples(setup):
