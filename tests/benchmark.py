@@ -421,7 +421,7 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ran
 
 def fits():
     """An estimate of what each GPU needs."""
-    groups = {"defaults": {}, "light": {"GROUP_SIZE": 16, "TOKEN_BUDGET": 4096, "CACHE_TOKENS": 131072}}
+    groups = {"defaults": {}, "light": {"GROUP_SIZE": 16, "CACHE_TOKENS": 131072}}
     ways, defaults = {"all weights": 0, "LoRA, rank 32": 32}, main.settings()
     print("\nGB on each of 1, 8 and 16 GPUs, with --gradient_checkpointing; light: " + ", ".join(
         f"--{name.lower()} {value}" for name, value in groups["light"].items()
