@@ -591,6 +591,12 @@ def prompt_ids(tokenizer, problem):
     return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
 
 
+def examples_length(tokenizer):
+    """How many tokens of a prompt are of its examples."""
+    empty = {"question": ""}
+    return len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty))) if SHOTS else 0
+
+
 @llms.timed("sample")
 def sample(state, model, prompts, group_size=None, temperature=None, generator=None):
     """o ~ π(O|q): a rollout of group_size outputs for each prompt. Without the last three arguments: as in training."""
@@ -907,9 +913,7 @@ def new_state(policy, tokenizer, run=None):
     state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), **options)
     state.generator = torch.Generator().manual_seed(SEED)
     context = getattr(policy.config, "max_position_embeddings", math.inf)
-    empty = {"question": ""}
-    examples = len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty)))
-    state.prompt_limit = min(MAX_PROMPT_TOKENS + examples, context - MAX_NEW_TOKENS)
+    state.prompt_limit = min(MAX_PROMPT_TOKENS + examples_length(tokenizer), context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
     return state
 

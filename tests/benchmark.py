@@ -53,7 +53,6 @@ RACES = {  # what a reader may try: flags
     "no warm-up, 2 × learning rate, half the questions": "--warmup 0 --learning_rate 4e-4 --questions_per_step 8",
 }
 PROMPT = 100  # tokens in each prompt, about GSM8K's with its instruction
-END = 1  # the token that ends an output
 
 
 def clock():
@@ -65,7 +64,7 @@ def clock():
 def configuration(hidden, layers, inner, heads, key_heads, vocabulary, tied=True):
     shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner}
     shape |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
-    ends = {"eos_token_id": END, "bos_token_id": None, "pad_token_id": None}
+    ends = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": None}
     return transformers.Qwen2Config(**shape, **ends, tie_word_embeddings=tied, max_position_embeddings=4096)
 
 
@@ -85,31 +84,9 @@ class Words:
         return ""
 
 
-def end_by(model, longest, ragged):
-    """Let outputs end by a law, whoever samples: log-normal, median a fifth of the longest, σ = 0.6; or never."""
-    cdf = [0.5 * (1 + math.erf(math.log(t / (longest / 5)) / 0.6 / 2**0.5)) for t in range(1, longest + 1)]
-    hazard = [(b - a) / (1 - a) for a, b in zip([0.0, *cdf], cdf)] if ragged else [0.0] * longest
-    log_odds = torch.tensor([math.log(h / (1 - h)) if h > 1e-9 else -1e4 for h in hazard], device=model.device)
-    with torch.no_grad():  # the other tokens of a random model weigh about the same everywhere
-        others = (
-            reference.plain(model)(torch.arange(64, device=model.device)[None])
-            .logits.float()
-            .logsumexp(-1)
-            .mean()
-            .item()
-        )
-    place = {}
-
-    def see(module, inputs, kwargs):
-        place["ids"] = kwargs["position_ids"] if "position_ids" in kwargs else inputs[1]
-
-    def end(module, inputs, logits):
-        t = place["ids"] - PROMPT + 1
-        t = t if t.numel() == logits[..., 0].numel() else torch.zeros_like(logits[..., 0], dtype=torch.long)
-        logits[..., END] = (others + log_odds[t.expand(logits.shape[:2]).clamp(0, longest - 1)]).to(logits)
-
-    hooks = [model.model.rotary_emb.register_forward_pre_hook(see, with_kwargs=True)]
-    return [*hooks, model.lm_head.register_forward_hook(end)]
+def end_tokens(model, longest, ragged):
+    """Ids that end an output: so many that it has a fifth of the longest on average; or one, so that hardly any ends."""
+    return list(range(1, 1 + (5 * model.config.vocab_size // longest if ragged else 1)))
 
 
 def questions(count, vocabulary):
@@ -121,8 +98,8 @@ def generate(model, prompts, group_size, longest):
     ids = torch.tensor(prompts, device=model.device).repeat_interleave(group_size, 0)
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": longest}
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=END, **how)
-    is_end = out[:, PROMPT:] == END
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
+    is_end = torch.isin(out[:, PROMPT:], torch.tensor(model.generation_config.eos_token_id, device=out.device))
     return out, (is_end.cumsum(1) - is_end.long()) == 0  # [N, P + T], [N, T]
 
 
@@ -149,7 +126,8 @@ def rollout(shape, count, group_size, longest, repeats=3):
     print(f"\nrollouts: {count} prompts of {PROMPT} tokens, {group_size} outputs each, up to {longest} tokens")
     print(f"{'lengths':12}{'this program':>18}{'generate':>18}{'ratio':>8}")
     for name in ("equal", "ragged"):
-        hooks = [hook for model in (mine, theirs) for hook in end_by(model, longest, name == "ragged")]
+        for model in (mine, theirs):
+            model.generation_config.eos_token_id = end_tokens(model, longest, name == "ragged")
         speeds = []
         for turn in range(repeats + 1):  # the first is a warm-up
             began = clock()
@@ -161,9 +139,7 @@ def rollout(shape, count, group_size, longest, repeats=3):
         print(f"{name:12}{a:14.0f} t/s{b:14.0f} t/s{a / b:8.2f}", flush=True)
         if torch.cuda.is_available() and name == "equal":
             print(f"  {100 * bandwidth_share(mine, count * group_size, longest, a):.0f} % of the bandwidth limit")
-        for hook in hooks:
-            hook.remove()
-        llms.free_copies()  # what was recorded has the hooks in it
+        llms.free_copies()  # it was made for other end tokens
 
 
 def bandwidth_share(model, rows, longest, tokens_per_second):
@@ -293,7 +269,7 @@ def step(how, shape, count, group_size, longest, cache):
     main.__dict__.update(BETA=0.04, LEARNING_RATE=1e-6)
     before = llms.peak_memory()
     model = ours(shape) if how == "ours" else random_model(*SHAPES[shape])
-    end_by(model, longest, True)
+    model.generation_config.eos_token_id = end_tokens(model, longest, True)
     prompts = questions(count, SHAPES[shape][-1])
     one = our_step(model, prompts, group_size, longest, cache) if how == "ours" else None
     one = one or plain_step(model, prompts, group_size, longest)
