@@ -749,11 +749,11 @@ def test_a_rank_above_the_smallest_linear_layer_is_refused(checkpoint):
 
 
 def test_the_peak_of_memory_grows_by_what_is_used():
-    program = "import llms, torch; x = torch.ones(50_000_000); a = llms.peak_memory(); y = x + 1; "
+    program = "import llms, torch; x = torch.ones(100_000_000); a = llms.peak_memory(); y = x + 1; "
     program += "b = llms.peak_memory(); del y; print(a, b, llms.peak_memory())"
     out = subprocess.check_output([sys.executable, "-c", program], cwd=Path(llms.__file__).parent)
     before, after, later = map(float, out.split())
-    assert 0.2 < before < 5 and 0.17 < after - before < 0.21 and later == after  # GB: 200 MB of fp32
+    assert 0.4 < before < 5 and 0.38 < after - before < 0.42 and later == after  # GB: 400 MB of fp32
 
 
 def test_the_copy_that_is_sampled_from_follows_the_model_is_used_again_and_can_be_freed(checkpoint, monkeypatch):

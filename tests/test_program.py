@@ -291,7 +291,7 @@ def test_a_file_that_is_called_runs_is_named(finished, inside, tmp_path):
         (
             "config.json",
             '{"name": "another program"}',
-            "config.json lacks MODEL, DATASET, EVAL_DATASET: it was made by",
+            "config.json lacks MODEL, DATASET, SHOTS: it was made by",
         ),
         ("metrics.jsonl", "3\n", "metrics.jsonl is damaged: a row without a step: 3"),
         ("metrics.jsonl", '{"loss": 0}\n', "metrics.jsonl is damaged: a row without a step"),
