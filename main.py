@@ -75,7 +75,7 @@ LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate
 GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a third slower, far less memory
 # -- Cold start
 COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, for a model that does not write the form (try 50)
-COLD_START_LEARNING_RATE = 1e-5  # of these steps: higher than LEARNING_RATE; about ten times as much with LoRA
+COLD_START_LEARNING_RATE = 1e-5  # learning rate of the cold start; with LoRA about ten times as much
 # -- Algorithm 1
 ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo
 ITERATIONS = 1  # I, outer iterations, each begins with π_ref ← π_θ (paper: 1; Figure 6: up to 2)
