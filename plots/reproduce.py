@@ -260,9 +260,11 @@ def draw(data):
                 label: [run["tests"] for run in data[name]["runs"]] for label, name in curves.items() if name in data
             }
             plot.panel(axes, {"eval/accuracy": ""}, f"{title}: greedy test accuracy", runs, smoothed=False)
-            axes.set(xlabel="step", ylim=(-0.02, 1.02))
+            axes.set(xlabel="step")
+            axes.autoscale(axis="y")
+            axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(fontsize=8, loc="lower right")
+            axes.legend(fontsize=8)
         figure.savefig(OUT / f"{file}.png", dpi=100)
     if "figure7" in data:
         figure = Figure(figsize=(10, 4), layout="constrained")
