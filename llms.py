@@ -232,8 +232,7 @@ def load_checkpoint(saved, networks, optimizer, generator):
     if any(name.startswith("adam/") for name in saved):  # AdamW's state as after its first step, filled below
         for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
             moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
-            step = torch.zeros((), device=weight.device if weight.is_cuda else "cpu")
-            optimizer.state[weight] = {"step": step} | moments
+            optimizer.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
     tensors = named_tensors(networks, optimizer, generator)
     if different := tensors.keys() ^ saved.keys():
         raise ModelError(f"the checkpoint was made with another model: only one of the two has {min(different)}")
@@ -370,7 +369,7 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
 
 
 def run_trunk(trunk, layout, ids, positions):
-    """The last hidden states of tokens that lie as the layout says: ids, positions [rows, tokens] -> […, tokens, D]."""
+    """The last hidden states of tokens that lie as the layout says: ids, positions [rows, tokens] -> [rows, tokens, D]."""
     options = {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
     return trunk(input_ids=ids, position_ids=positions, **options).last_hidden_state
 
@@ -628,7 +627,7 @@ class DecodingBatch:
         graph, others, stream = torch.cuda.CUDAGraph(), list(self.graphs.values()), torch.cuda.current_stream()
         try:
             pool = others[0].pool() if others else None
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may use the GPU too
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # or other threads end it
                 step()
             self.graphs[key] = graph
         except torch.OutOfMemoryError:

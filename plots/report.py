@@ -257,8 +257,8 @@ def silence(records, tags):
     """What to do about a first step that earned nothing, with one of its outputs."""
     shares = [f"{tag} {sum(tag in record['completion'] for record in records) / len(records):.2f}" for tag in tags]
     return (
-        f"note: no output of this step earned a reward, so nothing can be learnt. Share of outputs with each tag: "
-        f"{', '.join(shares)}; {mean(records, 'truncated'):.2f} are cut. One of them:\n{completion(records[0])}\n"
+        "note: no output of this step earned a reward, so nothing can be learnt. Share of outputs with each tag:"
+        f" {', '.join(shares)}; {mean(records, 'truncated'):.2f} are cut. One of them:\n{completion(records[0])}\n"
         "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4. If outputs are\n"
         "  cut: a longer --max_new_tokens. If answers are wrong: an easier data set, such as --dataset arithmetic:1."
     )

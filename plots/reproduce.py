@@ -1,11 +1,11 @@
-"""Redraw the paper's figures, and ablate its constants, on the tiny model: an hour and a half on two cores.
+"""Redraw the paper's figures, and ablate its constants, on the tiny model: about 1.5 hours on two cores.
 
     python plots/reproduce.py            every run that is still missing, then the table and the pictures
     python plots/reproduce.py grpo rft   only these
     python plots/reproduce.py --draw     only the table and the pictures, from the data of the last time
 
-Every run is one of main.py's, with three or five seeds, in runs/reproduce-NAME-SEED. Interrupted, the command goes on where it
-stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without the runs.
+Every run is one of main.py's, with three or five seeds, in runs/reproduce-NAME-SEED. Interrupted, the command goes on
+where it stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without the runs.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def accuracies(runs, which=-1):
 
 
 def difference(values, others):
-    """The mean difference of two lists of accuracies over the seeds, with its paired 95 % interval; * where that excludes 0."""
+    """The mean of values - others, a pair for each seed, with its 95 % interval; * where that excludes 0."""
     gains = [a - b for a, b in zip(values, others)]
     mean = statistics.mean(gains)
     half = STUDENT_T[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5

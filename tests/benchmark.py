@@ -85,7 +85,7 @@ class Words:
 
 
 def end_tokens(model, longest, ragged):
-    """Ids that end an output: so many that it has a fifth of the longest on average; or one, so that hardly any ends."""
+    """Ids that end an output: enough for a fifth of `longest` on average; or only one, so that hardly any ends."""
     return list(range(1, 1 + (5 * model.config.vocab_size // longest if ragged else 1)))
 
 

@@ -317,6 +317,9 @@ def test_a_prompt_uses_the_chat_template_or_plain_paragraphs(checkpoint):
     text = tokenizer.decode(llms.encode(tokenizer, messages))
     assert text.startswith("<|im_start|>system\nRespond") and text.endswith("<|im_start|>assistant\n")
     tokenizer.chat_template = None
+    example = {"question": "1 + 1?", "solution": "1 + 1 = 2", "answer": "2"}  # it ends as an output does
+    shown = tokenizer.decode(llms.encode(tokenizer, rldatasets.prompt({"question": "How many eggs?"}, [example])))
+    assert "</answer><|im_end|>\n\nHow many eggs?" in shown and shown.count("<|im_end|>") == 1
     plain = tokenizer.decode(llms.encode(tokenizer, messages))
     assert plain.startswith("Respond") and plain.endswith("</answer>\n\nHow many eggs?\n\n")
 
