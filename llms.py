@@ -76,10 +76,7 @@ class ModelError(ValueError):
 
 def load(name):
     """A causal language model in fp32 and its tokenizer; the folder of a run stands for the model in it."""
-    if (Path(name) / "metrics.jsonl").is_file():
-        if not (Path(name) / "model").is_dir():
-            raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
-        name = f"{name}/model"
+    name = model_of_run(name)
     model, tokenizer = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32)
     if not tokenizer("How many?")["input_ids"]:
         raise ModelError(f"{name} has no tokenizer")
@@ -89,6 +86,23 @@ def load(name):
         model.cuda()
     use_packed_attention(model, name)
     return model, tokenizer
+
+
+def model_of_run(name):
+    """The folder of the model in the folder of a run; any other name as it is."""
+    if not (Path(name) / "metrics.jsonl").is_file():
+        return name
+    if not (Path(name) / "model").is_dir():
+        raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
+    return f"{name}/model"
+
+
+def vocabulary(name):
+    """The tokens of a model and their ids; its weights are not loaded."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(model_of_run(name), trust_remote_code=False).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ModelError(explain(name, error)) from error
 
 
 def from_pretrained(auto_class, name, **options):
@@ -187,9 +201,9 @@ def named_tensors(networks, optimizer, generator):
     return tensors | {"generator": generator.get_state()}
 
 
-def checksum(tensors, about):
-    """A CRC of tensors and of the text beside them, so that a damaged file is noticed."""
-    total = zlib.crc32(about.encode())
+def checksum(tensors):
+    """A CRC of tensors, so that a damaged file is noticed."""
+    total = 0
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
     return str(total)
@@ -197,16 +211,15 @@ def checksum(tensors, about):
 
 def save_checkpoint(folder, networks, optimizer, generator, about):
     """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled."""
-    tensors, about = {}, json.dumps(about)
+    tensors = {"about": torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)}
     for name, tensor in named_tensors(networks, optimizer, generator).items():
         tensor = full_tensor(tensor)  # by all ranks
         if RANK == 0:
             tensors[name] = tensor.cpu()
     if RANK == 0:
         folder.mkdir(exist_ok=True)
-        metadata = {"about": about, "checksum": checksum(tensors, about)}
         with disk_errors(folder):
-            safetensors.torch.save_file(tensors, folder / "unfinished", metadata)
+            safetensors.torch.save_file(tensors, folder / "unfinished", {"checksum": checksum(tensors)})
         with open(folder / "unfinished", "rb") as file:
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(folder / "unfinished", folder / "state.safetensors")
@@ -217,13 +230,13 @@ def read_checkpoint(folder):
     path = folder / "state.safetensors"
     try:
         tensors = safetensors.torch.load_file(path)  # memory-mapped: each is read from the disk when it is used
-        metadata = safetensors.safe_open(path, "pt").metadata() or {}
-        intact = metadata["checksum"] == checksum(tensors, metadata["about"])
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        intact = safetensors.safe_open(path, "pt").metadata()["checksum"] == checksum(tensors)
+        about = tensors.pop("about")
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
         raise ModelError(f"{path} is damaged: its bytes are not those that were written")
-    return json.loads(metadata["about"]), tensors
+    return json.loads(bytes(about.tolist())), tensors
 
 
 @torch.no_grad()
@@ -322,6 +335,26 @@ class Rollout(NamedTuple):
             else:
                 batches.append([row])
         return batches
+
+    def outputs(self):
+        """Sampled outputs without padding, as numbers and texts: [prompt, tokens, log π, entropy, truncated, text]."""
+        P = self.attention.shape[1] - self.mask.shape[1]
+        prompts, outputs = self.attention[:, :P].sum(1).tolist(), self.mask.sum(1).tolist()
+        columns = [x.tolist() for x in (self.ids, self.logp, self.entropy, self.truncated)]
+        return [
+            [ids[P - p : P], ids[P : P + n], logp[:n], entropy[:n], truncated, text]
+            for p, n, text, ids, logp, entropy, truncated in zip(prompts, outputs, self.texts, *columns)
+        ]
+
+
+def from_outputs(outputs, device):
+    """A rollout of sampled outputs in the form of `Rollout.outputs`."""
+    prompts, completions, logp, entropy, truncated, texts = map(list, zip(*outputs))
+    ids, attention, mask = batch(prompts, completions, device)
+    padded = [torch.zeros(mask.shape, device=device) for _ in (logp, entropy)]  # 2 × [N, T]
+    for tensor, rows in zip(padded, (logp, entropy)):
+        tensor[mask] = torch.tensor([x for row in rows for x in row], device=device)
+    return Rollout(ids, attention, mask, *padded, torch.tensor(truncated, device=device), texts)
 
 
 def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):

@@ -50,6 +50,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -77,12 +78,14 @@ GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a 
 COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, for a model that does not write the form (try 50)
 COLD_START_LEARNING_RATE = 1e-5  # learning rate of the cold start; with LoRA about ten times as much
 # -- Algorithm 1
-ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo
+ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo; or distill, on-policy distillation
 ITERATIONS = 1  # I, outer iterations, each begins with π_ref ← π_θ (paper: 1; Figure 6: up to 2)
 STEPS = 467  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
 QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
 MU = 1  # μ, updates per rollout (paper: 1): with more, samples are used again and the clip matters
+REFILL = 0  # draw again until Q groups have right and wrong outputs, at most so many times (DAPO: 10); 0: train on all
+STALENESS = 0  # k: train on outputs that were sampled k steps before; with IS_RATIO
 # -- Sampling
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
 MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
@@ -90,13 +93,23 @@ MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt (SHOTS aside
 CACHE_TOKENS = 524288  # tokens in the KV cache at once while sampling: lower it when sampling runs out of memory
 # -- Objective, eq. (3) and (4)
 BASELINE = "group"  # compare an output with the mean of its group (paper), or of the others in the group (RLOO)
-SCALE_BY_STD = True  # divide the advantage by the group's std (paper: true; Dr. GRPO: false)
+SCALE = "group"  # Â is divided by the std of its group (paper), of the batch, by the group's mean (MaxRL), or none
+PASS_K = 1  # k > 1: an output is worth the best of k outputs (pass@k training); use the reward correctness alone
+NORMALIZE = "sum"  # the sum of the rewards is normalised (paper), or each reward by itself before the sum (GDPO)
+POSITIVE = 1.0  # multiplies advantages above 0
+NEGATIVE = 1.0  # multiplies advantages below 0: with 0 only better outputs are learnt from
 RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence (GSPO)
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
+CLIP = "objective"  # the clip ends the gradient (paper); weight: it only limits the token's weight (CISPO)
+DELTA = 0.0  # δ: where Â < 0 the ratio counts at most δ (dual clip: 3); 0: no limit (paper)
 BETA = 0.04  # β, weight of the KL (paper: 0.04): for grpo and ppo; 0 needs no reference and lets the policy go further
-KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 has the gradient of the reverse KL; k1's gradient is 0 on average
+KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 and k3+ have the gradient of the reverse KL; k1's is 0 on average
 DENOMINATOR = "sequence"  # divides a token: sequence |o_i| (paper); token Σ|o_i| (DAPO); constant: limit (Dr. GRPO)
+IS_RATIO = "none"  # weigh by π_θold/π_sampled, the scored and the sampling policy: of the token, or of the sequence
+IS_LOW = 0.0  # lowest such weight
+IS_HIGH = 2.0  # highest such weight
+IS_OUTSIDE = "truncate"  # a weight beyond them is truncated to the limit (TIS), or masked: set to 0 (IcePop, MIS)
 MASK_TRUNCATED = False  # leave the tokens of outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
 DROP_ZERO_ADVANTAGE = False  # skip outputs with Â = 0, and so their KL, even with β > 0
 # -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the rule x of evaluator.py
@@ -125,6 +138,7 @@ WEIGHT_DECAY = 0.0  # of AdamW
 MAX_GRAD_NORM = 1.0  # the global norm of the gradient is clipped here
 TOKEN_BUDGET = 4096  # maximum tokens per micro-batch, padding included: changes memory, not the gradient
 # -- The other methods of Table 10
+TEACHER = ""  # model of distill, hub name or folder: it scores every token of the outputs; with the same tokenizer
 BETA_DPO = 2.0  # β of DPO, eq. (12): larger than BETA because eq. (12) averages log-ratios over tokens
 GAMMA = 1.0  # γ of PPO's advantages: below 1, later rewards count less
 LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they rely more on the value function and vary less
@@ -154,14 +168,55 @@ def group_advantages(rewards):
     1.5, -0.5, -0.5, -0.5.
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    advantages = rewards - rewards.mean(1, keepdim=True)  # [Q, G]
+    r, std = (rewards, rewards.std(1, keepdim=True)) if PASS_K == 1 else best_of_k(rewards)  # [Q, G], [Q, 1]
+    mean = r.mean(1, keepdim=True)  # [Q, 1]
+    advantages = r - mean  # [Q, G]
     if BASELINE == "others":  # RLOO: r_i - mean of the others = G/(G - 1) (r_i - mean(r)), arXiv 2402.14740
-        advantages = advantages * rewards.shape[1] / (rewards.shape[1] - 1)  # [Q, G]
-    if SCALE_BY_STD:
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)  # [Q, G]
-    # where all rewards are equal, what is left is the rounding error of the mean, divided by 1e-4
-    all_equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # [Q, 1]
-    return advantages.masked_fill(all_equal, 0.0)
+        advantages = advantages * r.shape[1] / (r.shape[1] - 1)  # [Q, G]
+    if SCALE == "group":
+        advantages = advantages / (std + 1e-4)  # [Q, G]
+    elif SCALE == "batch":  # of all outputs, each compared with its own group's mean: arXiv 2506.10910
+        advantages = advantages / (over_ranks(advantages).std() + 1e-4)
+    elif SCALE == "mean":  # MaxRL, arXiv 2602.02710: for rewards that are never negative
+        advantages = torch.where(mean > 0, advantages / mean, 0.0)
+    # where all rewards (the best of all k) are equal, what is left is a rounding error, divided by 1e-4
+    ascending = rewards.sort(1).values
+    all_equal = ascending[:, PASS_K - 1 : PASS_K] == ascending[:, -1:]  # [Q, 1]
+    advantages = advantages.masked_fill(all_equal, 0.0).to(rewards)
+    return torch.where(advantages > 0, POSITIVE * advantages, NEGATIVE * advantages)
+
+
+def best_of_k(rewards):
+    """Pass@k training (arXiv 2508.10751): the reward of a set of k = PASS_K outputs is that of its best output.
+
+    rewards [Q, G] -> [Q, G], the mean over the sets that hold the output; [Q, 1], the std over all sets of the group.
+    """
+    G, k = rewards.shape[1], PASS_K
+    r, order = rewards.double().sort(1)  # [Q, G]  ascending
+    best = torch.zeros(G, G, dtype=torch.float64)  # [i, j]: of the sets that hold i, the share in which j is the best
+    for i, j in itertools.product(range(G), repeat=2):
+        if j >= i:  # its other members are below j
+            best[i, j] = math.comb(j, k - 1) if j == i else math.comb(j - 1, k - 2)
+    best /= math.comb(G - 1, k - 1)
+    share = torch.tensor([math.comb(j, k - 1) / math.comb(G, k) for j in range(G)], dtype=torch.float64)  # of all sets
+    mean = r @ share  # [Q]
+    std = ((r - mean[:, None]) ** 2 @ share).sqrt()  # [Q]
+    return torch.empty_like(r).scatter(1, order, r @ best.T), std[:, None]
+
+
+def normalized_each(by_name):
+    """GDPO (arXiv 2601.05242): every reward is normalised by itself, then weighted; their sum over the whole batch.
+
+    by_name {name: [Q, G]} -> [Q, G].
+    """
+    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
+    batch = over_ranks(advantages)
+    return (advantages - batch.mean()) / (batch.std() + 1e-4)
+
+
+def over_ranks(x):
+    """The numbers of all ranks: [N]."""
+    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
 
 
 def process_advantages(step_rewards, step_ends):
@@ -181,13 +236,14 @@ def process_advantages(step_rewards, step_ends):
 # ==== The objective, eq. (3) and (4) ================================================================================
 
 
-def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, num_tokens=None):
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, num_tokens=None, logp_sampled=None):
     """Minus the objective of eq. (3), with the KL estimate of eq. (4): a scalar to minimise.
 
     logp, logp_old, logp_ref  [N, T]         log π_θ, log π_θold, log π_ref of each token; logp_ref None: no KL
     advantages                [N] or [N, T]  Â_i, shared by all tokens of output i, or Â_{i,t}
     mask                      [N, T]         1 on the |o_i| tokens of output i, the end token included
     num_sequences, num_tokens                N and Σ|o_i| of the whole update, if these rows are a micro-batch of it
+    logp_sampled              [N, T]         log π as it was recorded while sampling, for IS_RATIO
     """
     mask = mask.bool()
     num_sequences, num_tokens = num_sequences or len(mask), num_tokens or mask.sum().clamp(min=1)
@@ -196,9 +252,13 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
     logp, logp_old, A = (torch.where(mask, x, 0.0) for x in (logp, logp_old, A))  # [N, T]
 
     # min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ) with ρ = π_θ / π_θold
-    ratio = importance_ratio(logp, logp_old, mask)  # [N, T]
+    ratio = importance_ratio(logp, logp_old, mask, DELTA or math.inf)  # [N, T]
     clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
     objective = torch.minimum(ratio * A, clipped * A)  # [N, T]
+    if CLIP == "weight":  # CISPO, arXiv 2506.13585: no token loses its gradient
+        objective = clipped.detach() * A * logp  # [N, T]
+    if IS_RATIO != "none":
+        objective = objective * within_limits(sampling_weight(logp_old, logp_sampled, mask))  # [N, T]
 
     # - β D_KL, eq. (4): D_KL = π_ref/π_θ - log(π_ref/π_θ) - 1, which is never negative
     if BETA and logp_ref is not None:
@@ -208,18 +268,35 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, nu
             kl = -log_r
         elif KL == "k2":
             kl = log_r.square() / 2
+        elif KL == "k3+":  # DeepSeek-V3.2, arXiv 2512.02556: × π_θ/π_θold, with its gradient
+            kl = (logp - logp_old).exp() * kl
         objective = objective - BETA * kl  # [N, T]
 
     # 1/G Σ_i 1/|o_i| Σ_t, and the mean over the Q questions
     return -mean_over_outputs(objective, mask, num_sequences, num_tokens)
 
 
-def importance_ratio(logp, logp_old, mask):
-    """ρ = π_θ/π_θold of each token [N, T]; with RATIO = "sequence" their geometric mean over each output (GSPO)."""
+def importance_ratio(logp, logp_old, mask, highest=math.inf):
+    """ρ = π_θ/π_θold of each token [N, T]; with RATIO = "sequence" their geometric mean over each output (GSPO).
+
+    highest: δ of the dual clip (arXiv 1912.09729). Where Â > 0 the clip at 1 + ε, which is lower, makes it idle.
+    """
     log_ratio = logp - logp_old  # [N, T]
     if RATIO == "sequence":
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    return log_ratio.exp()
+    return log_ratio.clamp(max=math.log(highest)).exp()  # before exp: the gradient of exp(inf) is nan
+
+
+def sampling_weight(logp_old, logp_sampled, mask):
+    """π_θold/π_sampled of each token [N, T], or of each output [N, 1], without gradient."""
+    log_weight = torch.where(mask, logp_old - logp_sampled, 0.0).detach()  # [N, T]
+    return (log_weight.sum(1, keepdim=True) if IS_RATIO == "sequence" else log_weight).exp()
+
+
+def within_limits(weight):
+    """Weights truncated to IS_LOW and IS_HIGH; or 0 where they are beyond them."""
+    limited = weight.clamp(IS_LOW, IS_HIGH)
+    return limited if IS_OUTSIDE == "truncate" else torch.where(limited == weight, weight, 0.0)
 
 
 def mean_over_outputs(x, mask, num_sequences, num_tokens):
@@ -235,22 +312,47 @@ def mean_over_outputs(x, mask, num_sequences, num_tokens):
 # ==== Algorithm 1 ===================================================================================================
 
 
-def take_step(state):
-    """Lines 5 to 11 for one batch of questions; with several ranks each has its share. Returns the step's metrics."""
+class Batch(NamedTuple):
+    """What a step trains on: this rank's share."""
+
+    problems: list  # [Q]
+    rollout: llms.Rollout  # N = Q·G outputs
+    by_name: dict  # rewards, {name: [Q, G]}
+    learns: bool = True  # False: no update is made of it
+    dropped: tuple = ()  # records of the outputs, of all ranks, that were drawn and are not trained on (REFILL)
+    extra: dict | None = None  # metrics of how it was drawn
+
+
+def draw(state, source):
+    """Lines 5 to 8: a batch of questions, G outputs of the source for each, and their rewards."""
     problems, prompts = next_questions(state)  # 5: a batch D_b
     # 6: π_θold ← π_θ needs no copy of the network: logp_old, below
-    rollout = sample(state, state.policy, prompts)  # 7: {o_i} ~ π_θold(·|q), G for each q
-    by_name = score_outputs(rollout, problems, state)  # 8: {name: [Q, G]}
-    rewards = weighted_sum(by_name)  # r_i, [Q, G]
+    if source is None:  # SFT: q, o ~ P_sft(Q, O), the worked solutions of the data set
+        rollout = worked_solutions(state, problems, prompts)
+    else:
+        rollout = sample(state, source, prompts)  # 7: {o_i} ~ π_θold(·|q), G for each q
+    if state.step >= COLD_START:
+        state.tokens += llms.sums_over_ranks(int(rollout.mask.sum()))[0]
+    return Batch(problems, rollout, score_outputs(rollout, problems, state))  # 8
+
+
+def take_step(state):
+    """Lines 5 to 11 for one batch of questions; with several ranks each has its share. Returns the step's metrics."""
+    batch = next_batch(state, state.policy)  # 5 to 8: a draw
+    rollout, rewards = batch.rollout, weighted_sum(batch.by_name)  # r_i, [Q, G]
     logp_old = log_probs(state, state.policy, rollout) if MU > 1 else None  # 6: log π_θold, [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if BETA else None  # [N, T]
-    if SUPERVISION == "outcome":
+    if SUPERVISION == "outcome" and NORMALIZE == "sum":
         advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
+    elif SUPERVISION == "outcome":
+        advantages = normalized_each(batch.by_name).flatten()  # [N]
     else:
-        advantages, by_name["steps"] = supervise_steps(state, rollout, problems, rewards)  # 9: Â_{i,t}, [N, T]
-    with llms.timed("update"):
-        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU)]  # 10, 11
-    return record_step(state, problems, rollout, by_name, rewards, advantages, updates)
+        advantages, batch.by_name["steps"] = supervise_steps(
+            state, rollout, batch.problems, rewards
+        )  # 9: Â_{i,t}, [N, T]
+    with llms.timed("update"):  # 10, 11
+        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU * batch.learns)]
+    return record_step(state, batch, advantages, updates)
 
 
 def train(state, after_step):
@@ -290,6 +392,8 @@ class State:
     reference: torch.nn.Module = None  # π_ref, where something needs it
     critic: torch.nn.Module = None  # V_ψ of PPO
     reward_model: tuple = None  # REWARD_MODEL and its tokenizer
+    teacher: torch.nn.Module = None  # TEACHER
+    queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
     stream: object = None  # iterator over the training problems
     memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # fit: see llms
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
@@ -358,7 +462,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
         old, ref, sampled = (None if x is None else x[batch, :T] for x in (logp_old, logp_ref, rollout.logp))  # [n, T]
         logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
         old = logp.detach() if old is None else old
-        loss = loss_function(logp, old, ref, A[batch, :T], mask, num_sequences, num_tokens)
+        loss = loss_function(logp, old, ref, A[batch, :T], mask, num_sequences, num_tokens, sampled)
         (loss * is_real).backward()  # adds 0 for a dummy batch, by which a rank that has finished waits for the others
         if is_real:
             parts.append({"loss": loss.item(), **diagnose(logp, old, ref, sampled, A[batch, :T], mask, learned_tokens)})
@@ -377,11 +481,16 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
 def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
     """Is the update healthy? What this micro-batch adds to each mean over the update, and its own maxima."""
     ratio = importance_ratio(logp, logp_old, mask)  # [n, T]
-    sums = {"clip_low": (ratio < 1 - EPSILON_LOW) & (A < 0) & mask}
-    sums["clip_high"] = (ratio > 1 + EPSILON_HIGH) & (A > 0) & mask
+    sums = {"clip_low": (ratio < 1 - EPSILON_LOW) & ((A < 0) | (CLIP == "weight")) & mask}
+    sums["clip_high"] = (ratio > 1 + EPSILON_HIGH) & ((A > 0) | (CLIP == "weight")) & mask
     maxima = {"ratio_max": ratio * mask}
     if logp_sampled is not None:
-        sums["sampler_gap"] = maxima["sampler_gap_max"] = (logp_old - logp_sampled).abs() * mask
+        gap = "staleness_gap" if STALENESS else "sampler_gap"
+        sums[gap] = maxima[f"{gap}_max"] = (logp_old - logp_sampled).abs() * mask
+    if logp_sampled is not None and IS_RATIO != "none":
+        weight = sampling_weight(logp_old, logp_sampled, mask)  # [n, T] or [n, 1]
+        sums["is_weight"] = maxima["is_weight_max"] = weight * mask
+        sums["is_outside"] = (within_limits(weight) != weight) & mask
     if logp_ref is not None:
         log_r = logp_ref - logp  # [n, T]  log(π_ref/π_θ)
         sums["kl"] = (torch.expm1(log_r) - log_r) * mask  # eq. (4)
@@ -415,15 +524,8 @@ def other_step(state, source, coefficients, loss_function):
     source: the model that samples, or None for q, o ~ P_sft(Q, O), the worked solutions of the data set.
     coefficients(...) returns GC, [N] or [N, T]; the critic's targets or None; a dict of metrics.
     """
-    problems, prompts = next_questions(state)
-    if source is None:
-        if not all(problem.get("solution") for problem in problems):
-            raise RunError("a question has no worked solution to imitate")
-        texts = [rldatasets.written_out(problem) for problem in problems]
-        rollout = llms.rollout_of(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
-    else:
-        rollout = sample(state, source, prompts)
-    by_name = score_outputs(rollout, problems, state)  # {name: [Q, G]}
+    batch = next_batch(state, source)
+    rollout, by_name = batch.rollout, batch.by_name  # {name: [Q, G]}
     on_policy = source is state.policy  # ratios and the KL can be estimated only from outputs of π_θ
     logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
@@ -431,10 +533,10 @@ def other_step(state, source, coefficients, loss_function):
     num_updates = MU if source else 1  # given texts are imitated once a step, whatever μ
     with llms.timed("update"):
         updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(num_updates)]
-    return record_step(state, problems, rollout, by_name, weighted_sum(by_name), GC, updates, extra)
+    return record_step(state, batch, GC, updates, extra)
 
 
-def likelihood_loss(logp, logp_old, logp_ref, GC, mask, num_sequences, num_tokens):
+def likelihood_loss(logp, logp_old, logp_ref, GC, mask, num_sequences, num_tokens, logp_sampled=None):
     """- 1/N Σ_i 1/|o_i| Σ_t GC_i log π_θ: minus eq. (6), (8); with DPO's GC its gradient is that of minus eq. (12)."""
     return -mean_over_outputs(GC * logp, mask, num_sequences, num_tokens)
 
@@ -475,6 +577,18 @@ def preference(state, rollout, by_name, logp_old, logp_ref):
     return GC, None, extra
 
 
+def from_teacher(state, rollout, by_name, logp_old, logp_ref):
+    """On-policy distillation: log π_T - log π_θ of each token, π_T being the TEACHER; no group, no baseline.
+
+    At π_θ = π_θold its gradient is that of minus the KL estimate k2 to the teacher, token by token.
+    """
+    logp = log_probs(state, state.policy, rollout) if logp_old is None else logp_old  # [N, T]
+    GC = (log_probs(state, state.teacher, rollout) - logp) * rollout.mask  # [N, T]
+    total, tokens = llms.sums_over_ranks(GC.sum().item(), int(rollout.mask.sum()))
+    largest = max(llms.gather([GC.abs().max().item()]))
+    return GC, None, {"distill/kl": -total / tokens, "distill/max": largest}
+
+
 def ppo_advantages(state, rollout, by_name, logp_old, logp_ref):
     """PPO: A_t, eq. (18), by GAE on the rewards of eq. (2): r_i on the end token, - β log(π_θ/π_ref) on every token."""
     values = per_token(state, llms.Critic.token_values, state.critic, rollout)  # [N, T]
@@ -501,9 +615,9 @@ def gae(rewards, values, mask):
     return advantages
 
 
-def ppo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences, num_tokens):
+def ppo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences, num_tokens, logp_sampled=None):
     """Minus eq. (1), which is eq. (3) without the KL: PPO has it in the reward."""
-    return grpo_loss(logp, logp_old, None, advantages, mask, num_sequences, num_tokens)
+    return grpo_loss(logp, logp_old, None, advantages, mask, num_sequences, num_tokens, logp_sampled)
 
 
 def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
@@ -519,6 +633,7 @@ TABLE_10 = {  # data source (the reference is π_sft), gradient coefficient, los
     "dpo": lambda state: other_step(state, state.reference, preference, likelihood_loss),
     "online_rft": lambda state: other_step(state, state.policy, is_right, likelihood_loss),
     "ppo": lambda state: other_step(state, state.policy, ppo_advantages, ppo_loss),
+    "distill": lambda state: other_step(state, state.policy, from_teacher, ppo_loss),
     "grpo": take_step,  # π_θ; Â_{i,t} + β (π_ref/π_θ - 1), eq. (21)
 }
 
@@ -549,7 +664,7 @@ class RunError(RuntimeError):
 
 COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
 say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # only rank 0 prints and writes
-draw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
+redraw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
 
 
 def stage_of(step):
@@ -563,10 +678,56 @@ def stage_of(step):
     return step // STEPS * len(stages) + index, stages[index][0]
 
 
-def next_questions(state):
-    """Line 5: QUESTIONS_PER_STEP problems whose prompts are short enough. Returns this rank's problems and prompts."""
+def next_batch(state, source):
+    """What a step trains on: a draw; with STALENESS the oldest of those in the queue, which begins with k of them."""
     llms.SECONDS.clear()
     state.began = time.perf_counter()
+    waiting = min(STALENESS, last_step() - 1 - state.step) if source is state.policy else 0
+    while len(state.queue) <= waiting:
+        state.queue.append(refill(state) if REFILL and source is state.policy else draw(state, source))
+    return state.queue.pop(0)
+
+
+def refill(state):
+    """DAPO (arXiv 2503.14476): draw until Q groups hold right and wrong outputs, but at most REFILL times.
+
+    They are trained on in the order in which they were drawn; all others are only recorded and counted. If there is not
+    one for each rank, the last draw is recorded and no update is made.
+    """
+    drawn, mixed = [], []  # groups and their records; which of them hold right and wrong outputs
+    while len(mixed) < QUESTIONS_PER_STEP and len(drawn) < REFILL * QUESTIONS_PER_STEP:
+        batch = draw(state, state.policy)
+        records = batch_records(batch, torch.zeros(len(batch.rollout.texts)))
+        for i, group in enumerate(groups_of(batch)):
+            drawn.append((group, records[i * GROUP_SIZE : (i + 1) * GROUP_SIZE]))
+            *_, rewards = group
+            if min(rewards["correctness"]) < max(rewards["correctness"]):
+                mixed.append(len(drawn) - 1)
+    learns = len(mixed) >= llms.WORLD
+    kept = mixed[:QUESTIONS_PER_STEP] if learns else range(len(drawn) - QUESTIONS_PER_STEP, len(drawn))
+    dropped = [record for i, (_, records) in enumerate(drawn) if i not in kept for record in records]
+    draws, share = len(drawn) // QUESTIONS_PER_STEP, len(mixed) / len(drawn)
+    return batch_of(state, [drawn[i][0] for i in kept], learns, dropped, {"refill/draws": draws, "refill/mixed": share})
+
+
+def groups_of(batch):
+    """The groups of all ranks in plain numbers and texts: [(problem, its outputs, {reward: its G values})]."""
+    outputs, G = batch.rollout.outputs(), len(batch.rollout.texts) // len(batch.problems)
+    rewards = [dict(zip(batch.by_name, of_q)) for of_q in zip(*(x.tolist() for x in batch.by_name.values()))]
+    return llms.gather(list(zip(batch.problems, zip(*[iter(outputs)] * G), rewards)))
+
+
+def batch_of(state, groups, *about):
+    """This rank's share of such groups, as a batch again."""
+    names = dict.fromkeys(name for *_, rewards in groups for name in rewards)
+    problems, outputs, rewards = zip(*llms.share(groups))
+    rollout = llms.from_outputs([output for of_q in outputs for output in of_q], state.policy.device)
+    by_name = {name: torch.tensor([of_q.get(name, [0.0] * GROUP_SIZE) for of_q in rewards]) for name in names}
+    return Batch(list(problems), rollout, by_name, *about)
+
+
+def next_questions(state):
+    """Line 5: QUESTIONS_PER_STEP problems whose prompts are short enough. Returns this rank's problems and prompts."""
     stage, dataset = stage_of(state.step)
     if stage != state.stage:
         state.stage, state.position, state.stream = stage, 0, None
@@ -595,6 +756,14 @@ def examples_length(tokenizer):
     """How many tokens of a prompt are of its examples."""
     empty = {"question": ""}
     return len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty))) if SHOTS else 0
+
+
+def worked_solutions(state, problems, prompts):
+    """A rollout of the solutions that the data set has."""
+    if not all(problem.get("solution") for problem in problems):
+        raise RunError("a question has no worked solution to imitate")
+    texts = [rldatasets.written_out(problem) for problem in problems]
+    return llms.rollout_of(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
 
 
 @llms.timed("sample")
@@ -691,18 +860,25 @@ def output_records(rollout, problems, columns):
     return llms.gather(report.records(problems, rollout.texts, columns))
 
 
-def record_step(state, problems, rollout, by_name, rewards, advantages, updates, extra=None):
+def batch_records(batch, advantages):
+    """A record for each output of a batch, of all ranks."""
+    A = advantages.view(len(batch.rollout.texts), -1)  # [N, 1] or [N, T]
+    columns = {"reward": weighted_sum(batch.by_name)}
+    columns |= {"advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
+    return output_records(batch.rollout, batch.problems, batch.by_name | columns)
+
+
+def record_step(state, batch, advantages, updates, extra=None):
     """Count the step; write its metrics over all ranks, averaged over the μ updates except maxima; return them."""
-    A = advantages.view(len(rollout.mask), -1)  # [N, 1] or [N, T]
-    columns = by_name | {"reward": rewards, "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
-    records = output_records(rollout, problems, columns)
-    names = dict.fromkeys(llms.gather(list(by_name)))  # the rewards of all ranks: one rank may lack some
-    outputs = report.step_metrics(records, rewards.shape[1], names)
+    records, group = (
+        [*batch_records(batch, advantages), *batch.dropped],
+        len(batch.rollout.texts) // len(batch.problems),
+    )
+    names = dict.fromkeys(llms.gather(list(batch.by_name)))  # the rewards of all ranks: one rank may lack some
+    outputs = report.step_metrics(records, group, names)
     stage, state.step = stage_of(state.step)[1], state.step + 1
     if state.step <= COLD_START:  # nothing was sampled: the records are of worked solutions
         stage, outputs = "cold start", {name: outputs[name] for name in ("length", "length_max", "truncated")}
-    else:
-        state.tokens += sum(record["length"] for record in records)
     if state.step == COLD_START + 1 and not any(record["reward"] > 0 for record in records):
         say(report.silence(records, evaluator.TAGS))
     row = {
@@ -710,6 +886,7 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
         "stage": stage,
         **outputs,
         **report.mean_of_updates(updates),
+        **(batch.extra or {}),
         **(extra or {}),
         **{name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")},
         **state.memory.limits,
@@ -717,7 +894,7 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
         "seconds": time.perf_counter() - state.began,
         **llms.SECONDS,
     }
-    log(state.run, row, "train", records[: rewards.shape[1]], TENSORBOARD)
+    log(state.run, row, "train", records[:group], TENSORBOARD)
     say(report.step_line(row))
     if SHOW_EVERY and state.step % SHOW_EVERY == 0:
         say(report.completion(records[0]))
@@ -727,6 +904,7 @@ def record_step(state, problems, rollout, by_name, rewards, advantages, updates,
 def save_checkpoint(state):
     """Replace the run's checkpoint by the state as it is, for any number of ranks to go on from."""
     about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
+    about["queue"] = [[groups_of(batch), batch.learns, batch.dropped, batch.extra] for batch in state.queue]
     report.sync(state.run)
     llms.save_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
@@ -740,6 +918,7 @@ def load_checkpoint(state):
     if differ:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
+    state.queue = [batch_of(state, *parts) for parts in about["queue"]]
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy, adapter=COLD_START > 0 or state.step > STEPS)
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
@@ -763,8 +942,10 @@ CONSTANTS = constant_block()
 MAY_CHANGE = {"STEPS", "RUN", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"}  # in a resumed run;
 MAY_CHANGE |= {"TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"}  # these change only memory
 CHOICES = {"ALGORITHM": list(TABLE_10), "SCHEDULE": ["constant", "linear", "cosine"], "BASELINE": ["group", "others"]}
-CHOICES |= {"KL": ["k1", "k2", "k3"], "RATIO": ["token", "sequence"], "SUPERVISION": ["outcome", "process", "both"]}
-CHOICES |= {"DENOMINATOR": ["sequence", "token", "constant"]}
+CHOICES |= {"KL": ["k3", "k1", "k2", "k3+"], "RATIO": ["token", "sequence"], "CLIP": ["objective", "weight"]}
+CHOICES |= {"SUPERVISION": ["outcome", "process", "both"], "DENOMINATOR": ["sequence", "token", "constant"]}
+CHOICES |= {"SCALE": ["group", "batch", "mean", "none"], "NORMALIZE": ["sum", "each"]}
+CHOICES |= {"IS_RATIO": ["none", "token", "sequence"], "IS_OUTSIDE": ["truncate", "mask"]}
 MISTAKES = SettingsError, argparse.ArgumentError, report.FolderError, llms.ModelError, rldatasets.DataError, OSError
 
 
@@ -835,6 +1016,8 @@ def check_settings():
     from_1 = ("ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY")
     least = dict.fromkeys(numbers, 0) | dict.fromkeys(from_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
+    outcome, grpo, distill = SUPERVISION == "outcome", ALGORITHM == "grpo", ALGORITHM == "distill"
+    below_0 = WEIGHT_OVERLONG or REWARD_MODEL or any(now[name] < 0 for name in weights)
     rewards = {*evaluator.REWARDS, "overlong", "random", "reward_model", "steps"}
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
@@ -849,11 +1032,24 @@ def check_settings():
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"at least {llms.WORLD}, one for each rank"),
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
-        ("SUPERVISION", SUPERVISION == "outcome" or ALGORITHM == "grpo", f"outcome for {ALGORITHM}"),
+        ("SUPERVISION", outcome or grpo, f"outcome for {ALGORITHM}"),
         ("REWARD_MODEL", not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"), f"empty for {ALGORITHM}: it uses the rule"),
-        ("RATIO", RATIO == "token" or (ALGORITHM != "ppo" and SUPERVISION == "outcome"), "token if Â differs by token"),
+        ("RATIO", RATIO == "token" or (outcome and ALGORITHM not in ("ppo", "distill")), "token if Â differs by token"),
         ("MU", MU == 1 or ALGORITHM not in ("sft", "dpo"), f"1 for {ALGORITHM}: it makes one update a step"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
+        ("PASS_K", PASS_K == 1 or 1 < PASS_K < GROUP_SIZE, f"from 1 to below --group_size {GROUP_SIZE}"),
+        ("PASS_K", PASS_K == 1 or (outcome and SCALE != "mean"), "1 with --supervision process and with --scale mean"),
+        ("SCALE", outcome or SCALE in ("group", "none"), f"group or none with --supervision {SUPERVISION}"),
+        ("SCALE", SCALE != "mean" or not below_0, "another than mean: a reward can be negative"),
+        ("NORMALIZE", NORMALIZE == "sum" or (outcome and SCALE == "group" and PASS_K == 1), "sum with such advantages"),
+        ("NORMALIZE", NORMALIZE == "sum" or POSITIVE == NEGATIVE == 1, "sum where --positive or --negative is not 1"),
+        ("DELTA", DELTA == 0 or DELTA > 1 + EPSILON_HIGH, f"0, or above 1 + epsilon_high = {1 + EPSILON_HIGH}"),
+        ("DELTA", DELTA == 0 or CLIP == "objective", "0 with --clip weight"),
+        ("IS_LOW", IS_LOW < IS_HIGH, f"below --is_high {IS_HIGH}"),
+        ("IS_RATIO", IS_RATIO == "none" or grpo or ALGORITHM in ("ppo", "distill"), f"none for {ALGORITHM}"),
+        ("IS_RATIO", IS_RATIO != "none" or not STALENESS, "token or sequence with --staleness: it corrects for it"),
+        *((name, now[name] == 0 or grpo, f"0 for {ALGORITHM}") for name in ("REFILL", "STALENESS")),
+        ("TEACHER", bool(TEACHER) == distill, "a model" if distill else f"empty for {ALGORITHM}"),
         ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
     ]
     for name, holds, demand in rules:
@@ -894,9 +1090,9 @@ def check_data(training=True):
     return tested
 
 
-def load_model(name):
-    """A policy and its tokenizer; tiny is built when it is first asked for."""
-    return llms.load(llms.tiny_folder(report.runs_folder(), rldatasets.tiny_corpus()) if name == "tiny" else name)
+def model_folder(name):
+    """The model to load; tiny is built when it is first asked for."""
+    return llms.tiny_folder(report.runs_folder(), rldatasets.tiny_corpus()) if name == "tiny" else name
 
 
 def new_state(policy, tokenizer, run=None):
@@ -915,6 +1111,7 @@ def new_state(policy, tokenizer, run=None):
     context = getattr(policy.config, "max_position_embeddings", math.inf)
     state.prompt_limit = min(MAX_PROMPT_TOKENS + examples_length(tokenizer), context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
+    state.teacher = llms.frozen_copy(llms.load(TEACHER)[0]) if TEACHER else None
     return state
 
 
@@ -965,14 +1162,16 @@ def record_evaluation(state, problems):
     metrics, records = evaluate(state, problems)
     log(state.run, {"step": state.step, **metrics}, "test", records, TENSORBOARD)
     say(f"step {state.step:4d} | TEST {report.eval_line(metrics)}")
-    draw([state.run], state.run)
+    redraw([state.run], state.run)
 
 
 def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
     run = Path(actions.resume) if actions.resume else report.new_folder(RUN, MODEL, DATASET, actions.test)
     problems, last = check_data(), last_step()
-    policy, tokenizer = load_model(MODEL)  # 1: π_θ ← π_θinit
+    if TEACHER and llms.vocabulary(model_folder(MODEL)) != llms.vocabulary(TEACHER):
+        raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
+    policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
     check_prompts(state, problems, rldatasets.stages(DATASET))
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
@@ -1011,7 +1210,7 @@ def run_evaluation(actions):
     """Test one model, or two on the same questions with their paired difference."""
     problems, right = check_data(training=False), []
     names = [name for name in (actions.evaluate, actions.against) if name]
-    states = [State(*load_model(name)) for name in names]
+    states = [State(*llms.load(model_folder(name))) for name in names]
     for state in states:  # both, before either is tested
         check_prompts(state, problems)
     for name, state in zip(names, states):

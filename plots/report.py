@@ -77,8 +77,9 @@ def behaviour(records):
 def mean_of_updates(updates):
     """The part of a training row that is about its μ updates: means of their diagnostics, of maxima the largest."""
     means = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)  # where nothing was learnt from
+    means |= dict.fromkeys(("grad_norm", "lr", "skipped_updates"), 0.0)
     means |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
-    for name in updates[0]:
+    for name in updates[0] if updates else ():
         values = [update[name] for update in updates]
         means[name] = max(values) if name.endswith("max") else sum(values) / len(values)
     return means

@@ -146,7 +146,7 @@ def trained(run):
 
 def saved_step(run):
     with safetensors.safe_open(run / "checkpoint" / "state.safetensors", "pt") as file:
-        return json.loads(file.metadata()["about"])["counters"]["step"]
+        return json.loads(bytes(file.get_tensor("about").tolist()))["counters"]["step"]
 
 
 def contents(folder):
@@ -391,12 +391,10 @@ def bad_checkpoints(good, work):
     bad = {f"a byte of the {place}": good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for place, at in places.items()}
     bad |= {f"{size} bytes": good[:size] for size in (0, 5, header, len(good) - 1)}
     bad |= {"text": b"weights\n" * 1000, "a model": (work / "model" / "model.safetensors").read_bytes()}
-    about = json.loads(good[8:header])["__metadata__"]
     others = {"a wider model": ("model.norm.weight", 64), "a deeper model": ("model.layers.2.mlp.bias", 32)}
     for name, (weight, size) in others.items():  # each whole in itself, as if the folder MODEL had been changed
         tensors = safetensors.torch.load(good) | {f"policy/{weight}": torch.ones(size)}
-        about["checksum"] = llms.checksum(tensors, about["about"])
-        bad[name] = safetensors.torch.save(tensors, about)
+        bad[name] = safetensors.torch.save(tensors, {"checksum": llms.checksum(tensors)})
     return bad
 
 

@@ -72,7 +72,7 @@ def test_groups_do_not_see_each_other():
 
 
 def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo(constants):
-    constants(SCALE_BY_STD=False)
+    constants(SCALE="none")
     advantages = main.group_advantages(tensor([[1.0, 0, 0, 0]]))
     assert advantages.tolist() == [[0.75, -0.25, -0.25, -0.25]]
     assert_close(advantages * 4 / 3, tensor([[1, -1 / 3, -1 / 3, -1 / 3]]))  # each against the mean of the others

@@ -222,7 +222,7 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     [
         ("--group_sise 8", "did you mean --group_size"),
         ("--group_size eight", "invalid int value"),
-        ("--scale_by_std maybe", "choose from True, False"),
+        ("--mask_truncated maybe", "choose from True, False"),
         ("--group_size 1", "at least 2"),
         ("--epsilon_low nan", "epsilon_low"),
         ("--kl k4", "one of k1, k2, k3"),

@@ -261,7 +261,7 @@ def test_ppo_clips_as_grpo_does_and_has_no_kl_in_its_loss(constants):
 
 
 def test_against_the_others_an_output_is_measured_as_rloo_does(constants):  # 1 - 0, and 0 - 1/3
-    constants(BASELINE="others", SCALE_BY_STD=False)
+    constants(BASELINE="others", SCALE="none")
     assert_close(main.group_advantages(tensor([[1.0, 0, 0, 0]])), tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
 
 

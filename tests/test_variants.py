@@ -1,0 +1,529 @@
+"""What came after the paper: each setting against numbers from enumeration, and in the loop."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import PROBLEMS, tensors, train
+from test_main import WORKED, loss_and_gradient, ragged
+from torch import tensor
+from torch.testing import assert_close
+
+import evaluator
+import llms
+import main
+
+# a policy over three tokens, of which the first is right; the reference or teacher; the policy that has sampled
+Z, Z_REF, Z_OLD = (tensor(z, dtype=torch.float64) for z in ([0.2, -0.5, 1.1], [0.9, 0.1, -0.3], [-0.4, 0.6, 0.0]))
+RIGHT = tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+INF = math.inf
+
+
+def double(rows):
+    return tensor(rows, dtype=torch.float64)
+
+
+def close(found, expected, atol=1e-9):
+    assert_close(torch.as_tensor(found, dtype=torch.float64), double(expected), atol=atol, rtol=0)
+
+
+def expected_gradient(G, advantages_of=None, sampled_by=Z, reward=RIGHT, lengths=None, kl_only=False):
+    """The mean over all groups of G outputs of one token, of the gradient of the objective with respect to Z."""
+    z = Z.clone().requires_grad_()
+    logp, sampled, ref = (torch.log_softmax(x, 0) for x in (z, sampled_by, Z_REF))
+    T = max(lengths or [1])
+    mask = tensor([[t < length for t in range(T)] for length in lengths or [1] * G])
+    total = 0.0
+    for group in itertools.product(range(3), repeat=G):
+        rows = tensor(group)
+        A = (advantages_of or main.group_advantages)(reward[rows][None]).flatten()
+        of_group = lambda x, rows=rows: x[rows][:, None].expand(G, T)
+        loss = main.grpo_loss(
+            of_group(logp), of_group(logp).detach(), of_group(ref), A, mask, logp_sampled=of_group(sampled)
+        )
+        total = total - sampled[rows].sum().exp() * loss
+    total.backward()
+    return z.grad
+
+
+# ---- advantages ----------------------------------------------------------------------------------------------------
+
+
+def test_one_std_for_the_batch_is_that_of_rewards_less_their_groups_mean(constants):
+    constants(SCALE="batch")
+    first, second = main.group_advantages(double([[1, 0, 0, 0], [1, 1, 1, 1]]))
+    close(first, [2.2905880612661393] + [-0.7635293537553798] * 3, 1e-12)
+    assert second.tolist() == [0.0] * 4  # counted in the std, and exactly 0
+    first, second = main.group_advantages(double([[1, 0, 0, 0], [1, 1, 1, 0]]))
+    close(first, [1.6198352501942768] + [-0.5399450833980923] * 3, 1e-12)
+    close(second, [0.5399450833980923] * 3 + [-1.6198352501942768], 1e-12)
+    constant = tensor([[0.7], [2.1], [2.95]]).expand(3, 57)
+    assert (main.group_advantages(constant) == 0).all()
+
+
+def test_the_last_group_with_spread_is_pushed_four_times_as_hard_by_the_std_of_the_batch(constants):
+    rewards = torch.zeros(16, 64, dtype=torch.float64)
+    rewards[3, 0] = 1e6
+    by_group = main.group_advantages(rewards)[3, 0]
+    constants(SCALE="batch")
+    assert (main.group_advantages(rewards)[3, 0] / by_group).item() == pytest.approx(4.029652, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rewards, expected",
+    [
+        ([1, 0, 0, 0], [3, -1, -1, -1]), ([1, 1, 0, 0], [1, 1, -1, -1]), ([0] * 4, [0] * 4), ([1] * 4, [0] * 4),
+        ([2.5, 0.5, 0.5, 0.5], [1.5, -0.5, -0.5, -0.5]), ([1] + [0] * 63, [63] + [-1] * 63), ([-1, -1, 0, 0], [0] * 4),
+    ],
+)  # fmt: skip
+def test_maxrl_divides_by_the_mean(constants, rewards, expected):
+    constants(SCALE="mean")
+    close(main.group_advantages(double([rewards]))[0], expected, 1e-12)
+
+
+def test_maxrl_follows_the_first_terms_of_the_gradient_of_log_p(constants):
+    constants(SCALE="mean", BETA=0.0)
+    close(expected_gradient(2), [0.1888766090, -0.0317277978, -0.1571488112])  # ∇p
+    close(expected_gradient(3), [0.3300111518, -0.0554358062, -0.2745753456])
+    close(expected_gradient(4), [0.4354713212, -0.0731511758, -0.3623201455])
+
+
+@pytest.mark.parametrize(
+    "G, right, k, of_right, of_wrong",
+    [
+        (4, 1, 2, 1.0, -1 / 3), (8, 2, 4, 0.5222329679, -0.1740776560), (8, 4, 4, 0.1203858531, -0.1203858531),
+        (64, 1, 8, 2.6457513111, -0.0419960526), (64, 8, 8, 0.6874624343, -0.0982089192),
+        (8, 0, 4, 0.0, 0.0), (8, 5, 4, 0.0, 0.0), (8, 8, 4, 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_pass_k_compares_the_best_of_k_outputs(constants, G, right, k, of_right, of_wrong):
+    constants(PASS_K=k)
+    rewards = double([[1e6] * right + [0.0] * (G - right)])  # so large that the 1e-4 does not count
+    advantages = main.group_advantages(rewards)
+    close(advantages[0], [of_right] * right + [of_wrong] * (G - right), 1e-8)
+    assert advantages.sum().abs() < 1e-9
+    if of_right == 0:
+        assert (main.group_advantages(rewards.float() * 0.7) == 0).all()  # exactly, in fp32 too
+
+
+def test_pass_k_is_the_mean_over_all_sets_of_k_outputs(constants):
+    rewards = torch.rand(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round(decimals=1) * 1e6
+    for k in (2, 3, 5):
+        constants(PASS_K=k)
+        for row, advantages in zip(rewards, main.group_advantages(rewards)):
+            sets = list(itertools.combinations(range(6), k))
+            best = double([max(row[i] for i in of_set) for of_set in sets])
+            z = (best - best.mean()) / best.std(correction=0)
+            expected = [z[[i in of_set for of_set in sets]].mean() for i in range(6)]
+            assert_close(advantages, torch.stack(expected), atol=1e-6, rtol=0)
+
+
+def test_the_best_of_two_of_graded_rewards(constants):
+    constants(PASS_K=2)
+    best, _ = main.best_of_k(double([[2.5, 0.5, 0.5, 0, 1.2]]))
+    close(best[0], [2.5, 1.175, 1.175, 1.175, 1.525], 1e-12)
+
+
+def test_pass_k_without_a_scale_follows_the_gradient_of_pass_at_k(constants):
+    constants(SCALE="none", BETA=0.0, PASS_K=2)
+    close(expected_gradient(4), [0.0705672714, -0.0118540042, -0.0587132672])
+    close(expected_gradient(5), [0.0846807257, -0.0142248051, -0.0704559207])
+    constants(PASS_K=4)
+    close(expected_gradient(4), [0.0, 0.0, 0.0])
+
+
+def test_pass_k_is_not_grpo_again(constants):
+    for right in (1, 2, 3, 4):
+        rewards = double([[1.0] * right + [0.0] * (8 - right)])
+        constants(PASS_K=1)
+        plain = main.group_advantages(rewards)
+        constants(PASS_K=4)
+        assert (main.group_advantages(rewards) - plain).abs().max() > 0.1
+
+
+def test_each_reward_is_normalised_by_itself_and_the_sum_over_the_batch(constants):
+    constants(NORMALIZE="each", WEIGHT_CORRECTNESS=1.0, WEIGHT_INTEGER=0.5)
+    rewards = {"correctness": double([[1, 0, 0, 0], [1, 1, 1, 0]]), "integer": double([[1, 1, 0, 0], [1, 1, 1, 1]])}
+    first, second = main.normalized_each(rewards)
+    close(first, [1.7558775392, -0.0608378916, -0.8475198238, -0.8475198238])
+    close(second, [0.4541788577] * 3 + [-1.3625365731])
+    close(main.group_advantages(main.weighted_sum(rewards))[0], [1.4140135907, 0, -0.7070067953, -0.7070067953])
+    one = {"correctness": double([[1e6, 0, 0, 0]] + [[0.0] * 4] * 3)}
+    close(main.normalized_each(one)[0], [3.3541019662] + [-1.1180339887] * 3, 1e-3)  # the outer 1e-4 counts
+
+
+def test_the_signs_have_weights_of_their_own(constants):
+    constants(SCALE="none", BETA=0.0, POSITIVE=1.0, NEGATIVE=0.0)
+    close(expected_gradient(2), [0.0705672714, -0.0118540042, -0.0587132672])
+    close(expected_gradient(4), [0.1058509071, -0.0177810063, -0.0880699008])
+    constants(POSITIVE=0.0, NEGATIVE=1.0)
+    close(expected_gradient(2), [0.0238710331, -0.0040098947, -0.0198611384])
+    constants(POSITIVE=0.1)
+    close(expected_gradient(4), [0.0463916403, -0.0077929427, -0.0385986977])
+
+
+# ---- the random reward: on average no advantage can be learnt from coins -------------------------------------------
+
+
+def coin_gradient(G, lengths):
+    """The mean gradient where outputs are rewarded by coins; outputs of token a have lengths[a] tokens."""
+    z = Z.clone().requires_grad_()
+    logp, total = torch.log_softmax(z, 0), 0.0
+    for group in itertools.product(range(3), repeat=G):
+        rows = logp[list(group)]
+        mask = tensor([[t < lengths[a] for t in range(max(lengths))] for a in group])
+        spread = torch.zeros(mask.shape, dtype=torch.float64) + rows[:, None] * (torch.arange(max(lengths)) == 0)
+        for coins in itertools.product((0.0, 1e6), repeat=G):
+            A = main.group_advantages(double([coins]))[0]
+            loss = main.grpo_loss(spread, spread.detach(), None, A, mask)
+            total = total - rows.sum().exp().detach() * loss / 2**G
+    total.backward()
+    return z.grad
+
+
+@pytest.mark.parametrize("denominator", ["constant", "sequence", "token"])
+@pytest.mark.parametrize("settings", [{}, {"SCALE": "mean"}, {"SCALE": "none"}, {"PASS_K": 2}, {"BASELINE": "others"}])
+def test_coins_teach_nothing_whatever_the_lengths(constants, denominator, settings):
+    constants(BETA=0.0, MAX_NEW_TOKENS=4, DENOMINATOR=denominator, **settings)
+    assert coin_gradient(3 if "PASS_K" in settings else 2, (1, 4, 2)).abs().max() < 1e-9
+
+
+def test_coins_do_teach_lengths_where_the_signs_have_different_weights(constants):
+    constants(BETA=0.0, NEGATIVE=0.0, MAX_NEW_TOKENS=4, DENOMINATOR="sequence")
+    close(coin_gradient(2, (1, 4, 2)), [0.0180966752, -0.0076553671, -0.0104413081])
+    constants(DENOMINATOR="token")
+    close(coin_gradient(2, (1, 4, 2)), [0.0075702347, -0.0046221770, -0.0029480577])
+    constants(DENOMINATOR="constant")
+    close(coin_gradient(2, (1, 4, 2)), [0.0, 0.0, 0.0])
+
+
+# ---- the objective -------------------------------------------------------------------------------------------------
+
+
+def slope(ratio, A):
+    """The objective of one token and its derivative with respect to log π."""
+    logp = double([[math.log(ratio)]])
+    loss, gradient = loss_and_gradient(logp, 0 * logp, None, double([A]), torch.ones(1, 1).bool())
+    return -loss.item(), -gradient.item()
+
+
+def test_cispo_only_limits_the_weight_of_a_token(constants):
+    constants(BETA=0.0, CLIP="weight", EPSILON_LOW=1.0, EPSILON_HIGH=0.28)
+    for ratio, A, gradient in ((1.5, 1, 1.28), (1.5, -1, -1.28), (0.5, 1, 0.5), (0.5, -1, -0.5), (1, 1, 1)):
+        assert slope(ratio, A)[1] == pytest.approx(gradient, abs=1e-12)
+    constants(EPSILON_LOW=0.2)
+    assert slope(0.5, 1)[1] == pytest.approx(0.8, abs=1e-12)
+
+
+CISPO = [
+    (4.0, "token", 0.2516000456490187, [[-0.2699717615, -0.2, -0.1809674836], [0.2, 0.2983649395, 0]]),
+    (4.0, "sequence", -0.002356402654891898, None),
+    (0.28, "token", 0.26728374180359593, [[-0.256, -0.2, -0.1809674836], [0.2, 0.256, 0]]),
+]
+
+
+@pytest.mark.parametrize("high, denominator, value, gradient", CISPO)
+def test_a_worked_example_of_cispo(constants, high, denominator, value, gradient):
+    constants(BETA=0.0, CLIP="weight", EPSILON_LOW=1.0, EPSILON_HIGH=high, DENOMINATOR=denominator)
+    (logp, mask), old, _, A = WORKED
+    loss, found = loss_and_gradient(logp, old, None, A, mask)
+    close(loss, value, 1e-12)
+    if gradient:
+        close(found, gradient)
+
+
+K3_PLUS = [
+    ("token", -0.11846016286218236, [[0.0053994352, -0.21, -0.1809674836], [0.198, 0.3043322383, 0]]),
+    ("sequence", 0.10921120506931062, [[0.0044995294, -0.175, -0.1508062363], [0.2475, 0.3804152979, 0]]),
+]
+
+
+@pytest.mark.parametrize("denominator, value, gradient", K3_PLUS)
+def test_a_worked_example_of_k3_with_the_ratio(constants, denominator, value, gradient):
+    constants(BETA=0.1, KL="k3+", DENOMINATOR=denominator)
+    (logp, mask), old, ref, A = WORKED
+    loss, found = loss_and_gradient(logp, old, ref, A, mask)
+    close(loss, value, 1e-12)
+    close(found, gradient)
+
+
+def test_k3_with_the_ratio_is_the_reverse_kl_of_any_samples_its_gradient_too(constants):
+    constants(BETA=1.0, KL="k3+")
+    for sampled_by in (Z, Z_OLD):
+        z = Z.clone().requires_grad_()
+        logp, old, ref = (torch.log_softmax(x, 0)[:, None] for x in (z, sampled_by, Z_REF))
+        losses = [
+            main.grpo_loss(logp[a : a + 1], old[a : a + 1], ref[a : a + 1], torch.zeros(1), torch.ones(1, 1))
+            for a in range(3)
+        ]
+        value = sum(p * loss for p, loss in zip(old.exp().flatten(), losses))
+        value.backward()
+        close(value.item(), 0.5027774185)
+        close(z.grad, [-0.3331852833, -0.1529028005, 0.4860880838])
+
+
+SAMPLED = ragged([[-1, -2.2, -3], [-1.5, -1.5]])[0]
+IMPORTANCE = [  # ratio, outside, low, high: the loss and its gradient
+    ("token", "truncate", 0.0, 2.0, -0.13507663221290184,
+     [[0.0036253849, -0.2572549770, -0.3619349672], [0.1978965816, 0.4487335706, 0]]),
+    ("token", "mask", 0.5, 2.0, 0.22685833500148206,
+     [[0.0036253849, -0.2572549770, 0], [0.1978965816, 0.4487335706, 0]]),
+    ("sequence", "truncate", 0.0, 2.0, -0.49463476808900164,
+     [[0.0036253849, -0.4129744254, -0.3619349672], [0.2962615212, 0.4487335706, 0]]),
+    ("sequence", "mask", 0.0, 3.0, 0.7473001991253824,
+     [[0.0036253849, -0.0129744254, 0], [0.2962615212, 0.4487335706, 0]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio, outside, low, high, value, gradient", IMPORTANCE)
+def test_a_worked_example_of_importance_sampling(constants, ratio, outside, low, high, value, gradient):
+    constants(BETA=0.1, DENOMINATOR="token", IS_RATIO=ratio, IS_OUTSIDE=outside, IS_LOW=low, IS_HIGH=high)
+    (logp, mask), old, ref, A = WORKED
+    whole = logp.clone().requires_grad_()
+    loss = main.grpo_loss(whole, old, ref, A, mask, logp_sampled=SAMPLED)
+    loss.backward()
+    close(loss.item(), value, 1e-12)
+    close(whole.grad, gradient)
+    parts = [main.grpo_loss(*(x[i : i + 1] for x in (logp, old, ref, A, mask)), 2, 5, SAMPLED[i : i + 1]) for i in (0, 1)]
+    close(sum(parts).item(), value, 1e-12)
+    spoilt = torch.where(mask, SAMPLED, math.nan)
+    assert main.grpo_loss(logp, old, ref, A, mask, logp_sampled=spoilt).item() == pytest.approx(value, abs=1e-12)
+
+
+def test_the_weights_of_tokens_and_of_sequences(constants):
+    (_, mask), old, _, _ = WORKED
+    constants(IS_RATIO="token")
+    close(main.sampling_weight(old, SAMPLED, mask)[0], [0.7408182207, 1.2214027582, 13.4637380350])
+    constants(IS_RATIO="sequence")
+    close(main.sampling_weight(old, SAMPLED, mask).flatten(), [12.1824939607, 1.4918246976])
+    close(main.within_limits(double([12.18, 1.5, 1000.0, INF])), [2.0, 1.5, 2.0, 2.0])
+    constants(IS_OUTSIDE="mask", IS_HIGH=3.0)
+    close(main.within_limits(double([12.18, 1.5, 1000.0, INF])), [0.0, 1.5, 0.0, 0.0])
+
+
+FIXED_A = double([1, -1, 0.5])
+STALE = [
+    ({"IS_RATIO": "token", "IS_HIGH": INF}, [0.1420300012, -0.1805122808, 0.0384822796]),  # = on policy
+    ({"IS_RATIO": "token", "IS_HIGH": 2.0}, [0.1482284658, -0.1774342143, 0.0292057485]),
+    ({"IS_RATIO": "token", "IS_LOW": 0.5, "IS_OUTSIDE": "mask"}, [0.1888766090, -0.0317277978, -0.1571488112]),
+    ({"IS_RATIO": "none"}, [0.2391092034, -0.4983062983, 0.2591970949]),  # the gradient of no policy
+]
+
+
+@pytest.mark.parametrize("settings, expected", STALE)
+def test_importance_weights_correct_for_another_sampling_policy(constants, settings, expected):
+    constants(BETA=0.0, **settings)
+    close(expected_gradient(1, lambda reward: reward, Z_OLD, FIXED_A), expected)
+
+
+@pytest.mark.parametrize("ratio, expected", [
+    ("sequence", [-0.0265301001, -0.0363284755, 0.0628585756]),  # exact
+    ("token", [-0.0029088364, 0.0542241396, -0.0513153032]),  # biased, even in its sign
+])  # fmt: skip
+def test_only_weights_of_whole_outputs_are_exact(constants, ratio, expected):
+    constants(BETA=0.0, IS_RATIO=ratio, IS_HIGH=INF, DENOMINATOR="constant", MAX_NEW_TOKENS=1)
+    z, total = Z.clone().requires_grad_(), 0.0
+    for a, b in itertools.product(range(3), repeat=2):
+        second, second_old = Z + 0.5 * a * double([1, -1, 0]), Z_OLD + 0.3 * a * double([0, 1, -1])
+        logp = torch.stack([torch.log_softmax(z, 0)[a], torch.log_softmax(second, 0)[b]])[None]
+        sampled = torch.stack([torch.log_softmax(Z_OLD, 0)[a], torch.log_softmax(second_old, 0)[b]])[None]
+        A, mask = double([(a == b) - 1 / 3]), torch.ones(1, 2).bool()
+        loss = main.grpo_loss(logp, logp.detach(), None, A, mask, logp_sampled=sampled)
+        total = total - sampled.sum().exp() * loss
+    total.backward()
+    close(z.grad, expected)
+
+
+def test_the_dual_clip_ends_the_gradient_of_bad_tokens_that_became_likely(constants):
+    constants(BETA=0.0, DELTA=3.0)
+    for ratio, A, J, gradient in ((3.5, -1, -3, 0), (2.5, -1, -2.5, -2.5), (3.5, 1, 1.2, 0), (0.5, -1, -0.8, 0)):
+        assert slope(ratio, A) == pytest.approx((J, gradient), abs=1e-12)
+    far = tensor([[100.0]])  # exp(100) is inf in fp32
+    loss, gradient = loss_and_gradient(far, 0 * far, None, tensor([-1.0]), torch.ones(1, 1).bool())
+    assert loss.item() == pytest.approx(3.0) and gradient.item() == 0.0
+
+
+def test_luspo_is_a_row_of_constants(constants):
+    constants(BETA=0.0, RATIO="sequence", DENOMINATOR="constant", MAX_NEW_TOKENS=3)
+    (logp, mask), old, _, A = WORKED
+    loss, _ = loss_and_gradient(logp, old, None, A, mask)
+    assert 3 * loss.item() == pytest.approx(-0.3820059005, abs=1e-9)  # × the limit of tokens, here a learning rate
+
+
+@pytest.mark.parametrize("clip, expected", [
+    (INF, [0.0, 0.0, 0.0]), (0.2, [-0.0317277978, 0.1097655879, -0.0780377901]), ("cispo", [0.0, 0.0, 0.0]),
+])  # fmt: skip
+def test_signs_by_chance_move_the_policy_only_through_a_clip_that_depends_on_the_sign(constants, clip, expected):
+    cispo = clip == "cispo"
+    constants(BETA=0.0, CLIP="weight" if cispo else "objective", EPSILON_LOW=0.2, EPSILON_HIGH=0.2)
+    if clip == INF:
+        constants(EPSILON_LOW=1.0, EPSILON_HIGH=1e9)
+    z = Z.clone().requires_grad_()
+    logp, old = (torch.log_softmax(x, 0)[:, None] for x in (z, Z_OLD))
+    one, total = torch.ones(1, 1).bool(), 0.0
+    for a, sign in itertools.product(range(3), (1.0, -1.0)):
+        loss = main.grpo_loss(logp[a : a + 1], old[a : a + 1], None, double([sign]), one)
+        total = total - loss * old[a, 0].exp() / 2
+    total.backward()
+    close(z.grad, expected)
+
+
+# ---- in the loop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """A rule that a random model meets half of the time: the right answers are those with an even number of letters."""
+    real = evaluator.rewards
+    even = lambda text, problem: real(text, problem) | {"correctness": float(len(text) % 2 == 0)}
+    monkeypatch.setattr(evaluator, "rewards", even)
+
+
+def output(length):
+    return [[5, 6], list(range(5, 5 + length)), [-1.0] * length, [0.5] * length, False, "word " * length]
+
+
+def drawn(rewards, lengths):
+    """A batch of groups with such rewards and lengths."""
+    rollout = llms.from_outputs([output(n) for of_q in lengths for n in of_q], "cpu")
+    return main.Batch(PROBLEMS[: len(rewards)], rollout, {"correctness": tensor(rewards)})
+
+
+def test_refill_keeps_the_groups_with_right_and_wrong_outputs_and_counts_all(setup, monkeypatch):
+    state, _ = setup(QUESTIONS_PER_STEP=2, GROUP_SIZE=2, REFILL=3, BETA=0.0, STEPS=1)
+    draws = [
+        drawn([[1.0, 0.0], [0.0, 0.0]], [[3, 5], [4, 4]]),
+        drawn([[0.0, 1.0], [1.0, 0.0]], [[6, 1], [7, 7]]),
+    ]
+    monkeypatch.setattr(main, "draw", lambda state, source: draws.pop(0))
+    batch = main.refill(state)
+    assert batch.by_name["correctness"].tolist() == [[1.0, 0.0], [0.0, 1.0]] and batch.learns
+    assert batch.rollout.mask.sum(1).tolist() == [3, 5, 6, 1]  # Σ|o_i| = 15
+    assert [record["length"] for record in batch.dropped] == [4, 4, 7, 7]  # 37 in all
+    assert batch.extra == {"refill/draws": 2, "refill/mixed": 0.75}
+    row = main.record_step(state, batch, torch.ones(4), [])
+    assert (row["accuracy"], row["length"], row["zero_std_groups"]) == (0.375, 37 / 8, 0.25)
+    assert row["zero_advantage"] == 0.5 and row["skipped_updates"] == 0
+
+
+def test_after_the_last_draw_refill_trains_on_what_there_is(setup, monkeypatch):
+    state, _ = setup(QUESTIONS_PER_STEP=2, GROUP_SIZE=2, REFILL=2, BETA=0.0, STEPS=1)
+    one, none = ([[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]])
+    for rewards, learns, outputs, share in ((one, True, 4, 0.5), (none, False, 4, 0.0)):
+        monkeypatch.setattr(main, "draw", lambda state, source, rewards=rewards: drawn(rewards, [[3, 5], [4, 4]]))
+        batch = main.refill(state)
+        assert (batch.learns, len(batch.rollout.texts)) == (learns, outputs)
+        assert batch.extra == {"refill/draws": 2, "refill/mixed": share} and len(batch.dropped) == 8 - outputs
+
+
+def test_a_step_without_a_group_to_learn_from_counts_and_changes_nothing(setup, monkeypatch):
+    monkeypatch.setattr(evaluator, "rewards", lambda text, problem: {"correctness": 0.0})
+    state, _ = setup(REFILL=2, STEPS=1)
+    before = [weight.clone() for weight in state.policy.parameters()]
+    (row,) = train(state, PROBLEMS)
+    assert all(map(torch.equal, before, state.policy.parameters()))
+    assert (row["step"], row["updates"], row["questions"], row["grad_norm"]) == (1, 0, 6, 0.0)
+
+
+def test_refill_counts_the_tokens_and_questions_of_all_draws(setup, judged, tmp_path):
+    plain, _ = setup(STEPS=2, BETA=0.0)
+    counts = [row["tokens"] for row in train(plain, PROBLEMS, tmp_path / "plain")]
+    state, _ = setup(STEPS=1, REFILL=5, BETA=0.0, QUESTIONS_PER_STEP=3)
+    (row,) = train(state, PROBLEMS * 5, tmp_path / "refilled")
+    assert row["questions"] == 3 * row["refill/draws"] and row["zero_advantage"] < 1
+    assert row["tokens"] == counts[0] if row["refill/draws"] == 1 else row["tokens"] > counts[0]
+
+
+def test_outputs_keep_everything_in_plain_form(setup):
+    state, rollout = setup()
+    again = llms.from_outputs(rollout.outputs(), "cpu")
+    for name, before, after in zip(rollout._fields, rollout, again):
+        assert before == after if name == "texts" else torch.equal(before, after), name
+
+
+def test_steps_train_on_outputs_of_k_steps_before(setup, monkeypatch):
+    real, drawn_at = main.draw, []
+    monkeypatch.setattr(main, "draw", lambda state, source: drawn_at.append(state.step) or real(state, source))
+    for k, versions in ((0, [0, 1, 2, 3, 4, 5]), (2, [0, 0, 0, 1, 2, 3])):
+        state, _ = setup(STEPS=6, STALENESS=k, IS_RATIO="token", COLD_START=0)
+        drawn_at.clear()
+        rows = train(state, PROBLEMS * 3)
+        assert drawn_at == versions and not state.queue
+        assert [row["questions"] for row in rows] == [3, 6, 9, 12, 15, 18] if k == 0 else [9, 12, 15, 18, 18, 18]
+
+
+def test_outputs_of_the_policy_itself_have_weight_1_and_stale_ones_do_not(setup, judged):
+    for k, gap in ((0, "sampler_gap"), (1, "staleness_gap")):
+        state, _ = setup(STEPS=3, STALENESS=k, IS_RATIO="token", LEARNING_RATE=1e-2)
+        rows = train(state, PROBLEMS * 2)
+        assert all(gap in row for row in rows)
+        assert abs(rows[0]["is_weight"] - 1) < 1e-5 and rows[0]["is_weight_max"] < 1 + 1e-5
+        last = rows[-1]["is_weight_max"]
+        assert last < 1 + 1e-5 if k == 0 else last > 1 + 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"STALENESS": 2}, {"STALENESS": 1, "REFILL": 2}])
+def test_a_checkpoint_holds_the_outputs_that_wait(setup, judged, settings):
+    settings = {"STEPS": 6, "IS_RATIO": "sequence", **settings}
+    state, _ = setup(**settings)
+    train(state, PROBLEMS * 9, after_step=lambda state, row: int(state.step == 3))
+    main.save_checkpoint(state)
+    fresh, _ = setup(**settings)
+    main.load_checkpoint(fresh)
+    rows = [train(one, (PROBLEMS * 9)[one.position :]) for one in (state, fresh)][-1]
+    ours, theirs = tensors(state), tensors(fresh)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    timeless = [{k: v for k, v in row.items() if "seconds" not in k and k != "memory"} for row in rows[3:]]
+    assert timeless[:3] == timeless[3:] and len(timeless) == 6
+
+
+def test_distillation_from_a_copy_of_the_policy_has_no_gradient(setup):
+    state, _ = setup(ALGORITHM="distill", TEACHER="", BETA=0.0, STEPS=1)
+    state.teacher = llms.frozen_copy(state.policy)
+    (row,) = train(state, PROBLEMS)
+    assert row["grad_norm"] == row["distill/kl"] == row["distill/max"] == 0.0
+
+
+def test_distillation_has_the_gradient_of_k2_to_the_teacher(setup):
+    state, rollout = setup(BETA=1.0, KL="k2", DENOMINATOR="token")
+    with torch.no_grad():
+        for weight in state.reference.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    state.teacher, N = state.reference, len(rollout.texts)
+    GC, _, extra = main.from_teacher(state, rollout, {}, None, None)
+    assert extra["distill/kl"] > 1e-4
+    gradients = []
+    for A, ref, loss in ((GC, None, main.ppo_loss), (torch.zeros(N), main.log_probs(state, state.teacher, rollout), main.grpo_loss)):
+        main.backward(state, rollout, A, None, ref, loss, None, main.TOKEN_BUDGET)
+        gradients.append(torch.cat([weight.grad.flatten() for weight in state.policy.parameters()]))
+    assert gradients[0].norm() > 1e-3
+    assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_distillation_on_a_toy_policy_follows_the_reverse_kl(constants):
+    teacher = torch.log_softmax(Z_REF, 0) - torch.log_softmax(Z, 0)
+    constants(BETA=0.0)
+    close(expected_gradient(1, lambda reward: reward, reward=teacher), [0.3331852833, 0.1529028005, -0.4860880838])
+
+
+# ---- rows of constants ---------------------------------------------------------------------------------------------
+
+CONTRADICTIONS = [
+    ("--pass_k 8 --group_size 8", "--pass_k must be"), ("--pass_k 2 --scale mean", "--pass_k must be 1"),
+    ("--pass_k 2 --supervision process", "--pass_k must be 1"), ("--pass_k 2 --normalize each", "--normalize must be sum"),
+    ("--scale mean --weight_overlong 1", "a reward can be negative"), ("--scale mean --weight_integer -1", "negative"),
+    ("--scale mean --reward_model judge", "negative"), ("--scale batch --supervision both", "--scale must be group or none"),
+    ("--normalize each --supervision process", "--normalize must be sum"), ("--clip weight --delta 3", "--delta must be 0"),
+    ("--delta 1.1", "--delta must be 0, or above"), ("--is_low 2 --is_high 2", "--is_low must be below"),
+    ("--is_ratio token --algorithm rft", "--is_ratio must be none"), ("--staleness 1", "--is_ratio must be token"),
+    ("--staleness 1 --is_ratio token --algorithm ppo", "--staleness must be 0"),
+    ("--refill 3 --algorithm sft", "--refill must be 0"), ("--teacher tiny", "--teacher must be empty"),
+    ("--algorithm distill", "--teacher must be a model"), ("--positive 0.1 --normalize each", "--normalize must be sum"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, says", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(flags, says):
+    with pytest.raises(main.SettingsError, match=says):
+        main.choose_settings(*main.parse(flags.split()))
