@@ -1,6 +1,7 @@
 """Draw the training and the test curves of one or more runs, from their files alone.
 
     python plots/plot.py runs/A runs/B ...     runs that differ only in their seed share a curve, with a band
+    python plots/plot.py --x tokens ...        what each costs: by tokens sampled (or seconds), not by steps
     python plots/plot.py --out FOLDER ...      where to put train_score.png and eval_score.png
 
 Without --out they go into the run's folder, or for several runs into the folder that the runs are in.
@@ -34,6 +35,7 @@ TEST = [
     ("steps that calculate, per output", {"eval/num_steps": ""}),
     ("self-reflection, words per output", {"eval/reflection": ""}),
 ]
+X = {"step": "step", "tokens": "tokens sampled", "seconds": "seconds of training"}
 SHARES = ("accuracy", "format", "zero_std_groups", *APPROACHES)  # from 0 to 1
 
 
@@ -88,7 +90,7 @@ def curves(rows, key):
 
 def groups(folders):
     """Runs by what they have in common: {label: [rows of each run]}; all settings but the seed and the name count."""
-    by_settings, drawn = {}, {"step", "stage", "eval/ci95", *(key for _, keys in TRAIN + TEST for key in keys)}
+    by_settings, drawn = {}, {*X, "stage", "eval/ci95", *(key for _, keys in TRAIN + TEST for key in keys)}
     for folder in folders:
         config, rows = read(folder, drawn)
         same = json.dumps(
@@ -101,6 +103,14 @@ def groups(folders):
     return dict(zip(labels, ([rows for _, rows in runs] for runs in by_settings.values())))
 
 
+def positions(rows, x):
+    """Where the steps of a run are on the x-axis: {step: steps, or tokens or seconds spent until then}."""
+    if x == "step":
+        return {row["step"]: row["step"] for row in rows}
+    steps, spent = curves(rows, x)
+    return {0: 0} | dict(zip(steps, itertools.accumulate(spent) if x == "seconds" else spent))
+
+
 def stages(rows):
     """The stages of a run's curriculum: [(name, first step, last step)]."""
     steps = [(row["stage"], row["step"]) for row in rows if isinstance(row.get("stage"), str)]
@@ -108,11 +118,12 @@ def stages(rows):
     return [(name, group[0], group[-1]) for name, group in runs]
 
 
-def shade(axes, rows):
+def shade(axes, rows, x):
     """The names of the stages (a cold start is one), and every other one in grey, the first included."""
-    found = stages(rows)
+    found, at = stages(rows), positions(rows, x)
     for number, (name, first, last) in enumerate(found if len(found) > 1 else []):
-        axes.axvspan(first - 0.5, last + 0.5, color="black", alpha=0.07 * (number % 2 == 0), linewidth=0)
+        first, last = at.get(first - 1, 0), at[last]  # from the end of the step before
+        axes.axvspan(first, last, color="black", alpha=0.07 * (number % 2 == 0), linewidth=0)
         where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7, "color": "0.4"}
         axes.text((first + last) / 2, 0.99, name.replace("$", r"\$"), **where)
 
@@ -125,14 +136,15 @@ def smooth(values, window=5):
     ]
 
 
-def panel(axes, keys, title, runs_by_label, smoothed):
+def panel(axes, keys, title, runs_by_label, smoothed, x="step"):
     """Some keys of all runs, a line per label and key: the colour tells the labels apart, or a single label's keys."""
     for number, (label, runs) in enumerate(runs_by_label.items()):
         for index, (key, name) in enumerate(keys.items()):
             color, dash = (index, "-") if len(runs_by_label) == 1 else (number, ("-", "--", ":")[index])
             legend = label if len(keys) == 1 else name if number == 0 else None
-            line(axes, key, runs, smoothed, color=f"C{color % 10}", linestyle=dash, label=legend)
+            line(axes, key, runs, smoothed, x, color=f"C{color % 10}", linestyle=dash, label=legend)
     axes.set_title(title, fontsize=10)
+    axes.set_xlabel(X[x], fontsize=8)
     axes.grid(alpha=0.3)
     if len(keys) > 1 and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
@@ -140,7 +152,7 @@ def panel(axes, keys, title, runs_by_label, smoothed):
         axes.set_ylim(-0.02, 1.02)
 
 
-def line(axes, key, runs, smoothed, **style):
+def line(axes, key, runs, smoothed, x, **style):
     """The mean of one key over some runs, and a band from their lowest to their highest."""
     series = [dict(zip(*curves(rows, key))) for rows in runs]
     steps = sorted(set.intersection(*map(set, series)))
@@ -148,6 +160,8 @@ def line(axes, key, runs, smoothed, **style):
     if not steps:
         return
     values = [[one[step] for one in series] for step in steps]
+    at = [positions(rows, x) for rows in runs]
+    places = [sum(of_run[step] for of_run in at) / len(at) for step in steps]
     mean = [sum(at) / len(at) for at in values]
     low, high = [min(at) for at in values], [max(at) for at in values]
     if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is the 95 % interval
@@ -155,13 +169,13 @@ def line(axes, key, runs, smoothed, **style):
         low = [mean[i] - half[step] for i, step in enumerate(steps)]
         high = [mean[i] + half[step] for i, step in enumerate(steps)]
     if smoothed:
-        axes.plot(steps, mean, color=style["color"], alpha=0.25, linewidth=0.8)
+        axes.plot(places, mean, color=style["color"], alpha=0.25, linewidth=0.8)
         mean, low, high = smooth(mean), smooth(low), smooth(high)
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.plot(steps, mean, marker="" if smoothed else "o", markersize=3, **style)
+    axes.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(places, mean, marker="" if smoothed else "o", markersize=3, **style)
 
 
-def draw(folders, out):
+def draw(folders, out, x="step"):
     """Write train_score.png and eval_score.png of some runs into a folder, which is made; returns their paths."""
     from matplotlib.figure import Figure  # here, so that a run which draws nothing starts faster
 
@@ -175,9 +189,8 @@ def draw(folders, out):
         figure.subplots_adjust(0.045, 0.5 / height, 0.99, 1 - 0.3 / height, 0.16, 0.36)
         grid = figure.subplots(lines, columns, squeeze=False).flat
         for axes, (title, keys) in zip(grid, panels):
-            panel(axes, keys, title, runs_by_label, smoothed=name == "train_score")
-            shade(axes, next(iter(runs_by_label.values()))[0])
-            axes.set_xlabel("step", fontsize=8)
+            panel(axes, keys, title, runs_by_label, name == "train_score", x)
+            shade(axes, next(iter(runs_by_label.values()))[0], x)
         if grid[0].get_legend_handles_labels()[0]:
             grid[0].legend(fontsize=8)
         path = Path(out) / f"{name}.png"
@@ -190,12 +203,13 @@ def draw(folders, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, with metrics.jsonl and config.json")
+    parser.add_argument("--x", choices=X, default="step", help="what the x-axis counts (default: step)")
     parser.add_argument("--out", help="the folder for the pictures")
     arguments = parser.parse_args()
     folders = [Path(run) for run in arguments.runs]
     out = Path(arguments.out or (folders[0] if len(folders) == 1 else folders[0].parent))
     try:
-        print(*draw(folders, out), sep="\n")
+        print(*draw(folders, out, arguments.x), sep="\n")
     except (FolderError, OSError) as error:
         reason = f"cannot write to {out}: {error.strerror}" if isinstance(error, OSError) else error
         print(f"plot.py: error: {reason}", file=sys.stderr)

@@ -32,6 +32,9 @@ COMMON = "--model tiny --dataset arithmetic:3 --max_new_tokens 80 --steps 40 --l
 COMMON += " --eval_every 5 --save_every 20 --show_every 0"
 NO_ANSWER = "--weight_correctness 0 --weight_integer 0 "
 NO_FORM = "--weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
+PLAIN = "--beta 0 --weight_integer 0 " + NO_FORM  # what the variants are compared on: the answer's reward alone
+PLAIN_4 = "--steps 20 --mu 4 " + PLAIN  # where the objectives differ: with μ = 1 all of them have the same gradient
+STALE = " --staleness 4 --is_ratio "
 RUNS = {  # what each changes; a flag given twice takes its last value
     "grpo": "",
     "grpo-ps": "--supervision both",
@@ -55,7 +58,7 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "group-2": "--group_size 2 --questions_per_step 64",
     "group-32": "--group_size 32 --questions_per_step 4",
     "sparse": "--weight_integer 0 " + NO_FORM,
-    "no-std": "--scale_by_std false",
+    "no-std": "--scale none",
     "random": "--weight_random 2 " + NO_ANSWER + NO_FORM,
     "random-mu-4": "--weight_random 2 --steps 20 --mu 4 " + NO_ANSWER + NO_FORM,
     "form": NO_ANSWER,
@@ -64,6 +67,29 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "mu-4": "--steps 20 --mu 4",
     "mu-4-epsilon-0.02": "--steps 20 --mu 4 --epsilon_low 0.02 --epsilon_high 0.02",
     "mu-4-epsilon-10": "--steps 20 --mu 4 --epsilon_low 1 --epsilon_high 10",
+    "plain": PLAIN,
+    "dr-grpo": PLAIN + " --scale none --denominator constant",
+    "rloo": PLAIN + " --scale none --denominator constant --baseline others",
+    "lite-ppo": PLAIN + " --scale batch --denominator token",
+    "magistral": PLAIN + " --scale batch --denominator token --epsilon_high 0.28 --refill 10",
+    "dapo": PLAIN + " --denominator token --epsilon_high 0.28 --refill 10 --weight_overlong 1",
+    "maxrl": PLAIN + " --scale mean",
+    "pass-k": PLAIN + " --pass_k 4",
+    "gdpo": "--beta 0 --normalize each",
+    "w-reinforce": PLAIN + " --positive 0.1",
+    "two-outputs": PLAIN + " --group_size 2 --questions_per_step 64",
+    "k3-plus": PLAIN + " --beta 0.04 --kl k3+",
+    "tis": PLAIN + STALE + "token",
+    "sequence-tis": PLAIN + STALE + "sequence",
+    "icepop": PLAIN + STALE + "token --is_outside mask --is_low 0.5",
+    "scale-rl": PLAIN
+    + " --clip weight --epsilon_low 1 --epsilon_high 4 --denominator token --scale batch --staleness 8 --is_ratio token",
+    "distill": "--beta 0 --algorithm distill --denominator token --teacher runs/reproduce-grpo-0/model",
+    "plain-mu-4": PLAIN_4,
+    "gspo": PLAIN_4 + " --ratio sequence --epsilon_low 3e-4 --epsilon_high 4e-4",
+    "luspo": PLAIN_4 + " --ratio sequence --epsilon_low 0.002 --epsilon_high 0.0025 --denominator constant",
+    "cispo": PLAIN_4 + " --clip weight --epsilon_low 1 --epsilon_high 4 --denominator token",
+    "dual-clip": PLAIN_4 + " --delta 3",
 }
 THREE_SEEDS = {"dpo", "iterations-2", "beta-0", "group-2", "group-32", "sparse", "no-std", "mu-2", "mu-4"}
 THREE_SEEDS |= {"mu-4-epsilon-10"}  # of these no difference to GRPO is claimed

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+import evaluator
 import llms
 import main
 import rldatasets
@@ -123,6 +124,37 @@ def ten_steps(checkpoint, folder):
     return weights | tensors | {"in order": asked}
 
 
+def variants(checkpoint, folder):
+    """Four steps with one std for the batch, refill and outputs of a step before: what was drawn, and the weights."""
+    state = fresh_state(
+        checkpoint, QUESTIONS_PER_STEP=3, STEPS=4, SCALE="batch", REFILL=3, STALENESS=1, IS_RATIO="token", BETA=0.0
+    )
+    state.run, real = folder, evaluator.rewards
+    # a random model is never right: here the outputs with a multiple of 8 letters are
+    evaluator.rewards = lambda text, problem: real(text, problem) | {"correctness": float(len(text) % 8 == 0)}
+    rows = [main.take_step(state) for _ in range(3)]
+    (waiting,) = (main.groups_of(batch) for batch in state.queue)
+    evaluator.rewards = real
+    alike = torch.tensor([0.7, 2.1, 2.95])[:, None].expand(-1, 4)
+    rewards = torch.cat([torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]]), alike])
+    weights = {name: llms.full_tensor(weight).detach().clone() for name, weight in state.policy.named_parameters()}
+    names = (
+        "refill/draws",
+        "refill/mixed",
+        "questions",
+        "tokens",
+        "accuracy",
+        "grad_norm",
+        "staleness_gap",
+        "is_weight",
+    )
+    return weights | {
+        "metrics": torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64),
+        "waiting": torch.tensor([token for _, outputs, _ in waiting for output in outputs for token in output[1]]),
+        "batch std": torch.tensor(llms.gather(main.group_advantages(torch.stack(llms.share(list(rewards)))).tolist())),
+    }
+
+
 def everything(checkpoint, with_linear_layers, folder):
     """{scenario/name: tensor}"""
     cases = {
@@ -144,6 +176,7 @@ def everything(checkpoint, with_linear_layers, folder):
     cases["dpo"] = dpo(checkpoint)
     cases["bf16"] = in_bf16(with_linear_layers)
     cases["ten steps"] = ten_steps(checkpoint, folder)
+    cases["variants"] = variants(checkpoint, folder)
     return {f"{case}/{name}": tensor for case, found in cases.items() for name, tensor in found.items()}
 
 
@@ -192,6 +225,15 @@ def test_after_ten_steps_two_ranks_have_the_weights_metrics_and_evaluation_of_on
         assert (one.double() - two.double()).abs().max() <= 1e-6, name
     assert both["ten steps"]["in order"][1].all()
     assert both["ten steps"]["metrics.grad_norm"][0].min() > 0
+
+
+def test_two_ranks_draw_keep_and_scale_as_one_does(both):
+    for name, (one, two) in both["variants"].items():
+        assert (one.double() - two.double()).abs().max() <= 1e-10, name
+    draws, mixed = both["variants"]["metrics"][0][:, :2].T
+    assert draws.max() > 1 and mixed.min() > 0 and len(both["variants"]["waiting"][0]) > 0
+    first = both["variants"]["batch std"][0][0]
+    assert (both["variants"]["batch std"][0][1:] == 0).all() and first[0] > 2 > 0 > first[1]
 
 
 SMALL = "--dataset arithmetic --questions_per_step 3 --group_size 2 --max_new_tokens 8 --eval_every 2 --show_every 3"
