@@ -1,4 +1,4 @@
-"""Redraw the paper's figures, and ablate its constants, on the tiny model: about 1.5 hours on two cores.
+"""Redraw the paper's figures, ablate its constants, compare what came after: on the tiny model, 2.5 hours on two cores.
 
     python plots/reproduce.py            every run that is still missing, then the table and the pictures
     python plots/reproduce.py grpo rft   only these
@@ -19,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -93,9 +94,20 @@ RUNS = {  # what each changes; a flag given twice takes its last value
 }
 THREE_SEEDS = {"dpo", "iterations-2", "beta-0", "group-2", "group-32", "sparse", "no-std", "mu-2", "mu-4"}
 THREE_SEEDS |= {"mu-4-epsilon-10"}  # of these no difference to GRPO is claimed
-EVALUATIONS = {f"figure7-{seed}": f"runs/reproduce-grpo-{seed}" for seed in SEEDS[:3]} | {"figure7-base": "tiny"}
+VARIANTS = dict.fromkeys(list(RUNS)[list(RUNS).index("plain") : list(RUNS).index("plain-mu-4")], "plain")
+VARIANTS |= dict.fromkeys(list(RUNS)[list(RUNS).index("plain-mu-4") :], "plain-mu-4")  # {run: what it is compared with}
+THREE_SEEDS |= set(VARIANTS)
+FIGURE_7 = {"before": "", "after GRPO": "grpo", "answer's reward alone": "plain", "pass@4 training": "pass-k"}
+EVALUATIONS = {"figure7-base": "tiny"}
+EVALUATIONS |= {
+    f"figure7-{run}-{seed}": f"runs/reproduce-{run}-{seed}" for run in FIGURE_7.values() if run for seed in SEEDS[:3]
+}
 FIGURE_5 = {"RFT": "rft", "Online RFT": "online-rft", "GRPO+OS": "grpo", "GRPO+PS": "grpo-ps"}
-FIGURES = {  # file: [(title, {label: run})]
+BY_COST = {"GRPO": "plain", "DAPO": "dapo", "Magistral": "magistral", "MaxRL": "maxrl", "pass@4": "pass-k"}
+BY_COST |= {"2 outputs": "two-outputs", "distillation": "distill"}
+MU_4 = {"GRPO": "plain-mu-4", "GSPO": "gspo", "LUSPO": "luspo", "CISPO": "cispo", "dual clip": "dual-clip"}
+STALE_4 = {"fresh": "plain", "TIS": "tis", "sequence TIS": "sequence-tis", "IcePop": "icepop", "ScaleRL": "scale-rl"}
+FIGURES = {  # file: [(title, {label: run})]; "by tokens" in a title says what its x-axis is
     "figure5": [
         (f"Figure 5, {n} steps", {name: prefix + run for name, run in FIGURE_5.items()})
         for n, prefix in ((2, "2-step-"), (3, ""), (4, "4-step-"))
@@ -117,6 +129,12 @@ FIGURES = {  # file: [(title, {label: run})]
         ("ε, at μ = 4", {"0.02": "mu-4-epsilon-0.02", "0.2": "mu-4", "10: no clip": "mu-4-epsilon-10"}),
         ("rewards", {"all": "grpo", "correctness alone": "sparse"}),
         ("others", {"default": "grpo", "no std": "no-std"}),
+    ],
+    "variants": [
+        ("advantages and data, by steps", BY_COST),
+        ("advantages and data, by tokens", BY_COST),
+        ("objectives, μ = 4", MU_4),
+        ("outputs of 4 or 8 steps before", STALE_4),
     ],
 }
 
@@ -195,11 +213,16 @@ def steps(name):
 def summary(folder):
     """What the pictures and the table need of a run: its evaluations, and some means over its last ten steps."""
     rows = plot.read(folder)[1]
+    tokens = plot.positions(rows, "tokens")
     tests, last = [row for row in rows if "eval/accuracy" in row], [row for row in rows if "reward" in row]
     keys = ("kl", "clip_low", "clip_high", "zero_std_groups")
     values = {key: [row[key] for row in last[-10:] if row.get(key) is not None] for key in keys}
     return {
-        "tests": [{key: row[key] for key in ("step", "eval/accuracy", "eval/ci95", "eval/length")} for row in tests],
+        "tests": [
+            {"tokens": tokens[row["step"]]}
+            | {key: row[key] for key in ("step", "eval/accuracy", "eval/ci95", "eval/length")}
+            for row in tests
+        ],
         "last": {key: sum(of_key) / len(of_key) for key, of_key in values.items() if of_key},
         "minutes": sum(row["seconds"] for row in last) / 60,
     }
@@ -214,7 +237,7 @@ def collect(names):
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             done = dict(zip(jobs, pool.map(lambda job: train(*job, bar), jobs)))
-            if all(done.get(("grpo", seed)) for seed in seeds("grpo")):
+            if all(done.get((name, seed)) for name in FIGURE_7.values() if name for seed in SEEDS[:3]):
                 curves = dict(zip(EVALUATIONS, pool.map(lambda name: evaluate(name, bar), EVALUATIONS)))
                 data |= {"figure7": curves} if all(curves.values()) else {}
         finally:  # after Ctrl-C the runs in progress end after their step, and no other begins
@@ -256,7 +279,7 @@ def table(data):
     columns = "run", "flags", "accuracy", "less its start", "less grpo", "steps to 0.80", "KL", "clipped", "dead"
     columns += "length", "minutes"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name in (name for name in RUNS if name in data):
+    for name in (name for name in RUNS if name in data and name not in VARIANTS):
         runs = data[name]["runs"]
         last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
         grpo = "".join(re.findall(r"^\d-step-", name)) + "grpo"  # on the same questions
@@ -273,6 +296,31 @@ def table(data):
         print(f"| {name} | `{RUNS[name] or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
 
 
+def at_equal_tokens(runs, others):
+    """The accuracies of two methods, seed by seed, where the cheaper of the two had spent all its tokens."""
+    curve = lambda run: [[row[key] for row in run["tests"]] for key in ("tokens", "eval/accuracy")]
+    pairs = [(curve(run), curve(other)) for run, other in zip(runs, others)]
+    ends = [min(one[0][-1], other[0][-1]) for one, other in pairs]
+    return zip(*((numpy.interp(end, *one), numpy.interp(end, *other)) for end, (one, other) in zip(ends, pairs)))
+
+
+def variants_table(data):
+    """What came after the paper, against the same reward and objective without it: after as many steps, as many tokens."""
+    columns = "run", "flags", "accuracy", "less plain", "at equal tokens", "steps to 0.80", "thousand tokens", "length"
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name in (name for name in VARIANTS if name in data and VARIANTS[name] in data):
+        runs, others = data[name]["runs"], data[VARIANTS[name]]["runs"]
+        start = {"plain": PLAIN, "plain-mu-4": PLAIN_4}[VARIANTS[name]]
+        flags = RUNS[name] if name in ("plain", "plain-mu-4") else RUNS[name].removeprefix(start).strip()
+        cells = [mean_and_range(accuracies(runs))]
+        cells += [difference(accuracies(runs), accuracies(others)), difference(*at_equal_tokens(runs, others))]
+        cells = [cells[0], "–", "–"] if runs is others else cells
+        cells += [steps_to(0.8, runs)]
+        for key, unit in (("tokens", 1000), ("eval/length", 1)):
+            cells += [f"{sum(run['tests'][-1][key] for run in runs) / len(runs) / unit:.1f}"]
+        print(f"| {name} | `{flags}` | {' | '.join(cells)} |")
+
+
 def draw(data):
     """The pictures, into plots/reproduce/."""
     from matplotlib.figure import Figure
@@ -285,8 +333,8 @@ def draw(data):
             runs = {
                 label: [run["tests"] for run in data[name]["runs"]] for label, name in curves.items() if name in data
             }
-            plot.panel(axes, {"eval/accuracy": ""}, f"{title}: greedy test accuracy", runs, smoothed=False)
-            axes.set(xlabel="step")
+            x = "tokens" if "by tokens" in title else "step"
+            plot.panel(axes, {"eval/accuracy": ""}, f"{title}: greedy test accuracy", runs, smoothed=False, x=x)
             axes.autoscale(axis="y")
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -295,9 +343,8 @@ def draw(data):
     if "figure7" in data:
         figure = Figure(figsize=(10, 4), layout="constrained")
         for axes, measure in zip(figure.subplots(1, 2), ("maj", "pass")):
-            after = [name for name in EVALUATIONS if name != "figure7-base"]
-            models = [("before", ["figure7-base"]), ("after GRPO", after)]
-            for label, names in models:
+            for label, run in FIGURE_7.items():
+                names = [name for name in data["figure7"] if name.startswith(f"figure7-{run or 'base'}")]
                 ks = sorted(int(key.split("@")[1]) for key in data["figure7"][names[0]] if key.startswith(measure))
                 values = [[data["figure7"][name][f"{measure}@{k}"] for name in names] for k in ks]
                 axes.plot(ks, [sum(at) / len(at) for at in values], marker="o", markersize=3, label=label)
@@ -321,6 +368,7 @@ def main():
         parser.exit(2, "reproduce.py: error: there is no data yet: run it without --draw\n")
     data = json.loads((OUT / "data.json").read_text())
     table(data)
+    variants_table(data)
     draw(data)
     print(f"\nthe pictures are in {OUT}")
     return 0 if complete else 1
