@@ -5,7 +5,8 @@
     python plots/reproduce.py --draw     only the table and the pictures, from the data of the last time
 
 Every run is one of main.py's, with three or five seeds, in runs/reproduce-NAME-SEED. Interrupted, the command goes on
-where it stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without the runs.
+where it stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without
+the runs.
 """
 
 import argparse
@@ -36,6 +37,7 @@ NO_FORM = "--weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
 PLAIN = "--beta 0 --weight_integer 0 " + NO_FORM  # what the variants are compared on: the answer's reward alone
 PLAIN_4 = "--steps 20 --mu 4 " + PLAIN  # where the objectives differ: with μ = 1 all of them have the same gradient
 STALE = " --staleness 4 --is_ratio "
+CISPO = " --clip weight --epsilon_low 1 --epsilon_high 4 --denominator token"
 RUNS = {  # what each changes; a flag given twice takes its last value
     "grpo": "",
     "grpo-ps": "--supervision both",
@@ -83,13 +85,12 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "tis": PLAIN + STALE + "token",
     "sequence-tis": PLAIN + STALE + "sequence",
     "icepop": PLAIN + STALE + "token --is_outside mask --is_low 0.5",
-    "scale-rl": PLAIN
-    + " --clip weight --epsilon_low 1 --epsilon_high 4 --denominator token --scale batch --staleness 8 --is_ratio token",
+    "scale-rl": PLAIN + CISPO + " --scale batch --staleness 8 --is_ratio token",
     "distill": "--beta 0 --algorithm distill --denominator token --teacher runs/reproduce-grpo-0/model",
     "plain-mu-4": PLAIN_4,
     "gspo": PLAIN_4 + " --ratio sequence --epsilon_low 3e-4 --epsilon_high 4e-4",
     "luspo": PLAIN_4 + " --ratio sequence --epsilon_low 0.002 --epsilon_high 0.0025 --denominator constant",
-    "cispo": PLAIN_4 + " --clip weight --epsilon_low 1 --epsilon_high 4 --denominator token",
+    "cispo": PLAIN_4 + CISPO,
     "dual-clip": PLAIN_4 + " --delta 3",
 }
 THREE_SEEDS = {"dpo", "iterations-2", "beta-0", "group-2", "group-32", "sparse", "no-std", "mu-2", "mu-4"}
@@ -305,7 +306,7 @@ def at_equal_tokens(runs, others):
 
 
 def variants_table(data):
-    """What came after the paper, against the same reward and objective without it: after as many steps, as many tokens."""
+    """What came after the paper, against GRPO with the same reward: after as many steps, and after as many tokens."""
     columns = "run", "flags", "accuracy", "less plain", "at equal tokens", "steps to 0.80", "thousand tokens", "length"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in (name for name in VARIANTS if name in data and VARIANTS[name] in data):

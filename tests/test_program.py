@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from matplotlib.figure import Figure
 
 import evaluator
 import llms
@@ -172,6 +173,22 @@ def test_plots_overlay_runs_from_their_files_alone(finished):
     ]
 
 
+def test_curves_can_be_drawn_by_what_was_spent(finished, monkeypatch):
+    rows = [{"step": 0, "eval/accuracy": 0.2}, {"step": 1, "tokens": 100, "seconds": 2.0}]
+    rows += [{"step": 2, "tokens": 250, "seconds": 3.0}, {"step": 2, "eval/accuracy": 0.8}]
+    assert plot.positions(rows, "tokens") == {0: 0, 1: 100, 2: 250}
+    assert plot.positions(rows, "seconds") == {0: 0, 1: 2.0, 2: 5.0}
+    axes = Figure().subplots()
+    twice = [row | {key: 2 * row[key] for key in ("tokens", "seconds") if key in row} for row in rows]
+    plot.panel(axes, {"eval/accuracy": ""}, "title", {"a": [rows, twice]}, smoothed=False, x="tokens")
+    assert list(axes.lines[0].get_xdata()) == [0, 375] and axes.get_xlabel() == "tokens sampled"
+    folder, _, _ = finished
+    monkeypatch.setattr(
+        sys, "argv", ["plot.py", "--x", "tokens", str(folder / "runs" / "whole"), "--out", str(folder / "x")]
+    )
+    assert plot.main() == 0 and (folder / "x" / "eval_score.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     "arguments, file, text, says",
     [
@@ -211,7 +228,7 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     drawn = subprocess.run([*command, "--draw"], check=False, capture_output=True, text=True)
     assert drawn.returncode == 0, drawn.stderr
     pictures = sorted(path.stem for path in (tmp_path / "plots" / "reproduce").glob("*.png"))
-    assert pictures == ["ablations", "controls", "figure5", "figure6", "figure7", "methods"]
+    assert pictures == ["ablations", "controls", "figure5", "figure6", "figure7", "methods", "variants"]
     assert "| grpo |" in drawn.stdout and "| mu-4-epsilon-10 |" in drawn.stdout
     wrong = subprocess.run([*command, "a2c"], check=False, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "online-rft" in wrong.stderr
@@ -397,7 +414,7 @@ def test_a_curriculum_that_cannot_be_meant_is_one_line(inside, tmp_path, argumen
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ("--algorithm a2c", "one of sft, rft, dpo, online_rft, ppo, grpo"),
+        ("--algorithm a2c", "one of sft, rft, dpo, online_rft, ppo, distill, grpo"),
         ("--algorithm dpo --group_size 1", "at least 2: dpo compares outputs"),
         ("--algorithm ppo --group_size 0", "--group_size must be at least 1, not 0"),
         ("--algorithm dpo --mu 2", "1 for dpo"),

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -516,15 +518,15 @@ def test_distillation_on_a_toy_policy_follows_the_reverse_kl(constants):
 
 CONTRADICTIONS = [
     ("--pass_k 8 --group_size 8", "--pass_k must be"), ("--pass_k 2 --scale mean", "--pass_k must be 1"),
-    ("--pass_k 2 --supervision process", "--pass_k must be 1"), ("--pass_k 2 --normalize each", "--normalize must be sum"),
+    ("--pass_k 2 --supervision process", "--pass_k must be 1"), ("--pass_k 2 --normalize each", "--normalize must be"),
     ("--scale mean --weight_overlong 1", "a reward can be negative"), ("--scale mean --weight_integer -1", "negative"),
-    ("--scale mean --reward_model judge", "negative"), ("--scale batch --supervision both", "--scale must be group or none"),
-    ("--normalize each --supervision process", "--normalize must be sum"), ("--clip weight --delta 3", "--delta must be 0"),
+    ("--scale mean --reward_model judge", "negative"), ("--scale batch --supervision both", "must be group or none"),
+    ("--normalize each --supervision process", "--normalize must be"), ("--clip weight --delta 3", "--delta must be 0"),
     ("--delta 1.1", "--delta must be 0, or above"), ("--is_low 2 --is_high 2", "--is_low must be below"),
     ("--is_ratio token --algorithm rft", "--is_ratio must be none"), ("--staleness 1", "--is_ratio must be token"),
     ("--staleness 1 --is_ratio token --algorithm ppo", "--staleness must be 0"),
     ("--refill 3 --algorithm sft", "--refill must be 0"), ("--teacher tiny", "--teacher must be empty"),
-    ("--algorithm distill", "--teacher must be a model"), ("--positive 0.1 --normalize each", "--normalize must be sum"),
+    ("--algorithm distill", "--teacher must be a model"), ("--positive 0.1 --normalize each", "--normalize must be"),
 ]  # fmt: skip
 
 
@@ -532,3 +534,58 @@ CONTRADICTIONS = [
 def test_settings_that_contradict_each_other_are_refused(flags, says):
     with pytest.raises(main.SettingsError, match=says):
         main.choose_settings(*main.parse(flags.split()))
+
+
+# Two questions with eight outputs, of which 1 and 3 are right. An output has 1 to 3 tokens, and one ratio for them all.
+RIGHT_OF_8 = double([[1.0] + [0.0] * 7, [1.0] * 3 + [0.0] * 5])
+LENGTHS, RHO, U = [1, 2, 3, 1] * 4, [0.5, 1.0, 1.5, 8.0, 8.0, 1.5, 1.0, 0.5] * 2, [1.0, 1.5, 3.0] * 5 + [1.0]
+GROUP = (2.4749, -0.35355), (1.20761, -0.72457)  # Â of the right and the wrong outputs of both questions
+BATCH = (2.04356, -0.29194), (1.45968, -0.87581)
+CLIPPED = {0.5: (0.5, 0), 1.0: (1, 1), 1.5: (0, 1.5), 8.0: (0, 8)}  # w for ratio: (Â > 0, Â < 0)
+CAPPED = {0.5: (0.5, 0.5), 1.0: (1, 1), 1.5: (1.5, 1.5), 8.0: (5, 5)}
+ROWS = {  # the gradient of a token is w · Â × importance weight / denominator
+    "Dr. GRPO": (((0.875, -0.125), (0.625, -0.375)), CLIPPED, "constant"),
+    "RLOO": (((1, -1 / 7), (5 / 7, -3 / 7)), CLIPPED, "constant"),
+    "DAPO": (GROUP, CLIPPED, "token"),
+    "Magistral": (BATCH, CLIPPED, "token"),
+    "MaxRL": (((7, -1), (5 / 3, -1)), CLIPPED, "sequence"),
+    "pass@k training": (((1, -1 / 7), (0.27735, -0.16641)), CLIPPED, "sequence"),
+    "GDPO": (((2.56177, -0.36597), (1.25, -0.75)), CLIPPED, "sequence"),
+    "W-REINFORCE": (((0.24749, -0.35355), (0.120761, -0.72457)), CLIPPED, "sequence"),
+    "GSPO": (GROUP, CLIPPED, "sequence"),
+    "LUSPO": (GROUP, CLIPPED, "constant"),
+    "CISPO": (GROUP, CAPPED, "token"),
+    "dual clip": (GROUP, CLIPPED | {8.0: (0, 0)}, "sequence"),
+    "DeepSeek-V3.2's KL": (GROUP, CLIPPED, "sequence"),
+    "TIS": (GROUP, CLIPPED, "sequence", lambda u, n: min(u, 2)),
+    "sequence TIS": (GROUP, CLIPPED, "sequence", lambda u, n: min(u**n, 2)),
+    "IcePop": (GROUP, CLIPPED, "sequence", lambda u, n: u if u <= 2 else 0),
+    "ScaleRL": (BATCH, CAPPED, "token", lambda u, n: min(u, 2)),
+}
+README = (Path(main.__file__).parent / "README.md").read_text()
+SETTINGS = dict(re.findall(r"^\| \[(.+?)\]\(https://arxiv.org/abs/[\d.]+\) \| `(--.+?)` \|", README, re.MULTILINE))
+
+
+def test_the_readme_has_sixteen_variants_or_more_and_each_is_tried():
+    assert len(SETTINGS) >= 16 and SETTINGS.keys() == ROWS.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_of_the_readme_has_the_gradient_of_its_formula(constants, name):
+    main.choose_settings(*main.parse(["--beta", "0", "--group_size", "8", *SETTINGS[name].split()]))
+    constants(MAX_NEW_TOKENS=4, WEIGHT_CORRECTNESS=1.0)
+    advantages = main.normalized_each if main.NORMALIZE == "each" else lambda by_name: main.group_advantages(RIGHT_OF_8)
+    A = advantages({"correctness": RIGHT_OF_8}).flatten()
+    logp, mask = ragged([[-1.0] * n for n in LENGTHS])
+    old, sampled = (logp - double(ratio).log()[:, None] for ratio in (RHO, [rho * u for rho, u in zip(RHO, U)]))
+    logp = logp.clone().requires_grad_()
+    main.grpo_loss(logp, old, logp.detach() + math.log(2), A, mask, logp_sampled=sampled).backward()
+
+    by_question, weights, denominator, *importance = ROWS[name]
+    right = RIGHT_OF_8.flatten().tolist()
+    for i, (n, rho, u) in enumerate(zip(LENGTHS, RHO, U)):
+        expected = by_question[i // 8][0 if right[i] else 1] * weights[rho][0 if right[i] else 1]
+        expected *= importance[0](u, n) if importance else 1
+        expected += main.BETA * rho * math.log(2)  # of ρ·k3: towards a reference that is twice as likely
+        expected /= {"sequence": 16 * n, "token": sum(LENGTHS), "constant": 16 * 4}[denominator]
+        close(-logp.grad[i, :n], [expected] * n, 2e-4 * max(1, abs(expected)))
