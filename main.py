@@ -168,7 +168,9 @@ def group_advantages(rewards):
     1.5, -0.5, -0.5, -0.5.
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    r, std = (rewards, rewards.std(1, keepdim=True)) if PASS_K == 1 else best_of_k(rewards)  # [Q, G], [Q, 1]
+    r, std = rewards, rewards.std(1, keepdim=True)  # [Q, G], [Q, 1]
+    if PASS_K > 1:
+        r, std = best_of_k(rewards)
     mean = r.mean(1, keepdim=True)  # [Q, 1]
     advantages = r - mean  # [Q, G]
     if BASELINE == "others":  # RLOO: r_i - mean of the others = G/(G - 1) (r_i - mean(r)), arXiv 2402.14740
@@ -186,39 +188,6 @@ def group_advantages(rewards):
     return torch.where(advantages > 0, POSITIVE * advantages, NEGATIVE * advantages)
 
 
-def best_of_k(rewards):
-    """Pass@k training (arXiv 2508.10751): the reward of a set of k = PASS_K outputs is that of its best output.
-
-    rewards [Q, G] -> [Q, G], the mean over the sets that hold the output; [Q, 1], the std over all sets of the group.
-    """
-    G, k = rewards.shape[1], PASS_K
-    r, order = rewards.double().sort(1)  # [Q, G]  ascending
-    best = torch.zeros(G, G, dtype=torch.float64)  # [i, j]: of the sets that hold i, the share in which j is the best
-    for i, j in itertools.product(range(G), repeat=2):
-        if j >= i:  # its other members are below j
-            best[i, j] = math.comb(j, k - 1) if j == i else math.comb(j - 1, k - 2)
-    best /= math.comb(G - 1, k - 1)
-    share = torch.tensor([math.comb(j, k - 1) / math.comb(G, k) for j in range(G)], dtype=torch.float64)  # of all sets
-    mean = r @ share  # [Q]
-    std = ((r - mean[:, None]) ** 2 @ share).sqrt()  # [Q]
-    return torch.empty_like(r).scatter(1, order, r @ best.T), std[:, None]
-
-
-def normalized_each(by_name):
-    """GDPO (arXiv 2601.05242): every reward is normalised by itself, then weighted; their sum over the whole batch.
-
-    by_name {name: [Q, G]} -> [Q, G].
-    """
-    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
-    batch = over_ranks(advantages)
-    return (advantages - batch.mean()) / (batch.std() + 1e-4)
-
-
-def over_ranks(x):
-    """The numbers of all ranks: [N]."""
-    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
-
-
 def process_advantages(step_rewards, step_ends):
     """Process supervision: Â_{i,t} = Σ_{index(j) ≥ t} r̃_i^{index(j)}, over steps that end at t or later (§4.1.3).
 
@@ -231,6 +200,38 @@ def process_advantages(step_rewards, step_ends):
         if len(R) > 1:  # a single step has none to be compared with
             advantages[question][ends] = group_advantages(R[None])[0]
     return advantages.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
+
+
+def best_of_k(rewards):
+    """Pass@k training (arXiv 2508.10751): a set of k = PASS_K outputs has the reward of the best of them.
+
+    rewards [Q, G] -> [Q, G], the mean over all sets that hold the output; [Q, 1], the std over all sets of the group.
+    """
+    G, k = rewards.shape[1], PASS_K
+    r, order = rewards.double().sort(1)  # [Q, G]  ascending: the best of a set is its last
+    sets = math.comb(G - 1, k - 1)  # that hold a given output
+    own = [math.comb(j, k - 1) / sets for j in range(G)]  # the share of them in which output j is the best
+    others = [math.comb(max(j - 1, 0), k - 2) / sets for j in range(G)]  # in which a later output j is
+    own, others = torch.tensor([own, others], dtype=torch.float64)  # 2 × [G]
+    best = r @ (own.diag() + others.expand(G, G).triu(1)).T  # [Q, G]
+    share = own * k / G  # [G]  of all sets of the group, those in which output j is the best
+    std = ((r - r @ share[:, None]) ** 2 @ share[:, None]).sqrt()  # [Q, 1]
+    return torch.empty_like(r).scatter(1, order, best), std
+
+
+def normalized_each(by_name):
+    """GDPO (arXiv 2601.05242): each reward is normalised in its group; their weighted sum is normalised in the batch.
+
+    by_name {name: [Q, G]} -> [Q, G].
+    """
+    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
+    batch = over_ranks(advantages)
+    return (advantages - batch.mean()) / (batch.std() + 1e-4)
+
+
+def over_ranks(x):
+    """The numbers of all ranks: [N]."""
+    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
 
 
 # ==== The objective, eq. (3) and (4) ================================================================================
@@ -312,46 +313,33 @@ def mean_over_outputs(x, mask, num_sequences, num_tokens):
 # ==== Algorithm 1 ===================================================================================================
 
 
-class Batch(NamedTuple):
-    """What a step trains on: this rank's share."""
-
-    problems: list  # [Q]
-    rollout: llms.Rollout  # N = Q·G outputs
-    by_name: dict  # rewards, {name: [Q, G]}
-    learns: bool = True  # False: no update is made of it
-    dropped: tuple = ()  # records of the outputs, of all ranks, that were drawn and are not trained on (REFILL)
-    extra: dict | None = None  # metrics of how it was drawn
-
-
 def draw(state, source):
     """Lines 5 to 8: a batch of questions, G outputs of the source for each, and their rewards."""
     problems, prompts = next_questions(state)  # 5: a batch D_b
     # 6: π_θold ← π_θ needs no copy of the network: logp_old, below
-    if source is None:  # SFT: q, o ~ P_sft(Q, O), the worked solutions of the data set
-        rollout = worked_solutions(state, problems, prompts)
-    else:
-        rollout = sample(state, source, prompts)  # 7: {o_i} ~ π_θold(·|q), G for each q
+    # 7: {o_i} ~ π_θold(·|q), G for each q; for SFT, which has no source, the worked solutions of the data set
+    rollout = sample(state, source, prompts) if source else worked_solutions(state, problems, prompts)
+    by_name = score_outputs(rollout, problems, state)  # 8: {name: [Q, G]}
     if state.step >= COLD_START:
         state.tokens += llms.sums_over_ranks(int(rollout.mask.sum()))[0]
-    return Batch(problems, rollout, score_outputs(rollout, problems, state))  # 8
+    return Batch(problems, rollout, by_name)
 
 
 def take_step(state):
     """Lines 5 to 11 for one batch of questions; with several ranks each has its share. Returns the step's metrics."""
     batch = next_batch(state, state.policy)  # 5 to 8: a draw
-    rollout, rewards = batch.rollout, weighted_sum(batch.by_name)  # r_i, [Q, G]
+    rollout, by_name = batch.rollout, batch.by_name
+    rewards = weighted_sum(by_name)  # r_i, [Q, G]
     logp_old = log_probs(state, state.policy, rollout) if MU > 1 else None  # 6: log π_θold, [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if BETA else None  # [N, T]
-    if SUPERVISION == "outcome" and NORMALIZE == "sum":
+    if SUPERVISION == "outcome":
         advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
-    elif SUPERVISION == "outcome":
-        advantages = normalized_each(batch.by_name).flatten()  # [N]
     else:
-        advantages, batch.by_name["steps"] = supervise_steps(
-            state, rollout, batch.problems, rewards
-        )  # 9: Â_{i,t}, [N, T]
-    with llms.timed("update"):  # 10, 11
-        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU * batch.learns)]
+        advantages, by_name["steps"] = supervise_steps(state, rollout, batch.problems, rewards)  # 9: Â_{i,t}, [N, T]
+    if NORMALIZE == "each":
+        advantages = normalized_each(by_name).flatten()  # [N]
+    with llms.timed("update"):
+        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU * batch.learns)]  # 10, 11
     return record_step(state, batch, advantages, updates)
 
 
@@ -411,6 +399,17 @@ class State:
     def networks(self):
         networks = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
         return {name: network for name, network in networks.items() if network is not None}
+
+
+class Batch(NamedTuple):
+    """What a step trains on, this rank's share: Q questions, N = Q·G outputs, their rewards {name: [Q, G]}."""
+
+    problems: list
+    rollout: llms.Rollout
+    by_name: dict
+    learns: bool = True  # False: no update is made of it
+    dropped: tuple = ()  # records of outputs, of all ranks, that were drawn in vain (REFILL)
+    extra: dict | None = None  # metrics of how it was drawn
 
 
 # ==== One update: line 11 ===========================================================================================
@@ -870,17 +869,15 @@ def batch_records(batch, advantages):
 
 def record_step(state, batch, advantages, updates, extra=None):
     """Count the step; write its metrics over all ranks, averaged over the μ updates except maxima; return them."""
-    records, group = (
-        [*batch_records(batch, advantages), *batch.dropped],
-        len(batch.rollout.texts) // len(batch.problems),
-    )
+    records = [*batch_records(batch, advantages), *batch.dropped]
+    group = len(batch.rollout.texts) // len(batch.problems)
     names = dict.fromkeys(llms.gather(list(batch.by_name)))  # the rewards of all ranks: one rank may lack some
     outputs = report.step_metrics(records, group, names)
     stage, state.step = stage_of(state.step)[1], state.step + 1
     if state.step <= COLD_START:  # nothing was sampled: the records are of worked solutions
         stage, outputs = "cold start", {name: outputs[name] for name in ("length", "length_max", "truncated")}
-    if state.step == COLD_START + 1 and not any(record["reward"] > 0 for record in records):
-        say(report.silence(records, evaluator.TAGS))
+    if state.step == COLD_START + 1 and (note := report.silence(records, evaluator.TAGS)):
+        say(note)
     row = {
         "step": state.step,
         "stage": stage,

@@ -255,10 +255,12 @@ def completion(record):
 
 
 def silence(records, tags):
-    """What to do about a first step that earned nothing, with one of its outputs."""
+    """What to do about a first step with next to nothing to learn from, with one of its outputs; else None."""
+    if any(mean(records, name) >= 0.02 for name in ("correctness", "soft_format", "tests")):
+        return None
     shares = [f"{tag} {sum(tag in record['completion'] for record in records) / len(records):.2f}" for tag in tags]
     return (
-        "note: no output of this step earned a reward, so nothing can be learnt. Share of outputs with each tag:"
+        "note: hardly an output of this step is right or has the form, so there is little to learn from. With each tag:"
         f" {', '.join(shares)}; {mean(records, 'truncated'):.2f} are cut. One of them:\n{completion(records[0])}\n"
         "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4. If outputs are\n"
         "  cut: a longer --max_new_tokens. If answers are wrong: an easier data set, such as --dataset arithmetic:1."

@@ -948,16 +948,21 @@ def test_shots_are_the_first_training_problems_in_every_prompt_as_turns_of_the_d
         assert places == sorted(places) and text.count("<|im_start|>user") == 3 and text.count("system") == 1
 
 
-def test_a_first_step_that_earns_nothing_says_so_once_with_an_output_and_what_to_do(setup, capsys):
-    state, _ = setup(WEIGHT_SAFETY=0.0, STEPS=3)
+def test_a_first_step_without_form_or_right_answers_says_so_once_with_an_output_and_what_to_do(
+    setup, capsys, monkeypatch
+):
+    state, _ = setup(WEIGHT_SAFETY=1.0, STEPS=3)  # nearly every output earns this one
     train(state, PROBLEMS * 3)
     out = capsys.readouterr().out
-    assert out.count("no output of this step earned a reward") == 1
+    assert out.count("hardly an output of this step is right or has the form") == 1
     for part in ("<reasoning> 0.00", "</answer> 0.00", PROBLEMS[0]["question"], "--cold_start", "--shots"):
         assert part in out
-    state, _ = setup(WEIGHT_SAFETY=1.0, STEPS=1)  # nearly every output earns this one
+    real = evaluator.rewards
+    right = lambda text, problem: real(text, problem) | {"correctness": float(len(text) % 2)}
+    monkeypatch.setattr(evaluator, "rewards", right)
+    state, _ = setup(STEPS=1)
     train(state, PROBLEMS * 3)
-    assert "earned a reward" not in capsys.readouterr().out
+    assert "hardly an output" not in capsys.readouterr().out
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
