@@ -145,8 +145,8 @@ def trained(run):
 
 
 def saved_step(run):
-    with safetensors.safe_open(run / "checkpoint" / "state.safetensors", "pt") as file:
-        return json.loads(bytes(file.get_tensor("about").tolist()))["counters"]["step"]
+    tensors = safetensors.torch.load((run / "checkpoint" / "state.safetensors").read_bytes())  # it may be replaced now
+    return json.loads(bytes(tensors["about"].tolist()))["counters"]["step"]
 
 
 def contents(folder):
@@ -212,17 +212,27 @@ def sigkill_at_random_moments(work):
 
 def sigkill_in_and_after_a_cold_start(work):
     """A run that is killed in its cold start, right after it, and later, and resumed each time: nothing is lost."""
-    cold, run = ("--cold_start", "6", "--save_every", "1"), work / "runs" / "cold"
-    succeeds(new(work, "cold-whole", *cold))
-    program = new(work, "cold", *cold)
-    for step in (2, 5, 6, 7, 11):
+    return killed_after(work, "cold", (2, 5, 6, 7, 11), "--cold_start", "6")
+
+
+def sigkill_with_outputs_that_wait(work):
+    """A run that trains on outputs of two steps before, killed and resumed: those that wait are not lost."""
+    return killed_after(work, "stale", (1, 4, 9, 10), "--staleness", "2", "--is_ratio", "token")
+
+
+def killed_after(work, name, steps, *flags):
+    """A run that is killed after each of some steps, and resumed, is the same as a whole one."""
+    flags, run = (*flags, "--save_every", "1"), work / "runs" / name
+    succeeds(new(work, f"{name}-whole", *flags))
+    program = new(work, name, *flags)
+    for step in steps:
         saved = lambda step=step: (run / "checkpoint" / "state.safetensors").exists() and saved_step(run) >= step
         program.wait_until(saved, f"step {step}")
         assert program.kill(), "it had ended before"
-        program = Program(work, "--resume", "runs/cold")
+        program = Program(work, "--resume", f"runs/{name}")
     succeeds(program)
-    same(run, work / "runs" / "cold-whole")
-    return "5 kills, the same"
+    same(run, work / "runs" / f"{name}-whole")
+    return f"{len(steps)} kills, the same"
 
 
 KILLED_BEFORE_RENAMING = """
@@ -656,7 +666,8 @@ def jumping_clock(work):
 
 
 FAULTS = [
-    sigkill_at_random_moments, sigkill_in_and_after_a_cold_start, hub_in_trouble, damaged_checkpoint,
+    sigkill_at_random_moments, sigkill_in_and_after_a_cold_start, sigkill_with_outputs_that_wait, hub_in_trouble,
+    damaged_checkpoint,
     sigkill_while_saving,
     peculiar_tokenizers, sigterm, ctrl_c_twice, disk_full_while_saving, disk_full_while_logging, read_only_folder,
     half_a_line, nan_reward, exception_in_a_reward, nan_once, nan_for_ever, hub_unreachable_at_the_start,
