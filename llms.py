@@ -101,7 +101,7 @@ def vocabulary(name):
     """The tokens of a model and their ids; its weights are not loaded."""
     try:
         return transformers.AutoTokenizer.from_pretrained(model_of_run(name), trust_remote_code=False).get_vocab()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken folder makes them raise whatever they like
         raise ModelError(explain(name, error)) from error
 
 
@@ -211,12 +211,13 @@ def checksum(tensors):
 
 def save_checkpoint(folder, networks, optimizer, generator, about):
     """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled."""
-    tensors = {"about": torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)}
+    tensors = {}
     for name, tensor in named_tensors(networks, optimizer, generator).items():
         tensor = full_tensor(tensor)  # by all ranks
         if RANK == 0:
             tensors[name] = tensor.cpu()
     if RANK == 0:
+        tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
         folder.mkdir(exist_ok=True)
         with disk_errors(folder):
             safetensors.torch.save_file(tensors, folder / "unfinished", {"checksum": checksum(tensors)})
@@ -236,7 +237,7 @@ def read_checkpoint(folder):
         raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
     if not intact:
         raise ModelError(f"{path} is damaged: its bytes are not those that were written")
-    return json.loads(bytes(about.tolist())), tensors
+    return json.loads(about.numpy().tobytes()), tensors
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ STEPS = 467  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
 QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
 MU = 1  # μ, updates per rollout (paper: 1): with more, samples are used again and the clip matters
-REFILL = 0  # draw again until Q groups have right and wrong outputs, at most so many times (DAPO: 10); 0: train on all
+REFILL = 0  # draw until Q groups have right and wrong outputs, at most so many times (DAPO: 10); 0: train on all groups
 STALENESS = 0  # k: train on outputs that were sampled k steps before; with IS_RATIO
 # -- Sampling
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
@@ -181,9 +181,8 @@ def group_advantages(rewards):
         advantages = advantages / (over_ranks(advantages).std() + 1e-4)
     elif SCALE == "mean":  # MaxRL, arXiv 2602.02710: for rewards that are never negative
         advantages = torch.where(mean > 0, advantages / mean, 0.0)
-    # where all rewards (the best of all k) are equal, what is left is a rounding error, divided by 1e-4
-    ascending = rewards.sort(1).values
-    all_equal = ascending[:, PASS_K - 1 : PASS_K] == ascending[:, -1:]  # [Q, 1]
+    # where all rewards are equal (with PASS_K: the best of every k), what is left is a rounding error, divided by 1e-4
+    all_equal = rewards.kthvalue(PASS_K, 1, keepdim=True).values == rewards.amax(1, keepdim=True)  # [Q, 1]
     advantages = advantages.masked_fill(all_equal, 0.0).to(rewards)
     return torch.where(advantages > 0, POSITIVE * advantages, NEGATIVE * advantages)
 
@@ -210,10 +209,10 @@ def best_of_k(rewards):
     G, k = rewards.shape[1], PASS_K
     r, order = rewards.double().sort(1)  # [Q, G]  ascending: the best of a set is its last
     sets = math.comb(G - 1, k - 1)  # that hold a given output
-    own = [math.comb(j, k - 1) / sets for j in range(G)]  # the share of them in which output j is the best
-    others = [math.comb(max(j - 1, 0), k - 2) / sets for j in range(G)]  # in which a later output j is
-    own, others = torch.tensor([own, others], dtype=torch.float64)  # 2 × [G]
-    best = r @ (own.diag() + others.expand(G, G).triu(1)).T  # [Q, G]
+    own = [math.comb(j, k - 1) / sets for j in range(G)]  # of those with output j, the share in which it is the best
+    later = [math.comb(max(j - 1, 0), k - 2) / sets for j in range(G)]  # of those with an earlier one, in which j is
+    own, later = torch.tensor([own, later], dtype=r.dtype, device=r.device)  # 2 × [G]
+    best = r @ (own.diag() + later.expand(G, G).triu(1)).T  # [Q, G]
     share = own * k / G  # [G]  of all sets of the group, those in which output j is the best
     std = ((r - r @ share[:, None]) ** 2 @ share[:, None]).sqrt()  # [Q, 1]
     return torch.empty_like(r).scatter(1, order, best), std
@@ -225,8 +224,7 @@ def normalized_each(by_name):
     by_name {name: [Q, G]} -> [Q, G].
     """
     advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
-    batch = over_ranks(advantages)
-    return (advantages - batch.mean()) / (batch.std() + 1e-4)
+    return advantages / (over_ranks(advantages).std() + 1e-4)  # their mean is 0
 
 
 def over_ranks(x):
@@ -332,12 +330,12 @@ def take_step(state):
     rewards = weighted_sum(by_name)  # r_i, [Q, G]
     logp_old = log_probs(state, state.policy, rollout) if MU > 1 else None  # 6: log π_θold, [N, T]
     logp_ref = log_probs(state, state.reference, rollout) if BETA else None  # [N, T]
-    if SUPERVISION == "outcome":
+    if SUPERVISION == "outcome" and NORMALIZE == "sum":
         advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
+    elif SUPERVISION == "outcome":
+        advantages = normalized_each(by_name).flatten()  # [N]
     else:
         advantages, by_name["steps"] = supervise_steps(state, rollout, batch.problems, rewards)  # 9: Â_{i,t}, [N, T]
-    if NORMALIZE == "each":
-        advantages = normalized_each(by_name).flatten()  # [N]
     with llms.timed("update"):
         updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU * batch.learns)]  # 10, 11
     return record_step(state, batch, advantages, updates)
@@ -389,7 +387,7 @@ class State:
     updates: int = 0  # optimizer steps, skipped ones included
     stage: int = 0  # finished stages of the curriculum
     position: int = 0  # problems read in this stage; 0 again at the next
-    questions: int = 0  # trained on
+    questions: int = 0  # drawn
     prompts_skipped: int = 0  # too long
     tokens: int = 0  # of sampled outputs
     failures: int = 0  # steps in a row whose update was not finite
@@ -409,7 +407,7 @@ class Batch(NamedTuple):
     by_name: dict
     learns: bool = True  # False: no update is made of it
     dropped: tuple = ()  # records of outputs, of all ranks, that were drawn in vain (REFILL)
-    extra: dict | None = None  # metrics of how it was drawn
+    extra: tuple | dict = ()  # metrics of how it was drawn
 
 
 # ==== One update: line 11 ===========================================================================================
@@ -488,7 +486,7 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
         sums[gap] = maxima[f"{gap}_max"] = (logp_old - logp_sampled).abs() * mask
     if logp_sampled is not None and IS_RATIO != "none":
         weight = sampling_weight(logp_old, logp_sampled, mask)  # [n, T] or [n, 1]
-        sums["is_weight"] = maxima["is_weight_max"] = weight * mask
+        sums["is_weight"] = maxima["is_weight_max"] = torch.where(mask, weight, 0.0)
         sums["is_outside"] = (within_limits(weight) != weight) & mask
     if logp_ref is not None:
         log_r = logp_ref - logp  # [n, T]  log(π_ref/π_θ)
@@ -527,7 +525,7 @@ def other_step(state, source, coefficients, loss_function):
     rollout, by_name = batch.rollout, batch.by_name  # {name: [Q, G]}
     on_policy = source is state.policy  # ratios and the KL can be estimated only from outputs of π_θ
     logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
-    logp_ref = log_probs(state, state.reference, rollout) if on_policy and BETA else None  # [N, T]
+    logp_ref = log_probs(state, state.reference, rollout) if on_policy and needs_reference() else None  # [N, T]
     GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
     num_updates = MU if source else 1  # given texts are imitated once a step, whatever μ
     with llms.timed("update"):
@@ -644,7 +642,7 @@ def last_step():
 
 def needs_reference():
     """Is π_ref the source of the outputs, or used for a KL (which Online RFT only records)?"""
-    return ALGORITHM in ("rft", "dpo") or (ALGORITHM != "sft" and BETA > 0)
+    return ALGORITHM in ("rft", "dpo") or (ALGORITHM not in ("sft", "distill") and BETA > 0)
 
 
 # ########################################## Here the paper ends #####################################################
@@ -727,7 +725,7 @@ def batch_of(state, groups, *about):
 
 def next_questions(state):
     """Line 5: QUESTIONS_PER_STEP problems whose prompts are short enough. Returns this rank's problems and prompts."""
-    stage, dataset = stage_of(state.step)
+    stage, dataset = stage_of(state.step + len(state.queue))  # of the step that these are for
     if stage != state.stage:
         state.stage, state.position, state.stream = stage, 0, None
     if state.stream is None:
@@ -803,7 +801,8 @@ def score_outputs(rollout, problems, state=None):
         questions = [problem["question"] for problem in problems]
         by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
     if state and WEIGHT_RANDOM:
-        tosses = torch.rand(outputs // group, group, generator=state.generator) < 0.5  # [Q, G], of all ranks
+        coin = torch.Generator().manual_seed(state.questions)  # not the generator of sampling, nor the same each time
+        tosses = torch.rand(outputs // group, group, generator=coin) < 0.5  # [Q, G], of all ranks
         by_name["random"] = torch.tensor(llms.share(tosses.tolist())).float()
     return {name: torch.as_tensor(values).view(-1, group) for name, values in by_name.items()}
 
@@ -883,7 +882,7 @@ def record_step(state, batch, advantages, updates, extra=None):
         "stage": stage,
         **outputs,
         **report.mean_of_updates(updates),
-        **(batch.extra or {}),
+        **dict(batch.extra),
         **(extra or {}),
         **{name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")},
         **state.memory.limits,
@@ -915,6 +914,10 @@ def load_checkpoint(state):
     if differ:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
+    if any(len(groups) < llms.WORLD for groups, *_ in about["queue"]):
+        raise SettingsError(
+            f"{state.run} has outputs of {len(about['queue'][0][0])} questions waiting: use fewer ranks"
+        )
     state.queue = [batch_of(state, *parts) for parts in about["queue"]]
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy, adapter=COLD_START > 0 or state.step > STEPS)
@@ -1013,7 +1016,10 @@ def check_settings():
     from_1 = ("ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY")
     least = dict.fromkeys(numbers, 0) | dict.fromkeys(from_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
-    outcome, grpo, distill = SUPERVISION == "outcome", ALGORITHM == "grpo", ALGORITHM == "distill"
+    grpo, distill, ratio = ALGORITHM == "grpo", ALGORITHM == "distill", ALGORITHM in ("grpo", "ppo", "distill")
+    outcome, summed = SUPERVISION == "outcome", NORMALIZE == "sum"
+    of_grpo = ("SCALE", "PASS_K", "NORMALIZE", "POSITIVE", "NEGATIVE", "REFILL", "STALENESS")
+    of_ratios = ("CLIP", "DELTA", "IS_RATIO")
     below_0 = WEIGHT_OVERLONG or REWARD_MODEL or any(now[name] < 0 for name in weights)
     rewards = {*evaluator.REWARDS, "overlong", "random", "reward_model", "steps"}
     rules = [
@@ -1030,22 +1036,32 @@ def check_settings():
         ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"at least {llms.WORLD}, one for each rank"),
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
         ("SUPERVISION", outcome or grpo, f"outcome for {ALGORITHM}"),
-        ("REWARD_MODEL", not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"), f"empty for {ALGORITHM}: it uses the rule"),
+        (
+            "REWARD_MODEL",
+            not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"),
+            f"empty for {ALGORITHM}: it uses no rewards",
+        ),
         ("RATIO", RATIO == "token" or (outcome and ALGORITHM not in ("ppo", "distill")), "token if Â differs by token"),
         ("MU", MU == 1 or ALGORITHM not in ("sft", "dpo"), f"1 for {ALGORITHM}: it makes one update a step"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
-        ("PASS_K", PASS_K == 1 or 1 < PASS_K < GROUP_SIZE, f"from 1 to below --group_size {GROUP_SIZE}"),
-        ("PASS_K", PASS_K == 1 or (outcome and SCALE != "mean"), "1 with --supervision process and with --scale mean"),
+        *((name, now[name] == CONSTANTS[name][1] or grpo, f"as it is for {ALGORITHM}") for name in of_grpo),
+        *((name, now[name] == CONSTANTS[name][1] or ratio, f"as it is for {ALGORITHM}") for name in of_ratios),
+        ("PASS_K", PASS_K == 1 or PASS_K < GROUP_SIZE, f"below --group_size {GROUP_SIZE}"),
+        ("PASS_K", PASS_K == 1 or (outcome and SCALE != "mean"), "1 with --supervision or --scale mean"),
         ("SCALE", outcome or SCALE in ("group", "none"), f"group or none with --supervision {SUPERVISION}"),
         ("SCALE", SCALE != "mean" or not below_0, "another than mean: a reward can be negative"),
-        ("NORMALIZE", NORMALIZE == "sum" or (outcome and SCALE == "group" and PASS_K == 1), "sum with such advantages"),
-        ("NORMALIZE", NORMALIZE == "sum" or POSITIVE == NEGATIVE == 1, "sum where --positive or --negative is not 1"),
+        ("NORMALIZE", summed or outcome, f"sum with --supervision {SUPERVISION}"),
+        ("NORMALIZE", summed or SCALE == "group", f"sum with --scale {SCALE}"),
+        ("NORMALIZE", summed or PASS_K == POSITIVE == NEGATIVE == 1, "sum with --pass_k, --positive or --negative"),
+        *(
+            (name, now[name] == 1 or outcome, f"1 with --supervision {SUPERVISION}")
+            for name in ("POSITIVE", "NEGATIVE")
+        ),
         ("DELTA", DELTA == 0 or DELTA > 1 + EPSILON_HIGH, f"0, or above 1 + epsilon_high = {1 + EPSILON_HIGH}"),
         ("DELTA", DELTA == 0 or CLIP == "objective", "0 with --clip weight"),
         ("IS_LOW", IS_LOW < IS_HIGH, f"below --is_high {IS_HIGH}"),
-        ("IS_RATIO", IS_RATIO == "none" or grpo or ALGORITHM in ("ppo", "distill"), f"none for {ALGORITHM}"),
-        ("IS_RATIO", IS_RATIO != "none" or not STALENESS, "token or sequence with --staleness: it corrects for it"),
-        *((name, now[name] == 0 or grpo, f"0 for {ALGORITHM}") for name in ("REFILL", "STALENESS")),
+        ("IS_RATIO", IS_RATIO != "none" or not STALENESS, "token or sequence with --staleness"),
+        ("REFILL", REFILL == 0 or outcome, f"0 with --supervision {SUPERVISION}"),
         ("TEACHER", bool(TEACHER) == distill, "a model" if distill else f"empty for {ALGORITHM}"),
         ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
     ]
@@ -1108,7 +1124,7 @@ def new_state(policy, tokenizer, run=None):
     context = getattr(policy.config, "max_position_embeddings", math.inf)
     state.prompt_limit = min(MAX_PROMPT_TOKENS + examples_length(tokenizer), context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
-    state.teacher = llms.frozen_copy(llms.load(TEACHER)[0]) if TEACHER else None
+    state.teacher = llms.frozen_copy(llms.load(model_folder(TEACHER))[0].requires_grad_(False)) if TEACHER else None
     return state
 
 
@@ -1166,7 +1182,7 @@ def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
     run = Path(actions.resume) if actions.resume else report.new_folder(RUN, MODEL, DATASET, actions.test)
     problems, last = check_data(), last_step()
-    if TEACHER and llms.vocabulary(model_folder(MODEL)) != llms.vocabulary(TEACHER):
+    if TEACHER and llms.vocabulary(model_folder(MODEL)) != llms.vocabulary(model_folder(TEACHER)):
         raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)

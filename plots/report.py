@@ -76,8 +76,7 @@ def behaviour(records):
 
 def mean_of_updates(updates):
     """The part of a training row that is about its μ updates: means of their diagnostics, of maxima the largest."""
-    means = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high"), 0.0)  # where nothing was learnt from
-    means |= dict.fromkeys(("grad_norm", "lr", "skipped_updates"), 0.0)
+    means = dict.fromkeys(("loss", "ratio_max", "clip_low", "clip_high", "grad_norm", "lr", "skipped_updates"), 0.0)
     means |= dict.fromkeys(("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max"))
     for name in updates[0] if updates else ():
         values = [update[name] for update in updates]
@@ -262,8 +261,8 @@ def silence(records, tags):
     return (
         "note: hardly an output of this step is right or has the form, so there is little to learn from. With each tag:"
         f" {', '.join(shares)}; {mean(records, 'truncated'):.2f} are cut. One of them:\n{completion(records[0])}\n"
-        "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4. If outputs are\n"
-        "  cut: a longer --max_new_tokens. If answers are wrong: an easier data set, such as --dataset arithmetic:1."
+        "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4. If outputs\n"
+        "  are cut: a longer --max_new_tokens. If answers are wrong: an easier data set, such as --dataset arithmetic:1."
     )
 
 
@@ -288,7 +287,7 @@ def health_notes(row, settings, on_gpu):
     kl, entropy, past_warmup = row["kl"] or 0.0, row["entropy"], step > settings["WARMUP"] + 2
     at_reference = (step - 1) % settings["STEPS"] == 0  # the first step of an iteration: π_θ = π_ref
     grpo, mu, sequence = settings["ALGORITHM"] == "grpo", settings["MU"], settings["DENOMINATOR"] == "sequence"
-    if grpo and mu == 1 and sequence and abs(row["loss"]) < 1e-3:
+    if grpo and mu == 1 and sequence and abs(row["loss"]) < 1e-3 and row["grad_norm"] > 0:
         yield "loss is about 0 at μ = 1: expected. Ratios are 1, a group's advantages sum to 0; its gradient is not 0"
     if row["zero_advantage"] > 0.9:
         yield "9 of 10 outputs have Â = 0 and teach nothing: the questions are too easy or too hard"

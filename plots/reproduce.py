@@ -85,7 +85,7 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "tis": PLAIN + STALE + "token",
     "sequence-tis": PLAIN + STALE + "sequence",
     "icepop": PLAIN + STALE + "token --is_outside mask --is_low 0.5",
-    "scale-rl": PLAIN + CISPO + " --scale batch --staleness 8 --is_ratio token",
+    "scale-rl": PLAIN + CISPO + " --scale batch --staleness 8 --is_ratio token --is_high 5",
     "distill": "--beta 0 --algorithm distill --denominator token --teacher runs/reproduce-grpo-0/model",
     "plain-mu-4": PLAIN_4,
     "gspo": PLAIN_4 + " --ratio sequence --epsilon_low 3e-4 --epsilon_high 4e-4",
@@ -95,9 +95,15 @@ RUNS = {  # what each changes; a flag given twice takes its last value
 }
 THREE_SEEDS = {"dpo", "iterations-2", "beta-0", "group-2", "group-32", "sparse", "no-std", "mu-2", "mu-4"}
 THREE_SEEDS |= {"mu-4-epsilon-10"}  # of these no difference to GRPO is claimed
-VARIANTS = dict.fromkeys(list(RUNS)[list(RUNS).index("plain") : list(RUNS).index("plain-mu-4")], "plain")
-VARIANTS |= dict.fromkeys(list(RUNS)[list(RUNS).index("plain-mu-4") :], "plain-mu-4")  # {run: what it is compared with}
-THREE_SEEDS |= set(VARIANTS)
+COMPARED = {  # what came after the paper, by the run with the same reward that it is compared with
+    "plain": "dr-grpo rloo lite-ppo magistral dapo maxrl pass-k w-reinforce two-outputs tis sequence-tis icepop scale-rl"
+    " distill",
+    "plain-mu-4": "gspo luspo cispo dual-clip",
+    "beta-0": "gdpo",
+    "sparse": "k3-plus",
+}
+VARIANTS = {name: base for base, names in COMPARED.items() for name in names.split()}
+THREE_SEEDS |= {*VARIANTS, *COMPARED}
 FIGURE_7 = {"before": "", "after GRPO": "grpo", "answer's reward alone": "plain", "pass@4 training": "pass-k"}
 EVALUATIONS = {"figure7-base": "tiny"}
 EVALUATIONS |= {
@@ -181,7 +187,7 @@ def made_with(folder, flags):
     config, _ = plot.read(folder)
     wanted = {flag[2:].upper(): value for flag, value in zip(flags[::2], flags[1::2])}
     return all(
-        float(value) == config[name] if isinstance(config[name], float) else value == str(config[name]).lower()
+        float(value) == config[name] if isinstance(config.get(name), float) else value == str(config.get(name)).lower()
         for name, value in wanted.items()
     )
 
@@ -235,6 +241,8 @@ def collect(names):
     jobs = [(name, seed) for seed in SEEDS for name in names if seed in seeds(name)]
     with tqdm(total=sum(steps(name) for name, _ in jobs), desc="reproduce", unit="step", smoothing=0.02) as bar:
         evaluate("figure7-base", bar)  # builds the tiny model, once
+        if "distill" in names:
+            train("grpo", 0, tqdm(disable=True))  # its teacher
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             done = dict(zip(jobs, pool.map(lambda job: train(*job, bar), jobs)))
@@ -280,7 +288,7 @@ def table(data):
     columns = "run", "flags", "accuracy", "less its start", "less grpo", "steps to 0.80", "KL", "clipped", "dead"
     columns += "length", "minutes"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name in (name for name in RUNS if name in data and name not in VARIANTS):
+    for name in (name for name in RUNS if name in data and name not in (*VARIANTS, "plain", "plain-mu-4")):
         runs = data[name]["runs"]
         last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
         grpo = "".join(re.findall(r"^\d-step-", name)) + "grpo"  # on the same questions
@@ -307,19 +315,30 @@ def at_equal_tokens(runs, others):
 
 def variants_table(data):
     """What came after the paper, against GRPO with the same reward: after as many steps, and after as many tokens."""
-    columns = "run", "flags", "accuracy", "less plain", "at equal tokens", "steps to 0.80", "thousand tokens", "length"
+    columns = (
+        "run",
+        "flags",
+        "accuracy",
+        "compared with",
+        "after as many steps",
+        "after as many tokens",
+        "steps to 0.80",
+    )
+    columns += "thousand tokens", "length"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name in (name for name in VARIANTS if name in data and VARIANTS[name] in data):
-        runs, others = data[name]["runs"], data[VARIANTS[name]]["runs"]
-        start = {"plain": PLAIN, "plain-mu-4": PLAIN_4}[VARIANTS[name]]
-        flags = RUNS[name] if name in ("plain", "plain-mu-4") else RUNS[name].removeprefix(start).strip()
-        cells = [mean_and_range(accuracies(runs))]
-        cells += [difference(accuracies(runs), accuracies(others)), difference(*at_equal_tokens(runs, others))]
-        cells = [cells[0], "–", "–"] if runs is others else cells
+    for name in (name for name in RUNS if name in data and name in (*VARIANTS, *COMPARED)):
+        runs, base = data[name]["runs"], VARIANTS.get(name)
+        cells = [f"`{RUNS[name].removeprefix(RUNS[base]).strip()}`" if base else f"`{RUNS[name]}`"]
+        cells += [mean_and_range(accuracies(runs)), base or "–"]
+        if base:
+            others = data[base]["runs"]
+            cells += [difference(accuracies(runs), accuracies(others)), difference(*at_equal_tokens(runs, others))]
+        else:
+            cells += ["–", "–"]
         cells += [steps_to(0.8, runs)]
         for key, unit in (("tokens", 1000), ("eval/length", 1)):
             cells += [f"{sum(run['tests'][-1][key] for run in runs) / len(runs) / unit:.1f}"]
-        print(f"| {name} | `{flags}` | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def draw(data):

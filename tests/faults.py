@@ -146,7 +146,7 @@ def trained(run):
 
 def saved_step(run):
     tensors = safetensors.torch.load((run / "checkpoint" / "state.safetensors").read_bytes())  # it may be replaced now
-    return json.loads(bytes(tensors["about"].tolist()))["counters"]["step"]
+    return json.loads(tensors["about"].numpy().tobytes())["counters"]["step"]
 
 
 def contents(folder):

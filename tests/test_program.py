@@ -562,6 +562,27 @@ def test_a_finished_run_is_a_model_to_train_on(finished, inside, monkeypatch):
     assert code == 2 and err.count("\n") == 1 and "LORA_RANK" in err
 
 
+def test_a_teacher_scores_the_outputs_and_one_with_other_tokens_is_refused_first(finished, inside, tmp_path):
+    folder, flags, _ = finished
+    distill = [*flags, "--algorithm", "distill", "--steps", "2", "--teacher"]
+    code, _, err = inside(*distill, str(folder / "runs" / "whole"), "--run", "taught")
+    assert code == 0, err
+    first, last = [row for row in lines(tmp_path / "runs" / "taught" / "metrics.jsonl") if "reward" in row]
+    assert first["distill/kl"] != 0 and first["kl"] is None and last["grad_norm"] > 0
+    shutil.copytree(flags[1], tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words |= {one: words[other] for one, other in zip(list(words)[-2:], reversed(list(words)[-2:]))}
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, _, err = inside(*distill, "other")
+    assert code == 2 and err.count("\n") == 1 and "has other tokens than" in err
+    (tmp_path / "other" / "tokenizer.json").write_text("[1]")
+    code, _, err = inside(*distill, "other")
+    assert (
+        code == 2 and err.count("\n") == 1 and sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["taught"]
+    )
+
+
 def test_every_command_and_every_flag_of_the_readmes_exists():
     known = {name.lower() for name in main.CONSTANTS} | {"resume", "evaluate", "against", "test", "draw"}
     commands = []

@@ -125,7 +125,7 @@ def ten_steps(checkpoint, folder):
 
 
 def variants(checkpoint, folder):
-    """Four steps with one std for the batch, refill and outputs of a step before: what was drawn, and the weights."""
+    """Three steps with one std for the batch, refill and outputs of a step before: what was drawn, and the weights."""
     state = fresh_state(
         checkpoint, QUESTIONS_PER_STEP=3, STEPS=4, SCALE="batch", REFILL=3, STALENESS=1, IS_RATIO="token", BETA=0.0
     )

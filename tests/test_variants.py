@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import evaluator
 import llms
 import main
+from plots import report
 
 # a policy over three tokens, of which the first is right; the reference or teacher; the policy that has sampled
 Z, Z_REF, Z_OLD = (tensor(z, dtype=torch.float64) for z in ([0.2, -0.5, 1.1], [0.9, 0.1, -0.3], [-0.4, 0.6, 0.0]))
@@ -412,13 +413,16 @@ def test_refill_keeps_the_groups_with_right_and_wrong_outputs_and_counts_all(set
 
 
 def test_after_the_last_draw_refill_trains_on_what_there_is(setup, monkeypatch):
-    state, _ = setup(QUESTIONS_PER_STEP=2, GROUP_SIZE=2, REFILL=2, BETA=0.0, STEPS=1)
+    state, _ = setup(QUESTIONS_PER_STEP=2, GROUP_SIZE=2, BETA=0.0, STEPS=1)
     one, none = ([[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]])
-    for rewards, learns, outputs, share in ((one, True, 4, 0.5), (none, False, 4, 0.0)):
+    cases = [(1, one, True, 2, 0.5), (2, one, True, 4, 0.5), (2, none, False, 4, 0.0)]
+    for draws, rewards, learns, outputs, share in cases:
+        main.REFILL = draws
         monkeypatch.setattr(main, "draw", lambda state, source, rewards=rewards: drawn(rewards, [[3, 5], [4, 4]]))
         batch = main.refill(state)
         assert (batch.learns, len(batch.rollout.texts)) == (learns, outputs)
-        assert batch.extra == {"refill/draws": 2, "refill/mixed": share} and len(batch.dropped) == 8 - outputs
+        assert batch.extra == {"refill/draws": draws, "refill/mixed": share}
+        assert len(batch.dropped) == 4 * draws - outputs
 
 
 def test_a_step_without_a_group_to_learn_from_counts_and_changes_nothing(setup, monkeypatch):
@@ -430,13 +434,31 @@ def test_a_step_without_a_group_to_learn_from_counts_and_changes_nothing(setup, 
     assert (row["step"], row["updates"], row["questions"], row["grad_norm"]) == (1, 0, 6, 0.0)
 
 
-def test_refill_counts_the_tokens_and_questions_of_all_draws(setup, judged, tmp_path):
-    plain, _ = setup(STEPS=2, BETA=0.0)
-    counts = [row["tokens"] for row in train(plain, PROBLEMS, tmp_path / "plain")]
-    state, _ = setup(STEPS=1, REFILL=5, BETA=0.0, QUESTIONS_PER_STEP=3)
-    (row,) = train(state, PROBLEMS * 5, tmp_path / "refilled")
-    assert row["questions"] == 3 * row["refill/draws"] and row["zero_advantage"] < 1
-    assert row["tokens"] == counts[0] if row["refill/draws"] == 1 else row["tokens"] > counts[0]
+def test_refill_counts_the_tokens_and_questions_of_all_draws(setup, judged, monkeypatch):
+    real, lengths = main.draw, []
+
+    def noted(state, source):
+        batch = real(state, source)
+        lengths.extend(batch.rollout.mask.sum(1).tolist())
+        return batch
+
+    monkeypatch.setattr(main, "draw", noted)
+    monkeypatch.setattr(evaluator, "rewards", lambda text, problem: {"correctness": float(len(text) % 6 == 0)})
+    state, _ = setup(STEPS=1, REFILL=5, BETA=0.0)
+    (row,) = train(state, PROBLEMS * 5)
+    assert row["refill/draws"] > 1 and row["questions"] == 3 * row["refill/draws"] and row["updates"] == 1
+    assert row["tokens"] == sum(lengths) and row["length"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_questions_are_of_the_stage_in_which_they_are_trained_on(setup):
+    state, _ = setup(
+        DATASET="arithmetic:1:2,knights:1:2", STEPS=4, STALENESS=2, IS_RATIO="token", QUESTIONS_PER_STEP=1,
+        MAX_PROMPT_TOKENS=400,
+    )  # fmt: skip
+    rows = train(state)
+    asked = [row["question"] for row in report.read_lines(state.run / "samples.jsonl")]
+    assert [row["stage"] for row in rows] == ["arithmetic:1"] * 2 + ["knights:1"] * 2
+    assert ["knave" in question for question in asked] == [False] * 8 + [True] * 8
 
 
 def test_outputs_keep_everything_in_plain_form(setup):
@@ -446,14 +468,19 @@ def test_outputs_keep_everything_in_plain_form(setup):
         assert before == after if name == "texts" else torch.equal(before, after), name
 
 
-def test_steps_train_on_outputs_of_k_steps_before(setup, monkeypatch):
+def test_steps_train_on_outputs_of_k_steps_before(setup, monkeypatch, tmp_path):
     real, drawn_at = main.draw, []
-    monkeypatch.setattr(main, "draw", lambda state, source: drawn_at.append(state.step) or real(state, source))
+
+    def noted(state, source):
+        drawn_at.append(state.step)
+        return real(state, source)._replace(extra={"drawn at": state.step})
+
+    monkeypatch.setattr(main, "draw", noted)
     for k, versions in ((0, [0, 1, 2, 3, 4, 5]), (2, [0, 0, 0, 1, 2, 3])):
         state, _ = setup(STEPS=6, STALENESS=k, IS_RATIO="token", COLD_START=0)
         drawn_at.clear()
-        rows = train(state, PROBLEMS * 3)
-        assert drawn_at == versions and not state.queue
+        rows = train(state, PROBLEMS * 3, tmp_path / str(k))
+        assert drawn_at == [row["drawn at"] for row in rows] == versions and not state.queue
         assert [row["questions"] for row in rows] == [3, 6, 9, 12, 15, 18] if k == 0 else [9, 12, 15, 18, 18, 18]
 
 
@@ -517,15 +544,17 @@ def test_distillation_on_a_toy_policy_follows_the_reverse_kl(constants):
 # ---- rows of constants ---------------------------------------------------------------------------------------------
 
 CONTRADICTIONS = [
-    ("--pass_k 8 --group_size 8", "--pass_k must be"), ("--pass_k 2 --scale mean", "--pass_k must be 1"),
+    ("--pass_k 8 --group_size 8", "--pass_k must be below"), ("--pass_k 2 --scale mean", "--pass_k must be 1"),
     ("--pass_k 2 --supervision process", "--pass_k must be 1"), ("--pass_k 2 --normalize each", "--normalize must be"),
     ("--scale mean --weight_overlong 1", "a reward can be negative"), ("--scale mean --weight_integer -1", "negative"),
     ("--scale mean --reward_model judge", "negative"), ("--scale batch --supervision both", "must be group or none"),
     ("--normalize each --supervision process", "--normalize must be"), ("--clip weight --delta 3", "--delta must be 0"),
     ("--delta 1.1", "--delta must be 0, or above"), ("--is_low 2 --is_high 2", "--is_low must be below"),
-    ("--is_ratio token --algorithm rft", "--is_ratio must be none"), ("--staleness 1", "--is_ratio must be token"),
-    ("--staleness 1 --is_ratio token --algorithm ppo", "--staleness must be 0"),
-    ("--refill 3 --algorithm sft", "--refill must be 0"), ("--teacher tiny", "--teacher must be empty"),
+    ("--is_ratio token --algorithm rft", "--is_ratio must be as it is"), ("--staleness 1", "--is_ratio must be token"),
+    ("--staleness 1 --is_ratio token --algorithm ppo", "--staleness must be as"),
+    ("--refill 3 --algorithm sft", "--refill must be as"), ("--teacher tiny", "--teacher must be empty"),
+    ("--positive 0.1 --algorithm rft", "--positive must be as it is"), ("--negative 0 --supervision both", "must be 1"),
+    ("--delta 3 --algorithm online_rft", "--delta must be as"), ("--refill 3 --supervision process", "must be 0"),
     ("--algorithm distill", "--teacher must be a model"), ("--positive 0.1 --normalize each", "--normalize must be"),
 ]  # fmt: skip
 
@@ -536,34 +565,45 @@ def test_settings_that_contradict_each_other_are_refused(flags, says):
         main.choose_settings(*main.parse(flags.split()))
 
 
-# Two questions with eight outputs, of which 1 and 3 are right. An output has 1 to 3 tokens, and one ratio for them all.
+# Two questions with eight outputs, of which 1 and 3 are right. The ratios of an output's tokens, and their mean:
 RIGHT_OF_8 = double([[1.0] + [0.0] * 7, [1.0] * 3 + [0.0] * 5])
-LENGTHS, RHO, U = [1, 2, 3, 1] * 4, [0.5, 1.0, 1.5, 8.0, 8.0, 1.5, 1.0, 0.5] * 2, [1.0, 1.5, 3.0] * 5 + [1.0]
+RATIOS = [[0.5], [1.0], [1.25], [8.0], [0.5, 2.0], [1.5, 1.0, 1.0], [1.002], [8.0, 0.25, 0.5]] * 2
+MEANS = [0.5, 1.0, 1.25, 8.0, 1.0, 1.5 ** (1 / 3), 1.002, 1.0] * 2
+U = [1.0, 1.5, 3.0] * 5 + [1.0]  # π_θold/π_sampled of an output's tokens
 GROUP = (2.4749, -0.35355), (1.20761, -0.72457)  # Â of the right and the wrong outputs of both questions
 BATCH = (2.04356, -0.29194), (1.45968, -0.87581)
-CLIPPED = {0.5: (0.5, 0), 1.0: (1, 1), 1.5: (0, 1.5), 8.0: (0, 8)}  # w for ratio: (Â > 0, Â < 0)
-CAPPED = {0.5: (0.5, 0.5), 1.0: (1, 1), 1.5: (1.5, 1.5), 8.0: (5, 5)}
-ROWS = {  # the gradient of a token is w · Â × importance weight / denominator
-    "Dr. GRPO": (((0.875, -0.125), (0.625, -0.375)), CLIPPED, "constant"),
-    "RLOO": (((1, -1 / 7), (5 / 7, -3 / 7)), CLIPPED, "constant"),
-    "DAPO": (GROUP, CLIPPED, "token"),
-    "Magistral": (BATCH, CLIPPED, "token"),
-    "MaxRL": (((7, -1), (5 / 3, -1)), CLIPPED, "sequence"),
-    "pass@k training": (((1, -1 / 7), (0.27735, -0.16641)), CLIPPED, "sequence"),
-    "GDPO": (((2.56177, -0.36597), (1.25, -0.75)), CLIPPED, "sequence"),
-    "W-REINFORCE": (((0.24749, -0.35355), (0.120761, -0.72457)), CLIPPED, "sequence"),
-    "GSPO": (GROUP, CLIPPED, "sequence"),
-    "LUSPO": (GROUP, CLIPPED, "constant"),
-    "CISPO": (GROUP, CAPPED, "token"),
-    "dual clip": (GROUP, CLIPPED | {8.0: (0, 0)}, "sequence"),
-    "DeepSeek-V3.2's KL": (GROUP, CLIPPED, "sequence"),
-    "TIS": (GROUP, CLIPPED, "sequence", lambda u, n: min(u, 2)),
-    "sequence TIS": (GROUP, CLIPPED, "sequence", lambda u, n: min(u**n, 2)),
-    "IcePop": (GROUP, CLIPPED, "sequence", lambda u, n: u if u <= 2 else 0),
-    "ScaleRL": (BATCH, CAPPED, "token", lambda u, n: min(u, 2)),
+
+
+def clip(low, high):
+    """The weight of a token, by its ratio: 0 where it is clipped."""
+    return lambda rho, A: 0 if (A > 0 and rho > high) or (A < 0 and rho < low) else rho
+
+
+def cap(rho, A):
+    return min(rho, 5)
+
+
+ROWS = {  # Â, weight, denominator, importance weight: a token's gradient is weight · Â × importance / denominator
+    "Dr. GRPO": (((0.875, -0.125), (0.625, -0.375)), clip(0.8, 1.2), "constant"),
+    "RLOO": (((1, -1 / 7), (5 / 7, -3 / 7)), clip(0.8, 1.2), "constant"),
+    "DAPO": (GROUP, clip(0.8, 1.28), "token"),
+    "Magistral": (BATCH, clip(0.8, 1.28), "token"),
+    "MaxRL": (((7, -1), (5 / 3, -1)), clip(0.8, 1.2), "sequence"),
+    "pass@k training": (((1, -1 / 7), (0.27735, -0.16641)), clip(0.8, 1.2), "sequence"),
+    "GDPO": (((2.56177, -0.36597), (1.25, -0.75)), clip(0.8, 1.2), "sequence"),
+    "W-REINFORCE": (((0.24749, -0.35355), (0.120761, -0.72457)), clip(0.8, 1.2), "sequence"),
+    "GSPO": (GROUP, clip(1 - 3e-4, 1 + 4e-4), "sequence"),
+    "LUSPO": (GROUP, clip(1 - 2e-3, 1 + 2.5e-3), "constant"),
+    "CISPO": (GROUP, cap, "token"),
+    "dual clip": (GROUP, lambda rho, A: 0 if A < 0 and rho > 3 else clip(0.8, 1.2)(rho, A), "sequence"),
+    "DeepSeek-V3.2's KL": (GROUP, clip(0.8, 1.2), "sequence"),
+    "TIS": (GROUP, clip(0.8, 1.2), "sequence", lambda u, n: min(u, 2)),
+    "sequence TIS": (GROUP, clip(0.8, 1.2), "sequence", lambda u, n: min(u**n, 2)),
+    "IcePop": (GROUP, clip(0.8, 1.2), "sequence", lambda u, n: u if u <= 2 else 0),
+    "ScaleRL": (BATCH, cap, "token", lambda u, n: min(u, 5)),
 }
 README = (Path(main.__file__).parent / "README.md").read_text()
-SETTINGS = dict(re.findall(r"^\| \[(.+?)\]\(https://arxiv.org/abs/[\d.]+\) \| `(--.+?)` \|", README, re.MULTILINE))
+SETTINGS = dict(re.findall(r"^\| \[?([^|(\]]+?)\]?(?: ?\(.+?\))? \| `(--.+?)` \|", README, re.MULTILINE))
 
 
 def test_the_readme_has_sixteen_variants_or_more_and_each_is_tried():
@@ -576,16 +616,19 @@ def test_each_row_of_the_readme_has_the_gradient_of_its_formula(constants, name)
     constants(MAX_NEW_TOKENS=4, WEIGHT_CORRECTNESS=1.0)
     advantages = main.normalized_each if main.NORMALIZE == "each" else lambda by_name: main.group_advantages(RIGHT_OF_8)
     A = advantages({"correctness": RIGHT_OF_8}).flatten()
-    logp, mask = ragged([[-1.0] * n for n in LENGTHS])
-    old, sampled = (logp - double(ratio).log()[:, None] for ratio in (RHO, [rho * u for rho, u in zip(RHO, U)]))
+    logp, mask = ragged([[-1.0] * len(ratios) for ratios in RATIOS])
+    old = logp - ragged(RATIOS, 1.0)[0].log()
+    sampled = old - double(U).log()[:, None]
     logp = logp.clone().requires_grad_()
     main.grpo_loss(logp, old, logp.detach() + math.log(2), A, mask, logp_sampled=sampled).backward()
 
-    by_question, weights, denominator, *importance = ROWS[name]
-    right = RIGHT_OF_8.flatten().tolist()
-    for i, (n, rho, u) in enumerate(zip(LENGTHS, RHO, U)):
-        expected = by_question[i // 8][0 if right[i] else 1] * weights[rho][0 if right[i] else 1]
-        expected *= importance[0](u, n) if importance else 1
-        expected += main.BETA * rho * math.log(2)  # of ρ·k3: towards a reference that is twice as likely
-        expected /= {"sequence": 16 * n, "token": sum(LENGTHS), "constant": 16 * 4}[denominator]
-        close(-logp.grad[i, :n], [expected] * n, 2e-4 * max(1, abs(expected)))
+    by_question, weight, denominator, *importance = ROWS[name]
+    right, tokens = RIGHT_OF_8.flatten().tolist(), sum(map(len, RATIOS))
+    for i, (ratios, mean, u) in enumerate(zip(RATIOS, MEANS, U)):
+        n, A_i = len(ratios), by_question[i // 8][0 if right[i] else 1]
+        for t, rho in enumerate(ratios):
+            expected = A_i * weight(mean if "SPO" in name and name != "CISPO" else rho, A_i)
+            expected *= importance[0](u, n) if importance else 1
+            expected += main.BETA * rho * math.log(2)  # of ρ·k3: towards a reference that is twice as likely
+            expected /= {"sequence": 16 * n, "token": tokens, "constant": 16 * 4}[denominator]
+            close(-logp.grad[i, t], expected, 2e-4 * max(1, abs(expected)))
