@@ -42,6 +42,7 @@ import importlib.util
 import itertools
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -801,9 +802,9 @@ def score_outputs(rollout, problems, state=None):
         questions = [problem["question"] for problem in problems]
         by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
     if state and WEIGHT_RANDOM:
-        coin = torch.Generator().manual_seed(state.questions)  # not the generator of sampling, nor the same each time
-        tosses = torch.rand(outputs // group, group, generator=coin) < 0.5  # [Q, G], of all ranks
-        by_name["random"] = torch.tensor(llms.share(tosses.tolist())).float()
+        coin = random.Random(f"{SEED} {state.questions}")  # of its own: sampling draws the same numbers without it
+        tosses = [[coin.randrange(2) for _ in range(group)] for _ in range(outputs // group)]  # [Q, G], of all ranks
+        by_name["random"] = torch.tensor(llms.share(tosses)).float()
     return {name: torch.as_tensor(values).view(-1, group) for name, values in by_name.items()}
 
 

@@ -795,7 +795,11 @@ def test_the_random_reward_is_a_fair_coin_that_no_output_can_earn(setup, constan
     )
     assert "random" not in main.score_outputs(rollout, problems, state)
     constants(WEIGHT_RANDOM=1.0)
-    first, second = (main.score_outputs(rollout, problems, state)["random"] for _ in range(2))
+    before, tosses = state.generator.get_state(), []
+    for state.questions in (0, 50):
+        tosses.append(main.score_outputs(rollout, problems, state)["random"])
+    assert torch.equal(state.generator.get_state(), before)  # sampling goes on as without it
+    first, second = tosses
     assert first.shape == (50, 20) and set(first.unique().tolist()) == {0.0, 1.0} and 0.45 < first.mean() < 0.55
     assert 0.4 < (first == second).float().mean() < 0.6  # the same outputs, other tosses
     assert "random" not in main.score_outputs(rollout, problems)  # and none in a test
@@ -806,16 +810,17 @@ def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
     state, _ = setup()
     problems = [{"question": "?", "answer": "1", "kind": "math"}] * 3
     toss = lambda n: main.score_outputs(outputs_of(["1"] * 4 * n), problems[:n], state)["random"].tolist()
-    state.generator.manual_seed(7)
     alone, parts = toss(3), []
     for rank, count in ((0, 1), (1, 2)):
         monkeypatch.setattr(llms, "sums_over_ranks", lambda failed, outputs: [0, 12])
         monkeypatch.setattr(
             llms, "share", lambda rows, rank=rank: rows[len(rows) * rank // 2 : len(rows) * (rank + 1) // 2]
         )
-        state.generator.manual_seed(7)
         parts += toss(count)
     assert parts == alone
+    constants(SEED=1)
+    monkeypatch.undo()
+    assert toss(3) != alone
 
 
 def test_a_run_tells_how_its_outputs_come_to_their_answers():
