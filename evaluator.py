@@ -2,7 +2,7 @@
 
 Completions and problems are plain text and dicts. `rewards` gives the rewards in the table REWARDS for one completion,
 and `score` those of many, unweighted. Not in the table: `step_rewards` (for each step) and `overlong` (of a length).
-To add a reward, write a function under `@reward` (last section) and its weight in main.py.
+To add a reward, write a function under `@reward` or `@group_reward` (last section) and its weight in main.py.
 """
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
@@ -906,12 +906,19 @@ def calculations(step):
 # ---- the rewards ---------------------------------------------------------------------------------------------------
 # One function for each reward: a number for a completion and its problem, or None where it does not apply.
 
-REWARDS = {}  # name: function
+REWARDS = {}  # name: function of a completion and its problem
+GROUP_REWARDS = {}  # name: function of all completions of a problem, and the problem
 
 
 def reward(function):
     """Put a reward into the table under its own name. Its weight, if any, is the constant WEIGHT_ + NAME in main.py."""
     REWARDS[function.__name__] = function
+    return function
+
+
+def group_reward(function):
+    """The same for a reward that compares: it sees all completions of a problem, and returns a number for each."""
+    GROUP_REWARDS[function.__name__] = function
     return function
 
 
@@ -921,9 +928,10 @@ def rewards(completion, problem):
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def score(completions, problems, threads):
+def score(completions, problems, threads, group=1):
     """The rewards of many completions: ({name: one number per completion}, [the exceptions that rules raised]).
-    If a rule raises one, its completion counts as wrong. The rules run in threads, because programs are slow."""
+    If a rule raises one, its completion counts as wrong. The rules run in threads, because programs are slow.
+    Every `group` completions that follow each other are of one problem, and are compared if there are several."""
 
     def score_one(completion, problem):
         try:
@@ -938,7 +946,19 @@ def score(completions, problems, threads):
         scored = list(pool.map(score_one, completions, problems))
     names = dict.fromkeys(name for values, _ in scored for name in values)
     by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}  # 0 where it does not apply
-    return by_name, [failure for _, failure in scored if failure]
+    failures = [failure for _, failure in scored if failure]
+    for name, function in GROUP_REWARDS.items() if group > 1 else ():
+        by_name[name] = []
+        for start in range(0, len(completions), group):
+            try:
+                values = list(map(float, function(completions[start : start + group], problems[start])))
+                if len(values) != group or not all(map(math.isfinite, values)):
+                    raise ValueError(f"{name} must be {group} finite numbers, not {values}")
+            except Exception as error:
+                values = [0.0] * group
+                failures.append(f"{error!r} (question: {problems[start].get('question')})")
+            by_name[name] += values
+    return by_name, failures
 
 
 @reward

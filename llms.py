@@ -1057,6 +1057,49 @@ def standardised(scores):
     return ((scores - of_all.mean()) / (of_all.std(correction=min(1, len(of_all) - 1)) + 1e-4)).tolist()
 
 
+# ---- a judge -------------------------------------------------------------------------------------------------------
+
+COMPARE = """Two answers to the same question. Which one is better?
+
+Question: {}
+
+Answer 1: {}
+
+Answer 2: {}
+
+Reply with the number of the better answer, 1 or 2, and nothing else."""
+
+
+def load_judge(name):
+    """A frozen causal model that compares answers, and its tokenizer, in which 1 and 2 must be different tokens."""
+    model, tokenizer = load(name)
+    if len({last_token(tokenizer, number) for number in "12"}) < 2:
+        raise ModelError(f"{name} cannot be a judge: 1 and 2 are the same token to it")
+    return model.requires_grad_(False), tokenizer
+
+
+def last_token(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+
+
+@torch.no_grad()
+def first_is_better(model, tokenizer, question, pairs, token_budget=16384):
+    """What a judge says of pairs of answers: the probability of the reply 1 against 2, for each pair: [pairs]."""
+    asked = [[{"role": "user", "content": COMPARE.format(question, *pair)}] for pair in pairs]
+    prompts = [encode(tokenizer, messages) for messages in asked]
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    if max(map(len, prompts)) >= limit:
+        raise ModelError(f"a question with two answers is longer than the judge reads, {limit} tokens")
+    replies = [[last_token(tokenizer, number)] for number in "12"] * len(pairs)
+    tensors = batch([prompt for prompt in prompts for _ in "12"], replies, model.device)
+    rollout = Rollout(*tensors, None, None, None, None)
+    log_p = torch.zeros(len(replies), 1, device=model.device)
+    for rows in rollout.micro_batches(range(len(replies)), 2, token_budget):
+        log_p[rows] = token_logprobs(model, *rollout.rows(rows), 1.0)
+    one, two = log_p.view(-1, 2).cpu().T  # 2 × [pairs]
+    return torch.sigmoid(one - two)
+
+
 # ---- the tiny model ------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}

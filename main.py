@@ -128,6 +128,8 @@ OVERLONG_SHARE = 0.2  # the last part of MAX_NEW_TOKENS, over which that penalty
 WEIGHT_RANDOM = 0.0  # a control that teaches nothing: a coin toss, 1 or 0
 REWARD_MODEL = ""  # a sequence classifier, hub name or folder, that scores every output; empty: rules only
 WEIGHT_REWARD_MODEL = 1.0  # its score, standardised over the outputs of a step
+JUDGE = ""  # a causal model, hub name or folder, that compares the outputs of a question, each with each (keep G small)
+WEIGHT_JUDGE = 1.0  # how likely an output is the better one, by the judge, on average over the others of its group
 WEIGHT_STEPS = 0.5  # weight of the advantages of the steps, where SUPERVISION is both
 # -- Optimisation
 LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
@@ -379,6 +381,7 @@ class State:
     reference: torch.nn.Module = None  # π_ref, where something needs it
     critic: torch.nn.Module = None  # V_ψ of PPO
     reward_model: tuple = None  # REWARD_MODEL and its tokenizer
+    judge: tuple = None  # JUDGE and its tokenizer
     teacher: torch.nn.Module = None  # TEACHER
     queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
     stream: object = None  # iterator over the training problems
@@ -790,7 +793,7 @@ def score_outputs(rollout, problems, state=None):
     """Every reward of every output, unweighted: {name: [Q, G]}; without a state, as in a test, those of rules alone."""
     group, threads = len(rollout.texts) // len(problems), max(1, os.cpu_count() // llms.LOCAL_WORLD)
     problems = [problem for problem in problems for _ in range(group)]  # [N]
-    by_name, failures = evaluator.score(rollout.texts, problems, threads)  # {name: N numbers}, [why a rule failed]
+    by_name, failures = evaluator.score(rollout.texts, problems, threads, group if state else 1)  # {name: N numbers}
     if failures:
         tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
     failed, outputs = llms.sums_over_ranks(len(failures), len(problems))
@@ -801,11 +804,31 @@ def score_outputs(rollout, problems, state=None):
     if state and state.reward_model:
         questions = [problem["question"] for problem in problems]
         by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
+    if state and state.judge:
+        for start in range(0, len(problems), group):
+            wins, flips = compared(state.judge, problems[start]["question"], rollout.texts[start : start + group])
+            by_name.setdefault("judge", []).extend(wins)
+            by_name.setdefault("judge_flips", []).extend(flips)
     if state and WEIGHT_RANDOM:
         coin = random.Random(f"{SEED} {state.questions}")  # of its own: sampling draws the same numbers without it
         tosses = [[coin.randrange(2) for _ in range(group)] for _ in range(outputs // group)]  # [Q, G], of all ranks
         by_name["random"] = torch.tensor(llms.share(tosses)).float()
     return {name: torch.as_tensor(values).view(-1, group) for name, values in by_name.items()}
+
+
+def compared(judge, question, texts):
+    """How each of G outputs fares against the others, by the judge, each pair shown in both orders: 2 × G numbers.
+
+    The first is the mean probability of being the better one, a soft reward. The second is the share of its pairs in
+    which the verdict goes to the place, first or second, and not to an output.
+    """
+    pairs = list(itertools.permutations(range(len(texts)), 2))
+    said = llms.first_is_better(*judge, question, [(texts[i], texts[j]) for i, j in pairs])  # [G (G - 1)]
+    first = torch.full((len(texts), len(texts)), 0.5, dtype=torch.float64)  # [G, G]: i, shown first, is better than j
+    first[tuple(zip(*pairs))] = said.double()
+    wins = (first + 1 - first.T) / 2  # [G, G]
+    flips = ((first > 0.5) == (first.T > 0.5)).fill_diagonal_(False)  # [G, G]
+    return [((x.sum(1) - own) / (len(texts) - 1)).tolist() for x, own in ((wins, 0.5), (flips, 0))]
 
 
 def weighted_sum(by_name):
@@ -1022,7 +1045,7 @@ def check_settings():
     of_grpo = ("SCALE", "PASS_K", "NORMALIZE", "POSITIVE", "NEGATIVE", "REFILL", "STALENESS")
     of_ratios = ("CLIP", "DELTA", "IS_RATIO")
     below_0 = WEIGHT_OVERLONG or REWARD_MODEL or any(now[name] < 0 for name in weights)
-    rewards = {*evaluator.REWARDS, "overlong", "random", "reward_model", "steps"}
+    rewards = {*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge", "steps"}
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
         *((name, name[7:].lower() in rewards, "the weight of a reward of evaluator.py") for name in weights),
@@ -1036,6 +1059,7 @@ def check_settings():
         ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
         ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"at least {llms.WORLD}, one for each rank"),
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
+        ("JUDGE", not JUDGE or GROUP_SIZE > 1, "empty with --group_size 1: it compares outputs"),
         ("SUPERVISION", outcome or grpo, f"outcome for {ALGORITHM}"),
         (
             "REWARD_MODEL",
@@ -1125,6 +1149,7 @@ def new_state(policy, tokenizer, run=None):
     context = getattr(policy.config, "max_position_embeddings", math.inf)
     state.prompt_limit = min(MAX_PROMPT_TOKENS + examples_length(tokenizer), context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
+    state.judge = llms.load_judge(model_folder(JUDGE)) if JUDGE else None
     state.teacher = llms.frozen_copy(llms.load(model_folder(TEACHER))[0].requires_grad_(False)) if TEACHER else None
     return state
 
@@ -1222,7 +1247,7 @@ def run_steps(state, problems, evaluates_at):
 
 def run_evaluation(actions):
     """Test one model, or two on the same questions with their paired difference."""
-    problems, right = check_data(training=False), []
+    problems, outputs = check_data(training=False), []
     names = [name for name in (actions.evaluate, actions.against) if name]
     states = [State(*llms.load(model_folder(name))) for name in names]
     for state in states:  # both, before either is tested
@@ -1230,10 +1255,14 @@ def run_evaluation(actions):
     for name, state in zip(names, states):
         llms.shard(state.policy)
         metrics, records = evaluate(state, problems)
-        right.append([record["correctness"] for record in records])
+        outputs.append(records)
         say(f"{name}: {report.eval_line(metrics)}")
     if actions.against:
-        say(report.paired_difference(names, right))
+        say(report.paired_difference(names, [[record["correctness"] for record in records] for records in outputs]))
+    if actions.against and JUDGE:
+        judge = llms.load_judge(model_folder(JUDGE))
+        texts = [(a["question"], [a["completion"], b["completion"]]) for a, b in llms.share(list(zip(*outputs)))]
+        say(report.verdicts(names, llms.gather([compared(judge, question, pair) for question, pair in texts])))
     return 0
 
 

@@ -123,6 +123,16 @@ def paired_difference(names, right):
     )
 
 
+def verdicts(names, compared):
+    """What a judge says of the outputs of two models; compared: for each question (wins, flips) of both outputs."""
+    wins = [(a > 0.5) + 0.5 * (a == 0.5) for (a, _), _ in compared]
+    share, flipped = statistics.mean(wins), statistics.mean(flips[0] for _, flips in compared)
+    return (
+        f"judge: {names[0]} is better than {names[1]} in {share:.3f} ± {wilson(share, len(wins)):.3f} of {len(wins)}"
+        f" questions, both orders averaged; in {flipped:.3f} it prefers a place, not an output"
+    )
+
+
 # ---- the folder of a run -------------------------------------------------------------------------------------------
 
 WRITERS = {}  # {run: a writer of TensorBoard's files}
@@ -259,10 +269,10 @@ def silence(records, tags):
         return None
     shares = [f"{tag} {sum(tag in record['completion'] for record in records) / len(records):.2f}" for tag in tags]
     return (
-        "note: hardly an output of this step is right or has the form, so there is little to learn from. With each tag:"
+        "note: hardly an output of this step is right or has the form, so there is little to learn. With each tag:"
         f" {', '.join(shares)}; {mean(records, 'truncated'):.2f} are cut. One of them:\n{completion(records[0])}\n"
-        "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4. If outputs\n"
-        "  are cut: a longer --max_new_tokens. If answers are wrong: an easier data set, such as --dataset arithmetic:1."
+        "  If the form is missing: --cold_start 50 (if the data set has worked solutions) or --shots 4.\n"
+        "  If outputs are cut: a longer --max_new_tokens. If answers are wrong: an easier set: --dataset arithmetic:1."
     )
 
 

@@ -96,8 +96,8 @@ RUNS = {  # what each changes; a flag given twice takes its last value
 THREE_SEEDS = {"dpo", "iterations-2", "beta-0", "group-2", "group-32", "sparse", "no-std", "mu-2", "mu-4"}
 THREE_SEEDS |= {"mu-4-epsilon-10"}  # of these no difference to GRPO is claimed
 COMPARED = {  # what came after the paper, by the run with the same reward that it is compared with
-    "plain": "dr-grpo rloo lite-ppo magistral dapo maxrl pass-k w-reinforce two-outputs tis sequence-tis icepop scale-rl"
-    " distill",
+    "plain": "dr-grpo rloo lite-ppo magistral dapo maxrl pass-k w-reinforce two-outputs tis sequence-tis icepop "
+    "scale-rl distill",
     "plain-mu-4": "gspo luspo cispo dual-clip",
     "beta-0": "gdpo",
     "sparse": "k3-plus",
