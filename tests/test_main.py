@@ -970,6 +970,17 @@ def test_a_first_step_without_form_or_right_answers_says_so_once_with_an_output_
     assert "hardly an output" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, share, silent",
+    [("correctness", 1, True), ("correctness", 2, False), ("soft_format", 2, False), ("tests", 2, False)],
+)
+def test_that_note_comes_below_one_in_fifty(monkeypatch, name, share, silent):
+    monkeypatch.setattr(report, "completion", lambda record: "")
+    nothing = {"correctness": 0.0, "soft_format": 0.0, "tests": 0.0, "truncated": 0.0, "completion": ""}
+    records = [nothing | {name: float(i < share)} for i in range(100)]
+    assert (report.silence(records, []) is not None) == silent
+
+
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 

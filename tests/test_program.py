@@ -173,7 +173,7 @@ def test_plots_overlay_runs_from_their_files_alone(finished):
     ]
 
 
-def test_curves_can_be_drawn_by_what_was_spent(finished, monkeypatch):
+def test_curves_can_be_drawn_by_what_was_spent(finished, monkeypatch, tmp_path):
     rows = [{"step": 0, "eval/accuracy": 0.2}, {"step": 1, "tokens": 100, "seconds": 2.0}]
     rows += [{"step": 2, "tokens": 250, "seconds": 3.0}, {"step": 2, "eval/accuracy": 0.8}]
     assert plot.positions(rows, "tokens") == {0: 0, 1: 100, 2: 250}
@@ -182,11 +182,12 @@ def test_curves_can_be_drawn_by_what_was_spent(finished, monkeypatch):
     twice = [row | {key: 2 * row[key] for key in ("tokens", "seconds") if key in row} for row in rows]
     plot.panel(axes, {"eval/accuracy": ""}, "title", {"a": [rows, twice]}, smoothed=False, x="tokens")
     assert list(axes.lines[0].get_xdata()) == [0, 375] and axes.get_xlabel() == "tokens sampled"
-    folder, _, _ = finished
-    monkeypatch.setattr(
-        sys, "argv", ["plot.py", "--x", "tokens", str(folder / "runs" / "whole"), "--out", str(folder / "x")]
-    )
-    assert plot.main() == 0 and (folder / "x" / "eval_score.png").stat().st_size > 10_000
+    seen, parts, run = [], (plot.panel, plot.shade), finished[0] / "runs" / "whole"
+    monkeypatch.setattr(plot, "panel", lambda *inputs: seen.append(inputs[-1]) or parts[0](*inputs))
+    monkeypatch.setattr(plot, "shade", lambda *inputs: seen.append(inputs[-1]) or parts[1](*inputs))
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--x", "tokens", str(run), "--out", str(tmp_path)])
+    assert plot.main() == 0 and set(seen) == {"tokens"}
+    assert (tmp_path / "eval_score.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,18 @@ def test_what_cannot_be_drawn_is_answered_in_one_line(
     assert plot.main() == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and err.startswith("plot.py: error: ") and says in err
+
+
+def test_bands_faint_lines_and_stages_are_where_the_curve_is():
+    rows = [{"step": step, "stage": "ab"[step > 2], "tokens": 100 * step, "reward": 1.0} for step in (1, 2, 3, 4)]
+    axes = Figure().subplots()
+    plot.line(axes, "reward", [rows], True, "tokens", color="C0")
+    assert all(list(line.get_xdata()) == [100, 200, 300, 400] for line in axes.lines)
+    band = axes.collections[0].get_paths()[0].vertices[:, 0]
+    assert (band.min(), band.max()) == (100, 400)
+    axes = Figure().subplots()
+    plot.shade(axes, rows, "tokens")
+    assert [text.get_position()[0] for text in axes.texts] == [100, 300]  # in the middle of 0 to 200, and 200 to 400
 
 
 def test_what_the_papers_figures_need_of_a_run_is_in_its_metrics(finished):

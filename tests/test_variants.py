@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PROBLEMS, tensors, train
 from test_main import WORKED, loss_and_gradient, ragged
+from test_table10 import SOLVED
 from torch import tensor
 from torch.testing import assert_close
 
@@ -385,6 +386,10 @@ def judged(monkeypatch):
     monkeypatch.setattr(evaluator, "rewards", even)
 
 
+def gradient(state):
+    return torch.cat([weight.grad.flatten() for weight in state.policy.parameters()])
+
+
 def output(length):
     return [[5, 6], list(range(5, 5 + length)), [-1.0] * length, [0.5] * length, False, "word " * length]
 
@@ -530,7 +535,7 @@ def test_distillation_has_the_gradient_of_k2_to_the_teacher(setup):
         (torch.zeros(N), main.log_probs(state, state.teacher, rollout), main.grpo_loss),
     ):
         main.backward(state, rollout, A, None, ref, loss, None, main.TOKEN_BUDGET)
-        gradients.append(torch.cat([weight.grad.flatten() for weight in state.policy.parameters()]))
+        gradients.append(gradient(state))
     assert gradients[0].norm() > 1e-3
     assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
@@ -539,6 +544,164 @@ def test_distillation_on_a_toy_policy_follows_the_reverse_kl(constants):
     teacher = torch.log_softmax(Z_REF, 0) - torch.log_softmax(Z, 0)
     constants(BETA=0.0)
     close(expected_gradient(1, lambda reward: reward, reward=teacher), [0.3331852833, 0.1529028005, -0.4860880838])
+
+
+@pytest.mark.parametrize("settings", [{"STALENESS": 1, "IS_RATIO": "token"}, {"REFILL": 2}])
+def test_a_cold_start_neither_waits_nor_refills_nor_counts_tokens(setup, judged, settings):
+    state, _ = setup(COLD_START=2, STEPS=2, BETA=0.0, **settings)
+    rows = train(state, SOLVED * 20)
+    assert [(row["questions"], row["tokens"]) for row in rows[:2]] == [(3, 0), (6, 0)]
+    assert "refill/draws" not in rows[1] and rows[2]["tokens"] > 0
+
+
+def test_the_loop_normalises_each_reward(setup, judged, monkeypatch):
+    state, _ = setup(NORMALIZE="each", BETA=0.0, STEPS=1, WEIGHT_CORRECTNESS=1.0, WEIGHT_RANDOM=0.5)
+    seen, real = {}, (main.next_batch, main.update)
+    monkeypatch.setattr(main, "next_batch", lambda *a: seen.setdefault("batch", real[0](*a)))
+    monkeypatch.setattr(main, "update", lambda s, r, A, *rest: seen.update(A=A) or real[1](s, r, A, *rest))
+    train(state, PROBLEMS)
+    expected = main.normalized_each(seen["batch"].by_name).flatten()
+    assert torch.equal(seen["A"], expected) and expected.any()
+
+
+def test_the_ratio_of_the_kl_is_neither_of_the_sequence_nor_limited(constants):
+    (logp, mask), old, ref, _ = WORKED
+    zero, found = torch.zeros(2), []
+    for settings in ({}, {"RATIO": "sequence"}, {"DELTA": 1.21}):
+        constants(BETA=1.0, KL="k3+", RATIO="token", DELTA=0.0)
+        constants(**settings)
+        found.append(main.grpo_loss(logp, old, ref, zero, mask).item())
+    close(found[1:], [found[0]] * 2, 1e-12)
+
+
+def test_where_no_group_is_mixed_the_last_draw_is_kept(setup, monkeypatch):
+    state, _ = setup(QUESTIONS_PER_STEP=2, GROUP_SIZE=2, REFILL=2, BETA=0.0, STEPS=1)
+    draws = [drawn([[1.0, 1.0], [0.0, 0.0]], lengths) for lengths in ([[3, 5], [4, 4]], [[6, 1], [7, 7]])]
+    monkeypatch.setattr(main, "draw", lambda state, source: draws.pop(0))
+    batch = main.refill(state)
+    assert batch.rollout.mask.sum(1).tolist() == [6, 1, 7, 7]
+    assert [record["length"] for record in batch.dropped] == [3, 5, 4, 4]
+
+
+def test_groups_of_different_kinds_make_one_batch(setup):
+    state, _ = setup(GROUP_SIZE=2)
+    outputs = [output(2)] * 2
+    groups = [(PROBLEMS[0], outputs, {"correctness": [1.0, 0.0]})]
+    groups.append((PROBLEMS[1], outputs, {"correctness": [0.0, 1.0], "tests": [0.5, 0.0]}))
+    batch = main.batch_of(state, groups)
+    assert {name: x.tolist() for name, x in batch.by_name.items()} == {
+        "correctness": [[1.0, 0.0], [0.0, 1.0]],
+        "tests": [[0.0, 0.0], [0.5, 0.0]],
+    }
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_checkpoint_holds_all_about_a_batch_that_waits(setup, learns):
+    state, _ = setup(GROUP_SIZE=2)
+    record = {"reward": 0.0, "length": 4}
+    state.queue = [drawn([[1.0, 0.0]], [[3, 5]])._replace(learns=learns, dropped=[record], extra={"refill/draws": 2})]
+    main.save_checkpoint(state)
+    fresh, _ = setup(GROUP_SIZE=2)
+    main.load_checkpoint(fresh)
+    (batch,) = fresh.queue
+    assert (batch.learns, batch.dropped, batch.extra) == (learns, [record], {"refill/draws": 2})
+
+
+def test_zero_advantage_is_of_outputs_all_of_whose_tokens_have_none():
+    batch = drawn([[1.0, 0.0]], [[2, 2]])
+    records = main.batch_records(batch, tensor([[0.0, 1.0], [0.0, 0.0]]))
+    assert [record["zero_advantage"] for record in records] == [0.0, 1.0]
+
+
+def test_clip_shares_of_cispo_count_both_signs(constants):
+    one = torch.ones(1, 1)
+    for clip, expected in (("objective", (0, 0)), ("weight", (1, 1))):
+        constants(CLIP=clip)
+        low = main.diagnose(one * math.log(0.5), 0 * one, None, None, one, one.bool(), 1)["clip_low"]
+        high = main.diagnose(one * math.log(1.5), 0 * one, None, None, -one, one.bool(), 1)["clip_high"]
+        assert (low, high) == expected
+
+
+def test_what_is_recorded_of_importance_weights(constants):
+    mask = tensor([[True, True], [True, False]])
+    old, sampled = double([[1.0, 0.0], [-1.0, 0.0]]), torch.zeros(2, 2).double()
+    for k, name in ((0, "sampler_gap"), (1, "staleness_gap")):
+        constants(IS_RATIO="sequence", IS_HIGH=2.0, STALENESS=k)
+        found = main.diagnose(old, old, None, sampled, torch.ones(2, 1), mask, 3)
+        assert found["is_outside"] == pytest.approx(2 / 3) and found["is_weight_max"] == pytest.approx(math.e)
+        assert found["is_weight"] == pytest.approx((2 * math.e + 1 / math.e) / 3)
+        assert found[f"{name}_max"] == 1.0
+
+
+def test_the_advantages_have_the_dtype_of_the_rewards(constants):
+    constants(PASS_K=2)
+    assert main.group_advantages(torch.eye(3)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_each_steps_seconds_are_its_own(setup, k):
+    state, _ = setup(STEPS=4, STALENESS=k, IS_RATIO="token")
+    rows = train(state, PROBLEMS * 3)
+    assert all(0 < sum(v for n, v in row.items() if n.startswith("seconds/")) <= row["seconds"] for row in rows), rows
+    assert sum(row["seconds"] for row in rows) < 60
+
+
+@pytest.mark.parametrize("loss", [main.grpo_loss, main.ppo_loss])
+def test_an_update_weighs_by_what_was_recorded_while_sampling(setup, loss):
+    state, rollout = setup(BETA=0.0, IS_RATIO="token", IS_HIGH=10.0)
+    A, found = torch.arange(12.0) - 5.5, []
+    for shift in (0.0, math.log(2)):
+        recorded = rollout._replace(logp=rollout.logp - shift)
+        main.backward(state, recorded, A, None, None, loss, None, main.TOKEN_BUDGET)
+        found.append(gradient(state))
+    assert found[0].norm() > 1e-3
+    assert_close(2 * found[0], found[1], atol=1e-5, rtol=1e-3)
+
+
+def test_what_is_recorded_of_the_distance_to_the_teacher(setup):
+    state, rollout = setup(ALGORITHM="distill", BETA=0.0)
+    state.teacher = llms.frozen_copy(state.policy)
+    with torch.no_grad():
+        for weight in state.teacher.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):  # one way and the other, so that once the largest is negative
+        distance = main.log_probs(state, state.teacher, rollout) - main.log_probs(state, state.policy, rollout)
+        distance = distance[rollout.mask]
+        extra = main.from_teacher(state, rollout, {}, None, None)[2]
+        assert extra["distill/kl"] == pytest.approx(-distance.mean().item(), rel=1e-4)
+        assert extra["distill/max"] == pytest.approx(distance.abs().max().item(), rel=1e-4)
+        state.policy, state.teacher = state.teacher, state.policy
+
+
+def test_a_teacher_is_loaded_and_frozen(setup, checkpoint):
+    state, _ = setup(ALGORITHM="distill", TEACHER=checkpoint("llama"), BETA=0.0)
+    assert not any(weight.requires_grad for weight in state.teacher.parameters()) and not state.teacher.training
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "distill"])
+def test_with_every_weight_outside_the_limits_nothing_is_learnt(setup, judged, checkpoint, algorithm):
+    limits = {"IS_RATIO": "token", "IS_LOW": 5.0, "IS_HIGH": 10.0, "IS_OUTSIDE": "mask"}
+    for settings, learns in (({}, True), (limits, False)):
+        state, _ = setup(ALGORITHM=algorithm, BETA=0.0, STEPS=1, **settings)
+        if algorithm == "distill":
+            state.teacher = llms.load(checkpoint("llama"))[0]
+        (row,) = train(state, PROBLEMS, state.run / f"{algorithm}{learns}")
+        assert (row["grad_norm"] > 0) == learns and row.get("is_outside", 1.0) == 1.0
+
+
+def test_distillation_may_be_weighted_by_what_was_recorded(constants):
+    main.choose_settings(*main.parse("--algorithm distill --teacher tiny --is_ratio token".split()))
+
+
+def test_a_changed_counter_in_a_checkpoint_is_noticed(setup):
+    state, _ = setup()
+    main.save_checkpoint(state)
+    path = state.run / "checkpoint" / "state.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'"step": 0') == 1
+    path.write_bytes(data.replace(b'"step": 0', b'"step": 3'))
+    with pytest.raises(llms.ModelError, match="damaged"):
+        llms.read_checkpoint(state.run / "checkpoint")
 
 
 # ---- rows of constants ---------------------------------------------------------------------------------------------
@@ -555,6 +718,9 @@ CONTRADICTIONS = [
     ("--refill 3 --algorithm sft", "--refill must be as"), ("--teacher tiny", "--teacher must be empty"),
     ("--positive 0.1 --algorithm rft", "--positive must be as it is"), ("--negative 0 --supervision both", "must be 1"),
     ("--delta 3 --algorithm online_rft", "--delta must be as"), ("--refill 3 --supervision process", "must be 0"),
+    ("--scale mean --supervision process", "group or none"), ("--scale none --normalize each", "--normalize must be"),
+    ("--scale batch --normalize each", "must be sum"), ("--negative 0.5 --normalize each", "--normalize must be"),
+    ("--algorithm distill --teacher tiny --ratio sequence", "--ratio must be token"),
     ("--algorithm distill", "--teacher must be a model"), ("--positive 0.1 --normalize each", "--normalize must be"),
 ]  # fmt: skip
 
