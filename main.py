@@ -6,8 +6,9 @@
     python main.py --resume runs/NAME                     go on from the newest checkpoint
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
 
-Read downwards. First the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Then a line of #,
-and the rest: questions and samples, rewards, evaluation, records, checkpoints, command line. The names are the paper's:
+Read downwards. First the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Then what came
+after it, which is off. Then a line of #, and the rest: questions and samples, rewards, evaluation, records, checkpoints,
+command line. The names are the paper's:
 
     paper             code                              shape
     q                 problem["question"]               Q questions per step
@@ -204,37 +205,6 @@ def process_advantages(step_rewards, step_ends):
     return advantages.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
 
 
-def best_of_k(rewards):
-    """Pass@k training (arXiv 2508.10751): a set of k = PASS_K outputs has the reward of the best of them.
-
-    rewards [Q, G] -> [Q, G], the mean over all sets that hold the output; [Q, 1], the std over all sets of the group.
-    """
-    G, k = rewards.shape[1], PASS_K
-    r, order = rewards.double().sort(1)  # [Q, G]  ascending: the best of a set is its last
-    sets = math.comb(G - 1, k - 1)  # that hold a given output
-    own = [math.comb(j, k - 1) / sets for j in range(G)]  # of those with output j, the share in which it is the best
-    later = [math.comb(max(j - 1, 0), k - 2) / sets for j in range(G)]  # of those with an earlier one, in which j is
-    own, later = torch.tensor([own, later], dtype=r.dtype, device=r.device)  # 2 × [G]
-    best = r @ (own.diag() + later.expand(G, G).triu(1)).T  # [Q, G]
-    share = own * k / G  # [G]  of all sets of the group, those in which output j is the best
-    std = ((r - r @ share[:, None]) ** 2 @ share[:, None]).sqrt()  # [Q, 1]
-    return torch.empty_like(r).scatter(1, order, best), std
-
-
-def normalized_each(by_name):
-    """GDPO (arXiv 2601.05242): each reward is normalised in its group; their weighted sum is normalised in the batch.
-
-    by_name {name: [Q, G]} -> [Q, G].
-    """
-    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
-    return advantages / (over_ranks(advantages).std() + 1e-4)  # their mean is 0
-
-
-def over_ranks(x):
-    """The numbers of all ranks: [N]."""
-    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
-
-
 # ==== The objective, eq. (3) and (4) ================================================================================
 
 
@@ -287,18 +257,6 @@ def importance_ratio(logp, logp_old, mask, highest=math.inf):
     if RATIO == "sequence":
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
     return log_ratio.clamp(max=math.log(highest)).exp()  # before exp: the gradient of exp(inf) is nan
-
-
-def sampling_weight(logp_old, logp_sampled, mask):
-    """π_θold/π_sampled of each token [N, T], or of each output [N, 1], without gradient."""
-    log_weight = torch.where(mask, logp_old - logp_sampled, 0.0).detach()  # [N, T]
-    return (log_weight.sum(1, keepdim=True) if IS_RATIO == "sequence" else log_weight).exp()
-
-
-def within_limits(weight):
-    """Weights truncated to IS_LOW and IS_HIGH; or 0 where they are beyond them."""
-    limited = weight.clamp(IS_LOW, IS_HIGH)
-    return limited if IS_OUTSIDE == "truncate" else torch.where(limited == weight, weight, 0.0)
 
 
 def mean_over_outputs(x, mask, num_sequences, num_tokens):
@@ -649,44 +607,51 @@ def needs_reference():
     return ALGORITHM in ("rft", "dpo") or (ALGORITHM not in ("sft", "distill") and BETA > 0)
 
 
-# ########################################## Here the paper ends #####################################################
-# The rest serves it: questions and samples, rewards, evaluation, records, checkpoints, command line.
+# ==== What came after the paper =====================================================================================
+# Each is off as the constants stand: PASS_K, NORMALIZE, SCALE = "batch"; IS_RATIO; REFILL, STALENESS.
 
 
-class SettingsError(ValueError):
-    """What is wrong with the settings, in one line."""
+def best_of_k(rewards):
+    """Pass@k training (arXiv 2508.10751): a set of k = PASS_K outputs has the reward of the best of them.
+
+    rewards [Q, G] -> [Q, G], the mean over all sets that hold the output; [Q, 1], the std over all sets of the group.
+    """
+    G, k = rewards.shape[1], PASS_K
+    r, order = rewards.double().sort(1)  # [Q, G]  ascending: the best of a set is its last
+    sets = math.comb(G - 1, k - 1)  # that hold a given output
+    own = [math.comb(j, k - 1) / sets for j in range(G)]  # of those with output j, the share in which it is the best
+    later = [math.comb(max(j - 1, 0), k - 2) / sets for j in range(G)]  # of those with an earlier one, in which j is
+    own, later = torch.tensor([own, later], dtype=r.dtype, device=r.device)  # 2 × [G]
+    best = r @ (own.diag() + later.expand(G, G).triu(1)).T  # [Q, G]
+    share = own * k / G  # [G]  of all sets of the group, those in which output j is the best
+    std = ((r - r @ share[:, None]) ** 2 @ share[:, None]).sqrt()  # [Q, 1]
+    return torch.empty_like(r).scatter(1, order, best), std
 
 
-class RunError(RuntimeError):
-    """Why a run ended early, in one line."""
+def normalized_each(by_name):
+    """GDPO (arXiv 2601.05242): each reward is normalised in its group; their weighted sum is normalised in the batch.
+
+    by_name {name: [Q, G]} -> [Q, G].
+    """
+    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
+    return advantages / (over_ranks(advantages).std() + 1e-4)  # their mean is 0
 
 
-# ==== What a step needs, what it records ============================================================================
-
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
-say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # only rank 0 prints and writes
-redraw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
+def over_ranks(x):
+    """The numbers of all ranks: [N]."""
+    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
 
 
-def stage_of(step):
-    """(number, data set) of the curriculum's stage at a step; each iteration goes through all stages."""
-    stages = rldatasets.stages(DATASET)
-    if len(stages) == 1:  # its questions continue through all iterations
-        return 0, stages[0][0]
-    step = max(0, step - COLD_START)  # of Algorithm 1; the cold start has the questions of the first stage
-    ends = itertools.accumulate(steps for _, steps in stages)
-    index = next((index for index, end in enumerate(ends) if step % STEPS < end), len(stages) - 1)
-    return step // STEPS * len(stages) + index, stages[index][0]
+def sampling_weight(logp_old, logp_sampled, mask):
+    """π_θold/π_sampled of each token [N, T], or of each output [N, 1], without gradient."""
+    log_weight = torch.where(mask, logp_old - logp_sampled, 0.0).detach()  # [N, T]
+    return (log_weight.sum(1, keepdim=True) if IS_RATIO == "sequence" else log_weight).exp()
 
 
-def next_batch(state, source):
-    """What a step trains on: a draw; with STALENESS the oldest of those in the queue, which begins with k of them."""
-    llms.SECONDS.clear()
-    state.began = time.perf_counter()
-    waiting = min(STALENESS, last_step() - 1 - state.step) if source is state.policy else 0
-    while len(state.queue) <= waiting:
-        state.queue.append(refill(state) if REFILL and source is state.policy else draw(state, source))
-    return state.queue.pop(0)
+def within_limits(weight):
+    """Weights truncated to IS_LOW and IS_HIGH; or 0 where they are beyond them."""
+    limited = weight.clamp(IS_LOW, IS_HIGH)
+    return limited if IS_OUTSIDE == "truncate" else torch.where(limited == weight, weight, 0.0)
 
 
 def refill(state):
@@ -725,6 +690,46 @@ def batch_of(state, groups, *about):
     rollout = llms.from_outputs([output for of_q in outputs for output in of_q], state.policy.device)
     by_name = {name: torch.tensor([of_q.get(name, [0.0] * GROUP_SIZE) for of_q in rewards]) for name in names}
     return Batch(list(problems), rollout, by_name, *about)
+
+
+# ########################################## Here the paper ends #####################################################
+# The rest serves it: questions and samples, rewards, evaluation, records, checkpoints, command line.
+
+
+class SettingsError(ValueError):
+    """What is wrong with the settings, in one line."""
+
+
+class RunError(RuntimeError):
+    """Why a run ended early, in one line."""
+
+
+# ==== What a step needs, what it records ============================================================================
+
+COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
+say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # only rank 0 prints and writes
+redraw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
+
+
+def stage_of(step):
+    """(number, data set) of the curriculum's stage at a step; each iteration goes through all stages."""
+    stages = rldatasets.stages(DATASET)
+    if len(stages) == 1:  # its questions continue through all iterations
+        return 0, stages[0][0]
+    step = max(0, step - COLD_START)  # of Algorithm 1; the cold start has the questions of the first stage
+    ends = itertools.accumulate(steps for _, steps in stages)
+    index = next((index for index, end in enumerate(ends) if step % STEPS < end), len(stages) - 1)
+    return step // STEPS * len(stages) + index, stages[index][0]
+
+
+def next_batch(state, source):
+    """What a step trains on: a draw; with STALENESS the oldest of those in the queue, which begins with k of them."""
+    llms.SECONDS.clear()
+    state.began = time.perf_counter()
+    waiting = min(STALENESS, last_step() - 1 - state.step) if source is state.policy else 0
+    while len(state.queue) <= waiting:
+        state.queue.append(refill(state) if REFILL and source is state.policy else draw(state, source))
+    return state.queue.pop(0)
 
 
 def next_questions(state):
