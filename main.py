@@ -7,8 +7,8 @@
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
 
 Read downwards. First the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Then what came
-after it, which is off. Then a line of #, and the rest: questions and samples, rewards, evaluation, records, checkpoints,
-command line. The names are the paper's:
+after it, which is off. Then a line of #, and the rest: questions and samples, rewards, evaluation, records,
+checkpoints, command line. The names are the paper's:
 
     paper             code                              shape
     q                 problem["question"]               Q questions per step
