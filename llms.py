@@ -1,11 +1,12 @@
-"""The model: loading, sampling, log-probabilities, LoRA, a learned reward model, the tiny model, several GPUs.
+"""The model: loading, sampling, log-probabilities, LoRA, a reward model, a judge, the tiny model, several GPUs.
 
 Everything between text and the maths: weights, token ids, masks and log-probabilities. What a right answer is, what an
 advantage is, what β and ε are, is not known here. Here a "checkpoint" is always the state of a training run.
 
-    load, save                            a model and its tokenizer, from the Hugging Face hub or a folder
+    load, save, vocabulary                a model and its tokenizer, from the Hugging Face hub or a folder
     save_, read_, load_checkpoint         the state of a training run in one file, to resume it
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
+    Rollout.outputs, from_outputs         sampled outputs in plain numbers, to be kept or to be shared anew
     sample                                completions, with the log-probability of each token as it was sampled
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
     Memory, in_micro_batches              how many tokens are computed at once; scoring in micro-batches
@@ -13,6 +14,7 @@ advantage is, what β and ε are, is not known here. Here a "checkpoint" is alwa
     at_tokens                             character positions in a text to tokens: a step's reward on its last token
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     reward_model, reward_scores           a learned reward model
+    load_judge, first_is_better           a language model that compares two answers
     tiny_folder                           the model that needs no download, trained on the spot
     distributed, shard, gather, share …   several GPUs, one process each
 
@@ -403,7 +405,7 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
 
 
 def run_trunk(trunk, layout, ids, positions):
-    """The last hidden states of tokens that lie as the layout says: ids, positions [rows, tokens] -> [rows, tokens, D]."""
+    """The last hidden states of tokens that lie as a layout says: ids, positions [rows, tokens] -> [rows, tokens, D]."""
     options = {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
     return trunk(input_ids=ids, position_ids=positions, **options).last_hidden_state
 
