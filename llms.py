@@ -405,7 +405,7 @@ def packed_attention(module, query, key, value, mask, *, layout, scaling=None, *
 
 
 def run_trunk(trunk, layout, ids, positions):
-    """The last hidden states of tokens that lie as a layout says: ids, positions [rows, tokens] -> [rows, tokens, D]."""
+    """Last hidden states of tokens that lie as a layout says: ids, positions [rows, tokens] -> [rows, tokens, D]."""
     options = {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
     return trunk(input_ids=ids, position_ids=positions, **options).last_hidden_state
 
