@@ -36,6 +36,7 @@ NO_ANSWER = "--weight_correctness 0 --weight_integer 0 "
 NO_FORM = "--weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
 PLAIN = "--beta 0 --weight_integer 0 " + NO_FORM  # what the variants are compared on: the answer's reward alone
 PLAIN_4 = "--steps 20 --mu 4 " + PLAIN  # where the objectives differ: with μ = 1 all of them have the same gradient
+HARD = PLAIN + " --dataset arithmetic:4 --max_new_tokens 112"  # where right outputs are rare
 STALE = " --staleness 4 --is_ratio "
 CISPO = " --clip weight --epsilon_low 1 --epsilon_high 4 --denominator token"
 RUNS = {  # what each changes; a flag given twice takes its last value
@@ -87,6 +88,13 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "icepop": PLAIN + STALE + "token --is_outside mask --is_low 0.5",
     "scale-rl": PLAIN + CISPO + " --scale batch --staleness 8 --is_ratio token --is_high 5",
     "distill": "--beta 0 --algorithm distill --denominator token --teacher runs/reproduce-grpo-0/model",
+    "4-step-plain": HARD,
+    "4-step-dr-grpo": HARD + " --scale none --denominator constant",
+    "4-step-dapo": HARD + " --denominator token --epsilon_high 0.28 --refill 10 --weight_overlong 1",
+    "4-step-magistral": HARD + " --scale batch --denominator token --epsilon_high 0.28 --refill 10",
+    "4-step-maxrl": HARD + " --scale mean",
+    "4-step-pass-k": HARD + " --pass_k 4",
+    "4-step-two-outputs": HARD + " --group_size 2 --questions_per_step 64",
     "plain-mu-4": PLAIN_4,
     "gspo": PLAIN_4 + " --ratio sequence --epsilon_low 3e-4 --epsilon_high 4e-4",
     "luspo": PLAIN_4 + " --ratio sequence --epsilon_low 0.002 --epsilon_high 0.0025 --denominator constant",
@@ -98,12 +106,13 @@ THREE_SEEDS |= {"mu-4-epsilon-10"}  # of these no difference to GRPO is claimed
 COMPARED = {  # what came after the paper, by the run with the same reward that it is compared with
     "plain": "dr-grpo rloo lite-ppo magistral dapo maxrl pass-k w-reinforce two-outputs tis sequence-tis icepop "
     "scale-rl distill",
+    "4-step-plain": "4-step-dr-grpo 4-step-dapo 4-step-magistral 4-step-maxrl 4-step-pass-k 4-step-two-outputs",
     "plain-mu-4": "gspo luspo cispo dual-clip",
     "beta-0": "gdpo",
     "sparse": "k3-plus",
 }
 VARIANTS = {name: base for base, names in COMPARED.items() for name in names.split()}
-THREE_SEEDS |= {*VARIANTS, *COMPARED}
+THREE_SEEDS |= {name for name in (*VARIANTS, *COMPARED) if not name.startswith("4-step-")}
 FIGURE_7 = {"before": "", "after GRPO": "grpo", "answer's reward alone": "plain", "pass@4 training": "pass-k"}
 EVALUATIONS = {"figure7-base": "tiny"}
 EVALUATIONS |= {
@@ -112,6 +121,9 @@ EVALUATIONS |= {
 FIGURE_5 = {"RFT": "rft", "Online RFT": "online-rft", "GRPO+OS": "grpo", "GRPO+PS": "grpo-ps"}
 BY_COST = {"GRPO": "plain", "DAPO": "dapo", "Magistral": "magistral", "MaxRL": "maxrl", "pass@4": "pass-k"}
 BY_COST |= {"2 outputs": "two-outputs", "distillation": "distill"}
+HARDER = {label: f"4-step-{name}" for label, name in BY_COST.items() if name != "distill"} | {
+    "Dr. GRPO": "4-step-dr-grpo"
+}
 MU_4 = {"GRPO": "plain-mu-4", "GSPO": "gspo", "LUSPO": "luspo", "CISPO": "cispo", "dual clip": "dual-clip"}
 STALE_4 = {"fresh": "plain", "TIS": "tis", "sequence TIS": "sequence-tis", "IcePop": "icepop", "ScaleRL": "scale-rl"}
 FIGURES = {  # file: [(title, {label: run})]; "by tokens" in a title says what its x-axis is
@@ -142,6 +154,8 @@ FIGURES = {  # file: [(title, {label: run})]; "by tokens" in a title says what i
         ("advantages and data, by tokens", BY_COST),
         ("objectives, μ = 4", MU_4),
         ("outputs of 4 or 8 steps before", STALE_4),
+        ("4-step problems, by steps", HARDER),
+        ("4-step problems, by tokens", HARDER),
     ],
 }
 
@@ -288,7 +302,7 @@ def table(data):
     columns = "run", "flags", "accuracy", "less its start", "less grpo", "steps to 0.80", "KL", "clipped", "dead"
     columns += "length", "minutes"
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name in (name for name in RUNS if name in data and name not in (*VARIANTS, "plain", "plain-mu-4")):
+    for name in (name for name in RUNS if name in data and name not in VARIANTS and "plain" not in name):
         runs = data[name]["runs"]
         last = {key: sum(run["last"].get(key, 0.0) for run in runs) / len(runs) for key in runs[0]["last"]}
         grpo = "".join(re.findall(r"^\d-step-", name)) + "grpo"  # on the same questions
@@ -310,7 +324,8 @@ def at_equal_tokens(runs, others):
     curve = lambda run: [[row[key] for row in run["tests"]] for key in ("tokens", "eval/accuracy")]
     pairs = [(curve(run), curve(other)) for run, other in zip(runs, others)]
     ends = [min(one[0][-1], other[0][-1]) for one, other in pairs]
-    return zip(*((numpy.interp(end, *one), numpy.interp(end, *other)) for end, (one, other) in zip(ends, pairs)))
+    at_end = [[float(numpy.interp(end, *of)) for of in pair] for end, pair in zip(ends, pairs)]
+    return zip(*at_end)
 
 
 def variants_table(data):
