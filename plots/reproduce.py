@@ -82,7 +82,7 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "gdpo": "--beta 0 --normalize each",
     "w-reinforce": PLAIN + " --positive 0.1",
     "two-outputs": PLAIN + " --group_size 2 --questions_per_step 64",
-    "k3-plus": PLAIN + " --beta 0.04 --kl k3+",
+    "k3-plus": "--weight_integer 0 " + NO_FORM + " --kl k3+",
     "tis": PLAIN + STALE + "token",
     "sequence-tis": PLAIN + STALE + "sequence",
     "icepop": PLAIN + STALE + "token --is_outside mask --is_low 0.5",
@@ -368,13 +368,16 @@ def draw(data):
             axes.autoscale(axis="y")
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(fontsize=8)
+            if runs:
+                axes.legend(fontsize=8)
         figure.savefig(OUT / f"{file}.png", dpi=100)
     if "figure7" in data:
         figure = Figure(figsize=(10, 4), layout="constrained")
         for axes, measure in zip(figure.subplots(1, 2), ("maj", "pass")):
             for label, run in FIGURE_7.items():
                 names = [name for name in data["figure7"] if name.startswith(f"figure7-{run or 'base'}")]
+                if not names:
+                    continue
                 ks = sorted(int(key.split("@")[1]) for key in data["figure7"][names[0]] if key.startswith(measure))
                 values = [[data["figure7"][name][f"{measure}@{k}"] for name in names] for k in ks]
                 axes.plot(ks, [sum(at) / len(at) for at in values], marker="o", markersize=3, label=label)
