@@ -775,7 +775,7 @@ def test_a_reward_is_one_function_and_its_weight_one_constant(monkeypatch, const
 
 def test_every_rule_has_a_weight_and_every_constant_is_a_flag():
     weights = {name[7:].lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {"decay"}
-    assert weights == {*evaluator.REWARDS.keys() - {"lenient"}, "overlong", "random", "reward_model", "steps"}
+    assert weights == {*evaluator.REWARDS.keys() - {"lenient"}, "overlong", "random", "reward_model", "judge", "steps"}
     source = Path(main.__file__).read_text().split("# -- End of the constants")[0]
     assert set(re.findall(r"^([A-Z][A-Z0-9_]+) =", source, re.MULTILINE)) == set(main.CONSTANTS)
 
