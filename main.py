@@ -809,7 +809,7 @@ def score_outputs(rollout, problems, state=None):
     if state and state.reward_model:
         questions = [problem["question"] for problem in problems]
         by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
-    if state and state.judge:
+    if state and state.judge and group > 1:
         for start in range(0, len(problems), group):
             wins, flips = compared(state.judge, problems[start]["question"], rollout.texts[start : start + group])
             by_name.setdefault("judge", []).extend(wins)
@@ -1255,6 +1255,7 @@ def run_evaluation(actions):
     problems, outputs = check_data(training=False), []
     names = [name for name in (actions.evaluate, actions.against) if name]
     states = [State(*llms.load(model_folder(name))) for name in names]
+    judge = llms.load_judge(model_folder(JUDGE)) if JUDGE and actions.against else None
     for state in states:  # both, before either is tested
         check_prompts(state, problems)
     for name, state in zip(names, states):
@@ -1264,8 +1265,7 @@ def run_evaluation(actions):
         say(f"{name}: {report.eval_line(metrics)}")
     if actions.against:
         say(report.paired_difference(names, [[record["correctness"] for record in records] for records in outputs]))
-    if actions.against and JUDGE:
-        judge = llms.load_judge(model_folder(JUDGE))
+    if judge:
         texts = [(a["question"], [a["completion"], b["completion"]]) for a, b in llms.share(list(zip(*outputs)))]
         say(report.verdicts(names, llms.gather([compared(judge, question, pair) for question, pair in texts])))
     return 0

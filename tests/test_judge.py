@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import PROBLEMS, train
+from test_table10 import SOLVED
 from torch import tensor
 from torch.testing import assert_close
 
@@ -49,6 +50,15 @@ def test_a_judge_that_prefers_the_shorter_shortens_the_outputs(setup, monkeypatc
     early, late = (sum(row["length"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert late < 0.7 * early
     assert rows[0]["rewards/judge"] == pytest.approx(0.5) and rows[0]["reward_std"] > 0.1
+
+
+def test_in_a_cold_start_there_is_nothing_to_compare(setup, monkeypatch):
+    asked = judge_by(monkeypatch, lambda first, second: 0.6)
+    state, _ = setup(COLD_START=1, STEPS=1)
+    state.judge = ("model", "tokenizer")
+    cold, first = train(state, SOLVED * 9)
+    assert "rewards/judge" not in cold and first["rewards/judge"] == pytest.approx(0.5)
+    assert len(asked) == 3 * 4 * 3  # of 3 groups of 4, each with each, in both orders
 
 
 def test_a_judge_reads_the_chances_of_two_replies_to_the_same_prompt(checkpoint):

@@ -596,6 +596,17 @@ def test_a_teacher_scores_the_outputs_and_one_with_other_tokens_is_refused_first
     )
 
 
+def test_a_judge_compares_two_models_or_is_refused_before_they_are_tested(finished, inside):
+    folder, flags, _ = finished
+    whole = str(folder / "runs" / "whole")
+    test = ["--evaluate", whole, "--against", whole, "--eval_questions", "3", "--judge"]
+    code, out, err = inside(*test, flags[1])
+    assert code == 0, err
+    assert f"judge: {whole} is better than {whole} in 0.500 ± 0." in out and "of 3 questions" in out
+    code, out, err = inside(*test, "nobody/here")
+    assert code == 2 and err.count("\n") == 1 and "nobody/here" in err and not out
+
+
 def test_every_command_and_every_flag_of_the_readmes_exists():
     known = {name.lower() for name in main.CONSTANTS} | {"resume", "evaluate", "against", "test", "draw"}
     commands = []
