@@ -1,7 +1,8 @@
 """The rules: what a completion answers, whether that is right, and the rewards that need no model.
 
 Completions and problems are plain text and dicts. `rewards` gives the rewards in the table REWARDS for one completion,
-and `score` those of many, unweighted. Not in the table: `step_rewards` (for each step) and `overlong` (of a length).
+`score` those of many, and `compare` those of groups, unweighted. Not in the tables: `step_rewards` (for each step) and
+`overlong` (of a length).
 To add a reward, write a function under `@reward` or `@group_reward` (last section) and its weight in main.py.
 """
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
@@ -928,10 +929,9 @@ def rewards(completion, problem):
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def score(completions, problems, threads, group=1):
+def score(completions, problems, threads):
     """The rewards of many completions: ({name: one number per completion}, [the exceptions that rules raised]).
-    If a rule raises one, its completion counts as wrong. The rules run in threads, because programs are slow.
-    Every `group` completions that follow each other are of one problem, and are compared if there are several."""
+    If a rule raises one, its completion counts as wrong. The rules run in threads, because programs are slow."""
 
     def score_one(completion, problem):
         try:
@@ -946,18 +946,23 @@ def score(completions, problems, threads, group=1):
         scored = list(pool.map(score_one, completions, problems))
     names = dict.fromkeys(name for values, _ in scored for name in values)
     by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}  # 0 where it does not apply
-    failures = [failure for _, failure in scored if failure]
-    for name, function in GROUP_REWARDS.items() if group > 1 else ():
-        by_name[name] = []
-        for start in range(0, len(completions), group):
+    return by_name, [failure for _, failure in scored if failure]
+
+
+def compare(groups, problems):
+    """The rewards of whole groups, all completions of a problem: ({name: [a number per completion, for each group]},
+    [the exceptions that rules raised]). A group in which a rule raises one gets 0."""
+    by_name, failures = {name: [] for name in GROUP_REWARDS}, []
+    for name, function in GROUP_REWARDS.items():
+        for completions, problem in zip(groups, problems):
             try:
-                values = list(map(float, function(completions[start : start + group], problems[start])))
-                if len(values) != group or not all(map(math.isfinite, values)):
-                    raise ValueError(f"{name} must be {group} finite numbers, not {values}")
-            except Exception as error:
-                values = [0.0] * group
-                failures.append(f"{error!r} (question: {problems[start].get('question')})")
-            by_name[name] += values
+                values = list(map(float, function(completions, problem)))
+                if len(values) != len(completions) or not all(map(math.isfinite, values)):
+                    raise ValueError(f"{name} must be {len(completions)} finite numbers, not {values}")
+            except Exception as error:  # must not end the training
+                values = [0.0] * len(completions)
+                failures.append(f"{error!r} (question: {problem.get('question')})")
+            by_name[name].append(values)
     return by_name, failures
 
 

@@ -1085,7 +1085,7 @@ def last_token(tokenizer, text):
 
 
 @torch.no_grad()
-def first_is_better(model, tokenizer, question, pairs, token_budget=16384):
+def first_is_better(model, tokenizer, question, pairs, token_budget):
     """What a judge says of pairs of answers: the probability of the reply 1 against 2, for each pair: [pairs]."""
     asked = [[{"role": "user", "content": COMPARE.format(question, *pair)}] for pair in pairs]
     prompts = [encode(tokenizer, messages) for messages in asked]

@@ -797,23 +797,25 @@ def per_token(state, read, model, rollout):
 def score_outputs(rollout, problems, state=None):
     """Every reward of every output, unweighted: {name: [Q, G]}; without a state, as in a test, those of rules alone."""
     group, threads = len(rollout.texts) // len(problems), max(1, os.cpu_count() // llms.LOCAL_WORLD)
-    problems = [problem for problem in problems for _ in range(group)]  # [N]
-    by_name, failures = evaluator.score(rollout.texts, problems, threads, group if state else 1)  # {name: N numbers}
-    if failures:
-        tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
+    groups = [rollout.texts[start : start + group] for start in range(0, len(rollout.texts), group)]  # [Q], of G texts
+    asked, problems = problems, [problem for problem in problems for _ in range(group)]  # [Q], [N]
+    by_name, failures = evaluator.score(rollout.texts, problems, threads)  # {name: N numbers}, [why a rule failed]
     failed, outputs = llms.sums_over_ranks(len(failures), len(problems))
     if failed == outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
+    if state and group > 1:
+        of_groups, more = evaluator.compare(groups, asked)
+        by_name, failures = by_name | of_groups, failures + more
+    if failures:
+        tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
     overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
     by_name["overlong"] = list(map(overlong, rollout.mask.sum(1).tolist()))
     if state and state.reward_model:
         questions = [problem["question"] for problem in problems]
         by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
     if state and state.judge and group > 1:
-        for start in range(0, len(problems), group):
-            wins, flips = compared(state.judge, problems[start]["question"], rollout.texts[start : start + group])
-            by_name.setdefault("judge", []).extend(wins)
-            by_name.setdefault("judge_flips", []).extend(flips)
+        judged = [judge_group(state.judge, problem["question"], texts) for problem, texts in zip(asked, groups)]
+        by_name["judge"], by_name["judge_flips"] = map(list, zip(*judged))  # 2 × [Q], of G numbers
     if state and WEIGHT_RANDOM:
         coin = random.Random(f"{SEED} {state.questions}")  # of its own: sampling draws the same numbers without it
         tosses = [[coin.randrange(2) for _ in range(group)] for _ in range(outputs // group)]  # [Q, G], of all ranks
@@ -821,16 +823,16 @@ def score_outputs(rollout, problems, state=None):
     return {name: torch.as_tensor(values).view(-1, group) for name, values in by_name.items()}
 
 
-def compared(judge, question, texts):
+def judge_group(judge, question, texts):
     """How each of G outputs fares against the others, by the judge, each pair shown in both orders: 2 × G numbers.
 
     The first is the mean probability of being the better one, a soft reward. The second is the share of its pairs in
     which the verdict goes to the place, first or second, and not to an output.
     """
     pairs = list(itertools.permutations(range(len(texts)), 2))
-    said = llms.first_is_better(*judge, question, [(texts[i], texts[j]) for i, j in pairs])  # [G (G - 1)]
+    said = llms.first_is_better(*judge, question, [(texts[i], texts[j]) for i, j in pairs], TOKEN_BUDGET)
     first = torch.full((len(texts), len(texts)), 0.5, dtype=torch.float64)  # [G, G]: i, shown first, is better than j
-    first[tuple(zip(*pairs))] = said.double()
+    first[tuple(zip(*pairs))] = said.double()  # [G (G - 1)]
     wins = (first + 1 - first.T) / 2  # [G, G]
     flips = ((first > 0.5) == (first.T > 0.5)).fill_diagonal_(False)  # [G, G]
     return [((x.sum(1) - own) / (len(texts) - 1)).tolist() for x, own in ((wins, 0.5), (flips, 0))]
@@ -943,9 +945,10 @@ def load_checkpoint(state):
     if differ:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
-    if any(len(groups) < llms.WORLD for groups, *_ in about["queue"]):
+    fewest = min((len(groups) for groups, *_ in about["queue"]), default=llms.WORLD)
+    if fewest < llms.WORLD:
         raise SettingsError(
-            f"{state.run} has outputs of {len(about['queue'][0][0])} questions waiting: use fewer ranks"
+            f"too many ranks: outputs of {state.run} wait for a step that has only {fewest} of its questions"
         )
     state.queue = [batch_of(state, *parts) for parts in about["queue"]]
     if needs_reference() and state.step > COLD_START:
@@ -1045,11 +1048,7 @@ def check_settings():
     from_1 = ("ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY")
     least = dict.fromkeys(numbers, 0) | dict.fromkeys(from_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
-    grpo, distill, ratio = ALGORITHM == "grpo", ALGORITHM == "distill", ALGORITHM in ("grpo", "ppo", "distill")
-    outcome, summed = SUPERVISION == "outcome", NORMALIZE == "sum"
-    of_grpo = ("SCALE", "PASS_K", "NORMALIZE", "POSITIVE", "NEGATIVE", "REFILL", "STALENESS")
-    of_ratios = ("CLIP", "DELTA", "IS_RATIO")
-    below_0 = WEIGHT_OVERLONG or REWARD_MODEL or any(now[name] < 0 for name in weights)
+    outcome, grpo = SUPERVISION == "outcome", ALGORITHM == "grpo"
     rewards = {*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge", "steps"}
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
@@ -1074,6 +1073,22 @@ def check_settings():
         ("RATIO", RATIO == "token" or (outcome and ALGORITHM not in ("ppo", "distill")), "token if Â differs by token"),
         ("MU", MU == 1 or ALGORITHM not in ("sft", "dpo"), f"1 for {ALGORITHM}: it makes one update a step"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
+        ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
+        *variant_rules(now, weights),
+    ]
+    for name, holds, demand in rules:
+        if not holds:
+            raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
+
+
+def variant_rules(now, weights):
+    """Which settings of what came after the paper contradict others: [(name, does it hold?, what is demanded)]."""
+    grpo, distill, ratio = ALGORITHM == "grpo", ALGORITHM == "distill", ALGORITHM in ("grpo", "ppo", "distill")
+    outcome, summed = SUPERVISION == "outcome", NORMALIZE == "sum"
+    of_grpo = ("SCALE", "PASS_K", "NORMALIZE", "POSITIVE", "NEGATIVE", "REFILL", "STALENESS")
+    of_ratios = ("CLIP", "DELTA", "IS_RATIO")
+    below_0 = WEIGHT_OVERLONG or REWARD_MODEL or any(now[name] < 0 for name in weights)
+    return [
         *((name, now[name] == CONSTANTS[name][1] or grpo, f"as it is for {ALGORITHM}") for name in of_grpo),
         *((name, now[name] == CONSTANTS[name][1] or ratio, f"as it is for {ALGORITHM}") for name in of_ratios),
         ("PASS_K", PASS_K == 1 or PASS_K < GROUP_SIZE, f"below --group_size {GROUP_SIZE}"),
@@ -1093,11 +1108,7 @@ def check_settings():
         ("IS_RATIO", IS_RATIO != "none" or not STALENESS, "token or sequence with --staleness"),
         ("REFILL", REFILL == 0 or outcome, f"0 with --supervision {SUPERVISION}"),
         ("TEACHER", bool(TEACHER) == distill, "a model" if distill else f"empty for {ALGORITHM}"),
-        ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
     ]
-    for name, holds, demand in rules:
-        if not holds:
-            raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
 
 
 def check_data(training=True):
@@ -1267,7 +1278,7 @@ def run_evaluation(actions):
         say(report.paired_difference(names, [[record["correctness"] for record in records] for records in outputs]))
     if judge:
         texts = [(a["question"], [a["completion"], b["completion"]]) for a, b in llms.share(list(zip(*outputs)))]
-        say(report.verdicts(names, llms.gather([compared(judge, question, pair) for question, pair in texts])))
+        say(report.verdicts(names, llms.gather([judge_group(judge, question, pair) for question, pair in texts])))
     return 0
 
 

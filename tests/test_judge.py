@@ -17,7 +17,7 @@ def judge_by(monkeypatch, says):
     """A judge that says of a pair of texts how likely the first is the better one."""
     asked = []
 
-    def first_is_better(model, tokenizer, question, pairs):
+    def first_is_better(model, tokenizer, question, pairs, token_budget):
         asked.extend(pairs)
         return tensor([says(first, second) for first, second in pairs])
 
@@ -28,7 +28,7 @@ def judge_by(monkeypatch, says):
 def test_an_output_is_worth_how_often_it_beats_the_others_in_both_orders(monkeypatch):
     strength = {"a": 0.9, "b": 0.5, "c": 0.1}
     asked = judge_by(monkeypatch, lambda first, second: 0.5 + (strength[first] - strength[second]) / 2 + 0.05)
-    wins, flips = main.compared(("model", "tokenizer"), "?", ["a", "b", "c"])
+    wins, flips = main.judge_group(("model", "tokenizer"), "?", ["a", "b", "c"])
     assert sorted(asked) == [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")]
     assert_close(wins, [0.8, 0.5, 0.2])  # the 0.05 for the first place is gone: (0.7 + 0.9) / 2, (0.3 + 0.7) / 2, …
     assert flips == [0.0, 0.0, 0.0]
@@ -36,7 +36,7 @@ def test_an_output_is_worth_how_often_it_beats_the_others_in_both_orders(monkeyp
 
 def test_a_judge_that_always_says_first_gives_groups_without_spread(monkeypatch):
     judge_by(monkeypatch, lambda first, second: 0.83)
-    wins, flips = main.compared(("model", "tokenizer"), "?", ["a", "b", "c", "d"])
+    wins, flips = main.judge_group(("model", "tokenizer"), "?", ["a", "b", "c", "d"])
     assert wins == [0.5] * 4 and flips == [1.0] * 4
     assert (main.group_advantages(tensor([wins])) == 0).all()
 
@@ -64,7 +64,7 @@ def test_in_a_cold_start_there_is_nothing_to_compare(setup, monkeypatch):
 def test_a_judge_reads_the_chances_of_two_replies_to_the_same_prompt(checkpoint):
     model, tokenizer = llms.load_judge(checkpoint("qwen2"))
     question, pairs = "Which?", [("yes", "no"), ("no", "yes"), ("a longer answer, of several words", "no")]
-    found = llms.first_is_better(model, tokenizer, question, pairs)
+    found = llms.first_is_better(model, tokenizer, question, pairs, 8192)
     for pair, chance in zip(pairs, found):
         prompt = llms.encode(tokenizer, [{"role": "user", "content": llms.COMPARE.format(question, *pair)}])
         model.set_attn_implementation("sdpa")  # the plain way: one forward pass of the library's own attention
@@ -76,7 +76,7 @@ def test_a_judge_reads_the_chances_of_two_replies_to_the_same_prompt(checkpoint)
     few = llms.first_is_better(model, tokenizer, question, pairs, token_budget=1)
     assert_close(few, found, atol=1e-6, rtol=0)
     with pytest.raises(llms.ModelError, match="longer than the judge reads"):
-        llms.first_is_better(model, tokenizer, question, [("word " * 300, "word " * 300)])
+        llms.first_is_better(model, tokenizer, question, [("word " * 300, "word " * 300)], 8192)
 
 
 def test_a_judge_that_cannot_tell_1_from_2_is_refused(checkpoint, monkeypatch):
@@ -102,15 +102,14 @@ def test_a_reward_of_a_group_sees_all_outputs_of_a_question(setup, table, monkey
     assert seen == [(rollout.texts[4 * i : 4 * i + 4], PROBLEMS[i]) for i in range(3)]
     assert by_name["shortest"].shape == (3, 4) and (by_name["shortest"].amax(1) == 1).all()
     assert "shortest" not in main.score_outputs(rollout, PROBLEMS[:3])  # a test compares nothing
-    assert "shortest" not in evaluator.score(["a", "b"], PROBLEMS[:2], threads=1)[0]
 
 
 @pytest.mark.parametrize("wrong", [lambda c, p: [1.0], lambda c, p: [float("nan")] * len(c), lambda c, p: c[99]])
 def test_a_reward_of_a_group_that_fails_counts_0_and_is_told(table, wrong):
     wrong.__name__ = "wrong"
     evaluator.group_reward(wrong)
-    by_name, failures = evaluator.score(["a", "b", "c", "d"], PROBLEMS[:1] * 4, threads=1, group=2)
-    assert by_name["wrong"] == [0.0] * 4 and len(failures) == 2 and "What is 0 and 0?" in failures[0]
+    by_name, failures = evaluator.compare([["a", "b"], ["c", "d"]], PROBLEMS[:1] * 2)
+    assert by_name["wrong"] == [[0.0, 0.0]] * 2 and len(failures) == 2 and "What is 0 and 0?" in failures[0]
 
 
 def test_two_models_are_compared_with_an_interval():

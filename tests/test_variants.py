@@ -693,6 +693,16 @@ def test_distillation_may_be_weighted_by_what_was_recorded(constants):
     main.choose_settings(*main.parse("--algorithm distill --teacher tiny --is_ratio token".split()))
 
 
+def test_outputs_that_wait_for_fewer_questions_than_there_are_ranks_are_refused(setup, monkeypatch):
+    state, _ = setup(GROUP_SIZE=2)
+    state.queue = [drawn([[1.0, 0.0]] * n, [[3, 5]] * n) for n in (3, 1, 2)]
+    main.save_checkpoint(state)
+    fresh, _ = setup(GROUP_SIZE=2)
+    monkeypatch.setattr(llms, "WORLD", 2)
+    with pytest.raises(main.SettingsError, match="too many ranks.* only 1 of its questions"):
+        main.load_checkpoint(fresh)
+
+
 def test_a_changed_counter_in_a_checkpoint_is_noticed(setup):
     state, _ = setup()
     main.save_checkpoint(state)
