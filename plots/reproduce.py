@@ -325,26 +325,16 @@ def at_equal_tokens(runs, others):
 
 def variants_table(data):
     """What came after the paper, against GRPO with the same reward: after as many steps, and after as many tokens."""
-    columns = (
-        "run",
-        "flags",
-        "accuracy",
-        "compared with",
-        "after as many steps",
-        "after as many tokens",
-        "steps to 0.80",
-    )
-    columns += "thousand tokens", "length"
+    columns = "run", "flags", "accuracy", "compared with", "after as many steps", "after as many tokens"
+    columns += "steps to 0.80", "thousand tokens", "length"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in (name for name in RUNS if name in data and name in (*VARIANTS, *COMPARED)):
         runs, base = data[name]["runs"], VARIANTS.get(name)
-        cells = [f"`{RUNS[name].removeprefix(RUNS[base]).strip()}`" if base else f"`{RUNS[name]}`"]
-        cells += [mean_and_range(accuracies(runs)), base or "–"]
+        flags, differences = RUNS[name], ["–", "–"]
         if base:
-            others = data[base]["runs"]
-            cells += [difference(accuracies(runs), accuracies(others)), difference(*at_equal_tokens(runs, others))]
-        else:
-            cells += ["–", "–"]
+            others, flags = data[base]["runs"], RUNS[name].removeprefix(RUNS[base]).strip()
+            differences = [difference(accuracies(runs), accuracies(others)), difference(*at_equal_tokens(runs, others))]
+        cells = [f"`{flags}`", mean_and_range(accuracies(runs)), base or "–", *differences]
         cells += [steps_to(0.8, runs)]
         for key, unit in (("tokens", 1000), ("eval/length", 1)):
             cells += [f"{sum(run['tests'][-1][key] for run in runs) / len(runs) / unit:.1f}"]
