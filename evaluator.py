@@ -9,6 +9,7 @@ To add a reward, write a function under `@reward` or `@group_reward` (last secti
 
 import ast
 import cmath
+import difflib
 import functools
 import inspect
 import itertools
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import unicodedata
 import warnings
+import zlib
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -185,11 +187,6 @@ TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes
     rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
     rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
 )
-
-
-def split_units(text):
-    """An answer without its units, and the set of their names: `8 cm^2` is `8` and {centimeter, square}."""
-    return TRAILING_UNITS.sub("", text), unit_names(" ".join(TRAILING_UNITS.findall(text)))
 
 
 def unit_names(text):
@@ -448,7 +445,7 @@ def reading(text):
     Equation, or None (only at negative points)."""
     if len(text) > LONGEST:
         return None
-    text, units = split_units(text)
+    units, text = unit_names(" ".join(TRAILING_UNITS.findall(text))), TRAILING_UNITS.sub("", text)  # 8 cm^2 is 8
     pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102) is a pair, no number
     tokens = tokenize(text, UNGROUPED if pair else f"{GROUPED}|{UNGROUPED}")
     points = POINTS if any(kind in ("letter", "word") for kind, _ in tokens) else POINTS[:1]
@@ -655,6 +652,63 @@ def countdown_equal(answer, problem):
     return right_value and Counter(map(int, re.findall(r"\d+", sides[0]))) <= Counter(problem["numbers"])
 
 
+# ---- Nim -----------------------------------------------------------------------------------------------------------
+
+
+def legal_moves(problem):
+    """{a move such as "2 from B": the heaps after it}."""
+    heaps = problem["heaps"]
+    return {f"{n} from {name}": heaps | {name: size - n} for name, size in heaps.items() for n in range(1, size + 1)}
+
+
+def nim_equal(answer, problem):
+    """Is it the move that wins? Where none does, every legal move is right."""
+    return answer in legal_moves(problem) and problem["answer"] in (answer, "any move")
+
+
+def chance_player(problems):
+    """Completions with legal moves, taken by chance; always the same one for the same question."""
+    moves = [random.Random(problem["question"]).choice(list(legal_moves(problem))) for problem in problems]
+    return [f"<answer>{move}</answer>" for move in moves]
+
+
+def perfect_player(problems):
+    """Completions with the moves that win; where none does, with one taken by chance."""
+    best = [f"<answer>{problem['answer']}</answer>" for problem in problems]
+    return [chance if "any move" in move else move for move, chance in zip(best, chance_player(problems))]
+
+
+# ---- writing and dialogue ------------------------------------------------------------------------------------------
+
+
+def writing_equal(answer, problem):
+    """Does a story have all the words that it should have, and as many sentences? It may be nonsense."""
+    counts = of_writing(answer, problem)
+    return counts["words_used"] == counts["sentences"] == 1
+
+
+def of_writing(text, problem):
+    """What can be counted of a story. Beside each number, what it does not say."""
+    words, asked = (re.findall(r"[\w'’]+", words.lower()) for words in (text, problem["question"]))
+    wanted, pairs = problem["answer"].split(), list(zip(words, words[1:]))
+    threes = list(zip(words, words[1:], words[2:]))
+    copied = difflib.SequenceMatcher(None, words, asked, autojunk=False).find_longest_match().size
+    return {
+        "words_used": sum(word in words for word in wanted) / len(wanted),  # not whether they have a sense in it
+        "sentences": len(re.findall(r"\w[^.!?]*[.!?]+", text)) == len(wanted),  # not whether they are good ones
+        "distinct_2": len(set(pairs)) / max(1, len(pairs)),  # different pairs of words: not order, it is 1 for noise
+        "repeated_3": 1 - len(set(threes)) / max(1, len(threes)),  # not the same thought in other words
+        "compression": len(zlib.compress(text.encode())) / max(1, len(text.encode())),  # not comparable between lengths
+        "copied": copied / max(1, len(words)),  # the longest part that is in the prompt: not what is copied elsewhere
+    }
+
+
+def dialogue_equal(answer, problem):
+    """Does an answer name the fact that was asked for, and none of the others that were told?"""
+    told = {word for turn in problem["turns"][::2] for word in re.findall(r"(\w+)\.", turn["content"])}
+    return told & set(re.findall(r"\w+", answer)) == {problem["answer"]}
+
+
 # ---- programs, graded by tests in a sandbox ------------------------------------------------------------------------
 # A program could change anything in its own process: even an `assert`, or the count of passed tests. So one sandbox
 # runs the tests, and another the program. If a test calls a function of the program, the arguments go there through a
@@ -850,7 +904,9 @@ def right(answer, problem):
     kind = problem.get("kind", "math")
     if kind == "math":
         return math_equal(answer, problem["answer"].rpartition("####")[2].strip())
-    return {"knights": knights_equal, "order": order_equal, "countdown": countdown_equal}[kind](answer, problem)
+    checkers = {"knights": knights_equal, "order": order_equal, "countdown": countdown_equal, "nim": nim_equal}
+    checkers |= {"writing": writing_equal, "dialogue": dialogue_equal}
+    return checkers[kind](answer, problem)
 
 
 def grade(completion, gold):
@@ -926,6 +982,8 @@ def group_reward(function):
 def rewards(completion, problem):
     """The rewards in the table that apply to a completion's problem, unweighted: {name: number}."""
     values = {name: function(completion, problem) for name, function in REWARDS.items()}
+    if problem.get("kind") == "writing":
+        values |= of_writing(extract_answer(completion) or completion, problem)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -979,9 +1037,10 @@ def lenient(completion, problem):
     """1 if a person would find the right answer, in the asked form or not. It has no weight: it is for evaluations."""
     if correctness(completion, problem):
         return True
-    text = extract_answer(completion) or boxed(completion) or completion
-    if problem.get("kind", "math") != "math":  # the last line; a program is looked for in all of the text already
-        return problem["kind"] != "program" and right(text.strip().rpartition("\n")[2], problem)
+    text, kind = extract_answer(completion) or boxed(completion) or completion, problem.get("kind", "math")
+    if kind != "math":  # the last line, or a whole story; a program is looked for in all of the text already
+        last = text if kind == "writing" else text.strip().rpartition("\n")[2]
+        return kind != "program" and right(last, problem)
     numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text.rpartition("####")[2])
     return bool(numbers) and right(numbers[-1], problem)
 
@@ -1045,15 +1104,11 @@ REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me 
 @functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
 def test_results(completion, problem):  # the problem as JSON, because the cache takes only what has a hash
     """The share of tests that a completion's program passes, and whether it compiles without a warning."""
-    source = program_source(completion)
-    return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
-
-
-def program_source(completion):
-    """The program in the answer tag, or all text outside the reasoning if there is no tag; without a code fence."""
+    # the text in the answer tag, or all text outside the reasoning if there is no tag; without a code fence
     text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
     fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    return (fenced[1] if fenced else text).strip("\n") + "\n"
+    source = (fenced[1] if fenced else text).strip("\n") + "\n"
+    return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
 
 
 def reflection(completion):

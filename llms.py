@@ -3,7 +3,7 @@
 Everything between text and the maths: weights, token ids, masks and log-probabilities. What a right answer is, what an
 advantage is, what β and ε are, is not known here. Here a "checkpoint" is always the state of a training run.
 
-    load, save, vocabulary                a model and its tokenizer, from the Hugging Face hub or a folder
+    load, save                            a model and its tokenizer, from the Hugging Face hub or a folder
     save_, read_, load_checkpoint         the state of a training run in one file, to resume it
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     Rollout.outputs, from_outputs         sampled outputs in plain numbers, to be kept or to be shared anew
@@ -78,7 +78,10 @@ class ModelError(ValueError):
 
 def load(name):
     """A causal language model in fp32 and its tokenizer; the folder of a run stands for the model in it."""
-    name = model_of_run(name)
+    if (Path(name) / "metrics.jsonl").is_file():  # a run
+        if not (Path(name) / "model").is_dir():
+            raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
+        name = f"{name}/model"
     model, tokenizer = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32)
     if not tokenizer("How many?")["input_ids"]:
         raise ModelError(f"{name} has no tokenizer")
@@ -88,23 +91,6 @@ def load(name):
         model.cuda()
     use_packed_attention(model, name)
     return model, tokenizer
-
-
-def model_of_run(name):
-    """The folder of the model in the folder of a run; any other name as it is."""
-    if not (Path(name) / "metrics.jsonl").is_file():
-        return name
-    if not (Path(name) / "model").is_dir():
-        raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
-    return f"{name}/model"
-
-
-def vocabulary(name):
-    """The tokens of a model and their ids; its weights are not loaded."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(model_of_run(name), trust_remote_code=False).get_vocab()
-    except Exception as error:  # a broken folder makes them raise whatever they like
-        raise ModelError(explain(name, error)) from error
 
 
 def from_pretrained(auto_class, name, **options):
@@ -149,8 +135,7 @@ def explain(name, error):
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
         return f"unknown model: {name}: no such model folder, nor on the Hugging Face hub (private ones need HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
-        offline = "offline, give a folder with the model, or use --model tiny"
-        return f"{name} is not on this machine and the Hugging Face hub cannot be reached: {offline}"
+        return f"{name} is not here and the hub cannot be reached: give a folder with the model, or use --model tiny"
     return f"cannot load {name}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
@@ -213,11 +198,8 @@ def checksum(tensors):
 
 def save_checkpoint(folder, networks, optimizer, generator, about):
     """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled."""
-    tensors = {}
-    for name, tensor in named_tensors(networks, optimizer, generator).items():
-        tensor = full_tensor(tensor)  # by all ranks
-        if RANK == 0:
-            tensors[name] = tensor.cpu()
+    tensors = named_tensors(networks, optimizer, generator)
+    tensors = {name: full_tensor(x).to("meta" if RANK else "cpu") for name, x in tensors.items()}  # by all ranks
     if RANK == 0:
         tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
         folder.mkdir(exist_ok=True)
@@ -344,19 +326,15 @@ class Rollout(NamedTuple):
         P = self.attention.shape[1] - self.mask.shape[1]
         prompts, outputs = self.attention[:, :P].sum(1).tolist(), self.mask.sum(1).tolist()
         columns = [x.tolist() for x in (self.ids, self.logp, self.entropy, self.truncated)]
-        return [
-            [ids[P - p : P], ids[P : P + n], logp[:n], entropy[:n], truncated, text]
-            for p, n, text, ids, logp, entropy, truncated in zip(prompts, outputs, self.texts, *columns)
-        ]
+        rows = zip(prompts, outputs, *columns, self.texts)
+        return [[ids[P - p : P], ids[P : P + n], logp[:n], H[:n], cut, text] for p, n, ids, logp, H, cut, text in rows]
 
 
 def from_outputs(outputs, device):
     """A rollout of sampled outputs in the form of `Rollout.outputs`."""
     prompts, completions, logp, entropy, truncated, texts = map(list, zip(*outputs))
     ids, attention, mask = batch(prompts, completions, device)
-    padded = [torch.zeros(mask.shape, device=device) for _ in (logp, entropy)]  # 2 × [N, T]
-    for tensor, rows in zip(padded, (logp, entropy)):
-        tensor[mask] = torch.tensor([x for row in rows for x in row], device=device)
+    padded = [pad_sequence(list(map(torch.tensor, rows)), True).to(device) for rows in (logp, entropy)]  # 2 × [N, T]
     return Rollout(ids, attention, mask, *padded, torch.tensor(truncated, device=device), texts)
 
 
@@ -746,12 +724,6 @@ class Critic(nn.Module):
         for weight in self.value_head.parameters():
             nn.init.zeros_(weight)
 
-    @torch.no_grad()
-    def copy_trunk(self, model):
-        """Take over the trunk of a model as it is now."""
-        for weight, new in zip(self.trunk.parameters(), model.base_model.parameters()):
-            weight.copy_(new)
-
     @with_full_weights
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
@@ -1000,12 +972,6 @@ def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
-def size(model):
-    """How many parameters a model has and how many of them are trained, in words."""
-    total, trained = model.num_parameters() / 1e6, model.num_parameters(only_trainable=True) / 1e6
-    return f"{total:.1f} M parameters, {trained:.1f} M of them trained"
-
-
 # ---- a learned reward model ----------------------------------------------------------------------------------------
 
 
@@ -1120,9 +1086,8 @@ TINY = {
 
 def tiny_tokenizer(texts):
     """Qwen2's byte-level BPE and chat template with a vocabulary of its own; each digit is a token."""
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
-        texts, TINY["vocabulary"], show_progress=False, new_special_tokens=["<|im_start|>", "<|im_end|>"]
-    )
+    options = {"show_progress": False, "new_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, TINY["vocabulary"], **options)
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>"])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -1152,8 +1117,7 @@ def build_tiny(folder, corpora):
                 loss = imitation_loss(model, rows[step * count : (step + 1) * count])
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                for group in optimizer.param_groups:
-                    group["lr"] = highest * min(1.0, (step + 1) / 20) * (1 - step / steps)
+                optimizer.param_groups[0]["lr"] = highest * min(1.0, (step + 1) / 20) * (1 - step / steps)
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.update()

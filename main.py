@@ -313,7 +313,7 @@ def train(state, after_step):
     if state.step == COLD_START:
         state.optimizer.state.clear()  # AdamW begins anew
         if state.critic:
-            state.critic.copy_trunk(state.policy)
+            state.critic.trunk.load_state_dict(state.policy.base_model.state_dict())
     one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
         first = COLD_START + iteration * STEPS
@@ -385,8 +385,7 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
     inputs = (state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     diagnostics = state.memory.fit("token_budget", lambda token_budget: backward(*inputs, token_budget))
     lr = learning_rate(state.updates)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
+    state.optimizer.param_groups[0]["lr"] = lr
     trained = [network.parameters() for network in (state.policy, state.critic) if network is not None]
     norms = [torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM) for weights in trained]  # each by itself
     norms = [llms.full_tensor(norm).item() for norm in norms]  # as they were before the clipping
@@ -459,10 +458,7 @@ def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
 
 
 def learning_rate(number):
-    """The learning rate of an optimizer step (the first is number 0): a linear warm-up, then SCHEDULE.
-
-    The cold start and Algorithm 1 each begin with a warm-up.
-    """
+    """The learning rate of update `number`, from 0 on: the cold start and Algorithm 1 each warm up, then SCHEDULE."""
     highest, total = COLD_START_LEARNING_RATE, COLD_START
     if number >= COLD_START:
         highest, total, number = LEARNING_RATE, ITERATIONS * STEPS * MU, number - COLD_START
@@ -629,11 +625,8 @@ def best_of_k(rewards):
 
 
 def normalized_each(by_name):
-    """GDPO (arXiv 2601.05242): each reward is normalised in its group; their weighted sum is normalised in the batch.
-
-    by_name {name: [Q, G]} -> [Q, G].
-    """
-    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})
+    """GDPO (arXiv 2601.05242): each reward is normalised in its group, and their weighted sum in the batch."""
+    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})  # [Q, G]
     return advantages / (over_ranks(advantages).std() + 1e-4)  # their mean is 0
 
 
@@ -660,20 +653,18 @@ def refill(state):
     They are trained on in the order in which they were drawn; all others are only recorded and counted. If there is not
     one for each rank, the last draw is recorded and no update is made.
     """
-    drawn, mixed = [], []  # groups and their records; which of them hold right and wrong outputs
+    drawn, records, mixed = [], [], []  # groups, the records of their outputs, which groups hold right and wrong ones
     while len(mixed) < QUESTIONS_PER_STEP and len(drawn) < REFILL * QUESTIONS_PER_STEP:
         batch = draw(state, state.policy)
-        records = batch_records(batch, torch.zeros(len(batch.rollout.texts)))
-        for i, group in enumerate(groups_of(batch)):
-            drawn.append((group, records[i * GROUP_SIZE : (i + 1) * GROUP_SIZE]))
-            *_, rewards = group
-            if min(rewards["correctness"]) < max(rewards["correctness"]):
-                mixed.append(len(drawn) - 1)
+        drawn += groups_of(batch)
+        records += batch_records(batch, torch.zeros(len(batch.rollout.texts)))
+        right = [rewards["correctness"] for *_, rewards in drawn]
+        mixed = [i for i, of_q in enumerate(right) if min(of_q) < max(of_q)]
     learns = len(mixed) >= llms.WORLD
     kept = mixed[:QUESTIONS_PER_STEP] if learns else range(len(drawn) - QUESTIONS_PER_STEP, len(drawn))
-    dropped = [record for i, (_, records) in enumerate(drawn) if i not in kept for record in records]
+    dropped = [record for i, record in enumerate(records) if i // GROUP_SIZE not in kept]
     draws, share = len(drawn) // QUESTIONS_PER_STEP, len(mixed) / len(drawn)
-    return batch_of(state, [drawn[i][0] for i in kept], learns, dropped, {"refill/draws": draws, "refill/mixed": share})
+    return batch_of(state, [drawn[i] for i in kept], learns, dropped, {"refill/draws": draws, "refill/mixed": share})
 
 
 def groups_of(batch):
@@ -758,12 +749,6 @@ def prompt_ids(tokenizer, problem):
     return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
 
 
-def examples_length(tokenizer):
-    """How many tokens of a prompt are of its examples."""
-    empty = {"question": ""}
-    return len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty))) if SHOTS else 0
-
-
 def worked_solutions(state, problems, prompts):
     """A rollout of the solutions that the data set has."""
     if not all(problem.get("solution") for problem in problems):
@@ -808,6 +793,8 @@ def score_outputs(rollout, problems, state=None):
         by_name, failures = by_name | of_groups, failures + more
     if failures:
         tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
+    if state and problems[0].get("kind") == "nim":  # self-play: a move is right if it wins
+        by_name["optimal"], by_name["correctness"] = by_name["correctness"], self_play(state, rollout.texts, problems)
     overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
     by_name["overlong"] = list(map(overlong, rollout.mask.sum(1).tolist()))
     if state and state.reward_model:
@@ -838,6 +825,56 @@ def judge_group(judge, question, texts):
     return [((x.sum(1) - own) / (len(texts) - 1)).tolist() for x, own in ((wins, 0.5), (flips, 0))]
 
 
+def player(state, model, temperature, generator=None):
+    """A player of Nim is a function from positions to completions; this one is a model."""
+    prompts = lambda problems: [prompt_ids(state.tokenizer, problem) for problem in problems]
+    return lambda problems: sample(state, model, prompts(problems), 1, temperature, generator).texts
+
+
+def self_play(state, texts, problems):
+    """Which of these moves win, if the policy then plays on for both sides: 1 or 0 for each."""
+    generator = torch.Generator().manual_seed(SEED + state.questions)
+    return play(problems, [player(state, state.policy, TEMPERATURE, generator)] * 2, texts)
+
+
+def play(problems, players, texts=None):
+    """Games of Nim to their end, one from each position: has players[0], who moves first, won? 1 or 0 for each.
+
+    texts: the completions with the first moves, if they are known. An illegal move loses. All ranks follow all games;
+    each asks the players about its share of the positions.
+    """
+    counts, positions, texts = llms.gather([len(problems)]), llms.gather(problems), texts and llms.gather(texts)
+    won, live = [0.0] * len(positions), list(range(len(positions)))
+    for turn in itertools.count():
+        if turn or not texts:
+            asked = live + live[:1] * (llms.WORLD - len(live))  # one or more for each rank
+            texts = llms.gather(players[turn % 2](llms.share([positions[game] for game in asked])))
+        for game, text in zip(live, texts):
+            position = positions[game]
+            heaps = evaluator.legal_moves(position).get(evaluator.extract_answer(text))
+            if heaps is None or not any(heaps.values()):  # an illegal move, or the last one is taken
+                positions[game], won[game] = None, float((heaps is None) == turn % 2)
+            else:
+                positions[game] = rldatasets.position(position["players"], 1 - position["turn"], heaps)
+        live = [game for game in live if positions[game]]
+        if not live:
+            first = sum(counts[: llms.RANK])
+            return won[first : first + len(problems)]
+
+
+def matches(state, problems):
+    """Games from these positions, as many in each seat, all players without chance: {opponent: share of games won}."""
+    policy, metrics = player(state, state.policy, 0.0), {}
+    opponents = {"random": evaluator.chance_player, "perfect": evaluator.perfect_player}
+    if state.reference:
+        opponents["base"] = player(state, state.reference, 0.0)
+    for name, opponent in opponents.items():
+        first, second = play(problems, [policy, opponent]), play(problems, [opponent, policy])
+        won = llms.gather(first + [1 - lost for lost in second])
+        metrics |= {f"eval/wins/{name}": sum(won) / len(won), "eval/games": len(won)}
+    return metrics
+
+
 def weighted_sum(by_name):
     """r_i = Σ weight × reward: [Q, G]. A reward without a WEIGHT_ constant is only logged."""
     return sum(settings().get(f"WEIGHT_{name.upper()}", 0.0) * values for name, values in by_name.items())
@@ -857,14 +894,34 @@ def supervise_steps(state, rollout, problems, rewards):
     return advantages, means
 
 
+def mean_log_prob(state, model, rollout):
+    """The mean log π of the tokens of each output under a model: [N]."""
+    return log_probs(state, model, rollout).sum(1) / rollout.mask.sum(1)
+
+
+def prefers_true(state, problems, prompts):
+    """Is the true next turn of a dialogue likelier, per token, than the false one? 1 or 0 for each: [Q]."""
+    texts = [reply for problem in problems for reply in problem.get("replies", ("", ""))]
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    replies = llms.rollout_of(state.policy, state.tokenizer, prompts, texts, TOKEN_BUDGET)
+    true, false = mean_log_prob(state, state.policy, replies).view(-1, 2).T  # 2 × [Q]
+    return (true > false).float()
+
+
 def evaluate(state, problems):
     """Greedy on every problem, and pass@k and maj@k from EVAL_SAMPLES samples: metrics, and a record per problem."""
-    votable = all(problem.get("kind") != "program" for problem in problems)  # programs have no answer to vote for
+    kinds = {problem.get("kind") for problem in problems}
+    openings = [problem for problem in problems if min(problem.get("heaps", {"": 0}).values()) > 1]  # only of Nim
     problems, n = llms.share(problems), EVAL_SAMPLES
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
     rollout = sample(state, state.policy, prompts, 1, 0.0)
-    records = output_records(rollout, problems, score_outputs(rollout, problems))
-    metrics = report.eval_metrics(records)
+    columns = score_outputs(rollout, problems)
+    if "dialogue" in kinds:
+        columns["prefers_true"] = prefers_true(state, problems, prompts)
+    if "writing" in kinds and state.reference:
+        columns["fluency"] = mean_log_prob(state, state.reference, rollout)
+    records = output_records(rollout, problems, columns)
+    metrics = report.eval_metrics(records) | (matches(state, llms.share(openings)) if openings else {})
     if not n:
         return metrics, records
     rollout = sample(state, state.policy, prompts, n, EVAL_TEMPERATURE, torch.Generator().manual_seed(SEED))
@@ -872,7 +929,7 @@ def evaluate(state, problems):
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):  # paper, Figure 7
         metrics[f"eval/pass@{k}"] = sum(report.pass_at_k(n, c, k) for c in right) / len(right)
         groups = [(rollout.texts[i * n : i * n + k], problem) for i, problem in enumerate(problems)]
-        if votable:
+        if not kinds & {"program", "writing"}:  # they have no answer to vote for
             votes = llms.gather([evaluator.right(evaluator.majority(group), problem) for group, problem in groups])
             metrics[f"eval/maj@{k}"] = sum(votes) / len(votes)
     return metrics, records
@@ -908,19 +965,11 @@ def record_step(state, batch, advantages, updates, extra=None):
         stage, outputs = "cold start", {name: outputs[name] for name in ("length", "length_max", "truncated")}
     if state.step == COLD_START + 1 and (note := report.silence(records, evaluator.TAGS)):
         say(note)
-    row = {
-        "step": state.step,
-        "stage": stage,
-        **outputs,
-        **report.mean_of_updates(updates),
-        **dict(batch.extra),
-        **(extra or {}),
-        **{name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")},
-        **state.memory.limits,
-        "memory": llms.peak_memory(),
-        "seconds": time.perf_counter() - state.began,
-        **llms.SECONDS,
-    }
+    row = {"step": state.step, "stage": stage} | outputs | report.mean_of_updates(updates)
+    row |= dict(batch.extra) | (extra or {})
+    row |= {name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")}
+    row |= state.memory.limits | {"memory": llms.peak_memory(), "seconds": time.perf_counter() - state.began}
+    row |= llms.SECONDS
     log(state.run, row, "train", records[:group], TENSORBOARD)
     say(report.step_line(row))
     if SHOW_EVERY and state.step % SHOW_EVERY == 0:
@@ -939,17 +988,13 @@ def save_checkpoint(state):
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
     about, tensors = llms.read_checkpoint(state.run / "checkpoint")
-    differ = [
-        name for name, value in settings().items() if name not in MAY_CHANGE and about["settings"].get(name) != value
-    ]
-    if differ:
+    now, then = settings(), about["settings"]
+    if differ := [name for name in now if name not in MAY_CHANGE and then.get(name) != now[name]]:
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     vars(state).update(about["counters"])
     fewest = min((len(groups) for groups, *_ in about["queue"]), default=llms.WORLD)
     if fewest < llms.WORLD:
-        raise SettingsError(
-            f"too many ranks: outputs of {state.run} wait for a step that has only {fewest} of its questions"
-        )
+        raise SettingsError(f"too many ranks: a step of {state.run} that waits has only {fewest} of its questions")
     state.queue = [batch_of(state, *parts) for parts in about["queue"]]
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy, adapter=COLD_START > 0 or state.step > STEPS)
@@ -1019,12 +1064,9 @@ def choose_settings(actions, flags):
     """Write the constants, here and nowhere else. The later wins: defaults; TINY or the run's settings; flags."""
     run, defaults = actions.resume or actions.evaluate, {name: CONSTANTS[name][1] for name in CONSTANTS}
     known = report.read_settings(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
-    for name, value in flags.items():
-        if (
-            actions.resume
-            and value != known[name]
-            and (name not in MAY_CHANGE or (name == "STEPS" and known["ITERATIONS"] > 1))
-        ):
+    for name, value in flags.items() if actions.resume else ():
+        may_change = name in MAY_CHANGE and (name != "STEPS" or known["ITERATIONS"] == 1)
+        if value != known[name] and not may_change:
             raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
     model = actions.evaluate or (defaults | known | flags)["MODEL"]
     values = defaults | (known or (TINY if model == "tiny" else {})) | flags | {"MODEL": model}
@@ -1065,11 +1107,7 @@ def check_settings():
         ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
         ("JUDGE", not JUDGE or GROUP_SIZE > 1, "empty with --group_size 1: it compares outputs"),
         ("SUPERVISION", outcome or grpo, f"outcome for {ALGORITHM}"),
-        (
-            "REWARD_MODEL",
-            not REWARD_MODEL or ALGORITHM in ("grpo", "ppo"),
-            f"empty for {ALGORITHM}: it uses no rewards",
-        ),
+        ("REWARD_MODEL", not REWARD_MODEL or grpo or ALGORITHM == "ppo", f"empty for {ALGORITHM}: it uses no rewards"),
         ("RATIO", RATIO == "token" or (outcome and ALGORITHM not in ("ppo", "distill")), "token if Â differs by token"),
         ("MU", MU == 1 or ALGORITHM not in ("sft", "dpo"), f"1 for {ALGORITHM}: it makes one update a step"),
         ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
@@ -1098,10 +1136,8 @@ def variant_rules(now, weights):
         ("NORMALIZE", summed or outcome, f"sum with --supervision {SUPERVISION}"),
         ("NORMALIZE", summed or SCALE == "group", f"sum with --scale {SCALE}"),
         ("NORMALIZE", summed or PASS_K == POSITIVE == NEGATIVE == 1, "sum with --pass_k, --positive or --negative"),
-        *(
-            (name, now[name] == 1 or outcome, f"1 with --supervision {SUPERVISION}")
-            for name in ("POSITIVE", "NEGATIVE")
-        ),
+        ("POSITIVE", POSITIVE == 1 or outcome, f"1 with --supervision {SUPERVISION}"),
+        ("NEGATIVE", NEGATIVE == 1 or outcome, f"1 with --supervision {SUPERVISION}"),
         ("DELTA", DELTA == 0 or DELTA > 1 + EPSILON_HIGH, f"0, or above 1 + epsilon_high = {1 + EPSILON_HIGH}"),
         ("DELTA", DELTA == 0 or CLIP == "objective", "0 with --clip weight"),
         ("IS_LOW", IS_LOW < IS_HIGH, f"below --is_high {IS_HIGH}"),
@@ -1146,7 +1182,10 @@ def check_data(training=True):
 
 def model_folder(name):
     """The model to load; tiny is built when it is first asked for."""
-    return llms.tiny_folder(report.runs_folder(), rldatasets.tiny_corpus()) if name == "tiny" else name
+    if name != "tiny":
+        return name
+    corpora = [rldatasets.nim_corpus()] if DATASET.startswith("nim") else rldatasets.tiny_corpus()
+    return llms.tiny_folder(report.runs_folder(), corpora)
 
 
 def new_state(policy, tokenizer, run=None):
@@ -1162,11 +1201,16 @@ def new_state(policy, tokenizer, run=None):
     options = {"weight_decay": WEIGHT_DECAY, "fused": torch.cuda.is_available() or None}
     state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), **options)
     state.generator = torch.Generator().manual_seed(SEED)
-    context = getattr(policy.config, "max_position_embeddings", math.inf)
-    state.prompt_limit = min(MAX_PROMPT_TOKENS + examples_length(tokenizer), context - MAX_NEW_TOKENS)
+    context, empty = getattr(policy.config, "max_position_embeddings", math.inf), {"question": ""}
+    shots = len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty))) if SHOTS else 0
+    state.prompt_limit = min(MAX_PROMPT_TOKENS + shots, context - MAX_NEW_TOKENS)
     state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
     state.judge = llms.load_judge(model_folder(JUDGE)) if JUDGE else None
-    state.teacher = llms.frozen_copy(llms.load(model_folder(TEACHER))[0].requires_grad_(False)) if TEACHER else None
+    if TEACHER:
+        teacher, its_tokenizer = llms.load(model_folder(TEACHER))
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
+        state.teacher = llms.frozen_copy(teacher.requires_grad_(False))
     return state
 
 
@@ -1224,8 +1268,6 @@ def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
     run = Path(actions.resume) if actions.resume else report.new_folder(RUN, MODEL, DATASET, actions.test)
     problems, last = check_data(), last_step()
-    if TEACHER and llms.vocabulary(model_folder(MODEL)) != llms.vocabulary(model_folder(TEACHER)):
-        raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
     policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
     check_prompts(state, problems, rldatasets.stages(DATASET))
@@ -1243,7 +1285,9 @@ def run_steps(state, problems, evaluates_at):
     run, policy, last = state.run, state.policy, last_step()
     about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
     begin(run, settings() | about, state.step)
-    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {llms.size(policy)}; {llms.WORLD} × {policy.device}; all goes to {run}")
+    total, trained = policy.num_parameters() / 1e6, policy.num_parameters(only_trainable=True) / 1e6
+    size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
+    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {llms.WORLD} × {policy.device}; all goes to {run}")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: ask_to_stop(state, number))
     if state.step == 0:
@@ -1271,6 +1315,7 @@ def run_evaluation(actions):
         check_prompts(state, problems)
     for name, state in zip(names, states):
         llms.shard(state.policy)
+        state.reference = states[-1].policy if actions.against else None
         metrics, records = evaluate(state, problems)
         outputs.append(records)
         say(f"{name}: {report.eval_line(metrics)}")

@@ -1,9 +1,9 @@
 """The problems: where they come from, the prompt for each, and in which order they come.
 
 A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (worked,
-or ""), `kind` (how it is graded: math, program, knights, order or countdown), and what the kind needs besides, such as
-the tests of a program. Nothing here knows about tokens, tensors, rewards or the group size. The functions to call are
-`load`, `examples`, `stages` and `shuffled`, at the end. To add a data set, add a line to DATASETS, above them.
+or ""), `kind` (how it is graded), and what the kind needs besides, such as the tests of a program. Nothing here knows
+about tokens, tensors, rewards or the group size. The functions to call are `load`, `examples`, `stages` and `shuffled`,
+at the end. To add a data set, add a line to DATASETS, above them.
 """
 
 import ast
@@ -35,7 +35,7 @@ def prompt(problem, examples=()):
     for example in examples:
         messages.append({"role": "user", "content": example["question"]})
         messages.append({"role": "assistant", "content": written_out(example)})
-    return [*messages, {"role": "user", "content": problem["question"]}]
+    return [*messages, *problem.get("turns", ()), {"role": "user", "content": problem["question"]}]
 
 
 def written_out(problem):
@@ -56,8 +56,8 @@ def generated(makers, difficulties, split):
     while len(questions) < SIZES[split] * len(sources):
         make, difficulty, rng = sources[len(questions) % len(sources)]
         problem = next_problem(make, difficulty, rng, split)
-        if problem["question"] not in questions:
-            questions.add(problem["question"])
+        if (asked := repr(prompt(problem))) not in questions:
+            questions.add(asked)
             yield problem
 
 
@@ -286,6 +286,80 @@ def countdown(rng, difficulty):
     return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
 
 
+# ---- Nim: two heaps, and who takes the last one wins ---------------------------------------------------------------
+
+
+def nim(rng, difficulty):
+    """A position of Nim, no heap larger than difficulty + 2. There are few: train and test differ by the players."""
+    players, heaps = rng.sample(NAMES, 2), {"A": 0, "B": 0}
+    while not any(heaps.values()):
+        heaps = {name: rng.randint(0, difficulty + 2) for name in heaps}
+    return players, position(players, rng.randrange(2), heaps)
+
+
+def position(players, turn, heaps):
+    """The question to players[turn]; players[0] began. The answer is the move that makes the heaps equal: it wins."""
+    (first, second), (a, b) = players, heaps.values()
+    state = f"{first} and {second} play Nim; {first} began. Heap A has {a}, heap B has {b}."
+    rule = f"{players[turn]} takes any number from one heap, such as: 1 from A. Who takes the last one wins."
+    answer = "any move" if a == b else f"{abs(a - b)} from {max(heaps, key=heaps.get)}"
+    about = {"kind": "nim", "players": players, "turn": turn, "heaps": heaps}
+    return {"question": f"{state} {rule} What does {players[turn]} take?", "answer": answer, "solution": ""} | about
+
+
+def nim_corpus(count=24000):
+    """What the tiny model learns before self-play: [(messages, completion)] with legal moves, taken by chance."""
+    rng, corpus = random.Random("nim corpus"), []
+    while len(corpus) < count:
+        problem = next_problem(nim, 3, rng, "train")
+        before = problem["heaps"]
+        heap = rng.choice([name for name in before if before[name]])
+        number = rng.randint(1, before[heap])
+        after = before | {heap: before[heap] - number}
+        solution = "\nleaves ".join(f"A {heaps['A']}, B {heaps['B']}" for heaps in (before, after))
+        solution += f"\n{heap}: <<{before[heap]}-{after[heap]}={number}>>{number}"
+        move = problem | {"solution": solution, "answer": f"{number} from {heap}"}
+        corpus.append((prompt(problem), written_out(move)))
+    return corpus
+
+
+# ---- to test writing and dialogue ----------------------------------------------------------------------------------
+
+WORDS = [
+    "bridge",
+    "clock",
+    "garden",
+    "horse",
+    "island",
+    "lamp",
+    "letter",
+    "music",
+    "river",
+    "ticket",
+    "window",
+    "winter",
+]
+ANIMALS = ["cat", "dog", "horse", "parrot", "rabbit", "turtle"]
+REPLIES = ["I see.", "Good to know.", "What a lovely name!", "Thank you for telling me.", "All right.", "How nice."]
+
+
+def writing(rng, difficulty):
+    """A story to write, with a number of sentences and as many words that must be in it: difficulty + 1."""
+    name, words = rng.choice(NAMES), rng.sample(WORDS, difficulty + 1)
+    question = f"Write a story about {name} in exactly {len(words)} sentences. Use these words: {', '.join(words)}."
+    return (name, *words), {"question": question, "answer": " ".join(words), "solution": ""}
+
+
+def dialogue(rng, difficulty):
+    """A fact that was told is asked back, after `difficulty` turns with others; `replies`: a true and a false answer."""
+    animals, names, turns = rng.sample(ANIMALS, difficulty + 1), rng.sample(NAMES, difficulty + 1), []
+    for animal, name, reply in zip(animals, names, rng.sample(REPLIES, difficulty + 1)):
+        turns.append({"role": "user", "content": f"My {animal} is called {name}."})
+        turns.append({"role": "assistant", "content": reply})
+    about = {"turns": turns, "replies": [f"Your {animals[0]} is called {name}." for name in names[:2]]}
+    return names, {"question": f"What is my {animals[0]} called?", "answer": names[0], "solution": ""} | about
+
+
 # ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
 
 
@@ -388,9 +462,7 @@ def files_of(path, split):
     for suffix in SUFFIXES:
         if found := [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
             return suffix, found
-    raise ValueError(
-        f"a data file must end in {', '.join(SUFFIXES)}, and in a folder its path must name the split {split!r}"
-    )
+    raise ValueError(f"a data file ends in {', '.join(SUFFIXES)}; in a folder its path must name the split {split!r}")
 
 
 def json_rows(path):
@@ -462,6 +534,9 @@ GENERATED = {  # name: makers, and the difficulties that are mixed if the name i
     "order": ([order], [1]),
     "countdown": ([countdown], [1]),
     "logic": ([knights, order, countdown], [1]),
+    "nim": ([nim], [3]),
+    "writing": ([writing], [2]),
+    "dialogue": ([dialogue], [1, 3, 5]),
 }
 
 
@@ -471,13 +546,11 @@ def load(name, split):
     if task in GENERATED and (not colon or difficulty in tuple("12345")):
         makers, mixed = GENERATED[task]
         return generated(makers, [int(difficulty)] if colon else mixed, split)
-    entry = DATASETS.get(name, {"hub": name})
-    if os.path.exists(name):  # a file or folder of your own comes before the hub
-        return problems(name, {"path": name}, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    if name not in DATASETS and not on_hub:
+    entry = {"path": name} if os.path.exists(name) else DATASETS.get(name, {"hub": name} if on_hub else None)
+    if entry is None:
         known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
-        hint = "a difficulty is a number from 1 to 5, as in logic:3"
+        hint = "a difficulty is a number from 1 to 5, as in logic:3, before the steps of a stage, as in logic:3:100"
         raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
     if "splits" in entry and split not in entry["splits"]:
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
@@ -503,11 +576,7 @@ def stages(spec):
         name, *numbers = stage.strip().split(":")
         if not name:
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
-        if numbers and name in GENERATED:
-            if numbers[0] not in tuple("12345"):
-                raise DataError(
-                    f"{stage}: after {name} comes its difficulty, from 1 to 5, then its steps: {name}:3:100"
-                )
+        if numbers and name in GENERATED:  # `load` refuses what is no difficulty
             name = f"{name}:{numbers.pop(0)}"
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")

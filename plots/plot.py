@@ -35,8 +35,9 @@ TEST = [
     ("steps that calculate, per output", {"eval/num_steps": ""}),
     ("self-reflection, words per output", {"eval/reflection": ""}),
 ]
+GAMES = ("games of Nim won, by opponent", {f"eval/wins/{name}": name for name in ("random", "base", "perfect")})
 X = {"step": "step", "tokens": "tokens sampled", "seconds": "seconds of training"}
-SHARES = ("accuracy", "format", "zero_std_groups", *APPROACHES)  # from 0 to 1
+SHARES = ("accuracy", "format", "zero_std_groups", "wins/random", *APPROACHES)  # from 0 to 1
 
 
 class FolderError(ValueError):
@@ -90,7 +91,7 @@ def curves(rows, key):
 
 def groups(folders):
     """Runs by what they have in common: {label: [rows of each run]}; all settings but the seed and the name count."""
-    by_settings, drawn = {}, {*X, "stage", "eval/ci95", *(key for _, keys in TRAIN + TEST for key in keys)}
+    by_settings, drawn = {}, {*X, "stage", "eval/ci95", *(key for _, keys in [*TRAIN, *TEST, GAMES] for key in keys)}
     for folder in folders:
         config, rows = read(folder, drawn)
         same = json.dumps(
@@ -184,8 +185,10 @@ def draw(folders, out, x="step"):
     from matplotlib.figure import Figure  # here, so that a run which draws nothing starts faster
 
     runs_by_label, paths = groups(folders), []
+    played = any("eval/wins/random" in row for runs in runs_by_label.values() for rows in runs for row in rows)
+    tests = [*TEST[:-1], GAMES] if played else TEST
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, panels, columns in (("train_score", TRAIN, 3), ("eval_score", TEST, 3)):
+    for name, panels, columns in (("train_score", TRAIN, 3), ("eval_score", tests, 3)):
         lines = -(-len(panels) // columns)
         height = 3 * lines + 0.3
         figure = Figure(figsize=(4 * columns, height))

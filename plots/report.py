@@ -34,7 +34,7 @@ def records(problems, texts, columns):
     """A record for each text: the same number of texts for each problem, and columns {name: a value per text}."""
     group, made = len(texts) // len(problems), []
     for i, text in enumerate(texts):
-        about = {key: problems[i // group].get(key) for key in ("question", "answer", "task")}
+        about = {key: problems[i // group].get(key) for key in ("question", "answer", "kind", "task")}
         made.append(about | {"completion": text} | {name: values[i] for name, values in columns.items()})
     return made
 
@@ -59,6 +59,12 @@ def step_metrics(records, group_size, names):
         **{name: mean(records, name) for name in ("length", "truncated", "zero_advantage")},
         **behaviour(records),
     }
+
+
+MEASURES = {  # {kind of problem: what its outputs have, by the keys of their records}
+    "writing": ("words_used", "sentences", "distinct_2", "repeated_3", "compression", "copied", "fluency"),
+    "dialogue": ("prefers_true",),
+}
 
 
 def behaviour(records):
@@ -97,6 +103,9 @@ def eval_metrics(records):
         "eval/n": len(records),
         **{f"eval/{name}": value for name, value in behaviour(records).items()},
     }
+    for kind, names in MEASURES.items():
+        of_kind = [record for record in records if record["kind"] == kind]
+        metrics |= {f"eval/{name}": mean(of_kind, name) for name in names if of_kind and name in of_kind[0]}
     for task in tasks if len(tasks) > 1 else ():
         metrics[f"eval/accuracy/{task}"] = mean([record for record in records if record["task"] == task], "correctness")
     return metrics
@@ -278,8 +287,13 @@ def silence(records, tags):
 
 def eval_line(metrics):
     """An evaluation in one line."""
-    more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in metrics if "@" in key or "accuracy/" in key}
+    measured = {f"eval/{name}" for names in MEASURES.values() for name in names}
+    shown = [key for key in metrics if "@" in key or "accuracy/" in key or key in measured]
+    more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in shown}
     more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
+    won = {key.removeprefix("eval/wins/"): value for key, value in metrics.items() if "wins/" in key}
+    for name, share in won.items():
+        more += f" | wins against {name} {share:.3f} ± {wilson(share, metrics['eval/games']):.3f}"
     return (
         f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f} | lenient {metrics['eval/lenient']:.3f}"
         f" | format {metrics['eval/format']:.3f} | len {metrics['eval/length']:.1f}"

@@ -155,6 +155,22 @@ def variants(checkpoint, folder):
     }
 
 
+def games(checkpoint):
+    """Games of Nim that end at different turns, the last of them alone; a random model's texts are made legal moves."""
+    state, asked = fresh_state(checkpoint, QUESTIONS_PER_STEP=3), []
+    model = main.player(state, state.policy, 1.0, torch.Generator().manual_seed(5))
+
+    def legal(problems):
+        moves = [sorted(evaluator.legal_moves(problem)) for problem in problems]
+        asked.append(len(llms.gather(problems)))
+        return [f"<answer>{of[len(text) % len(of)]}</answer>" for of, text in zip(moves, model(problems))]
+
+    heaps = [{"A": a, "B": b} for a, b in ((5, 5), (1, 0), (3, 4), (0, 2), (6, 6))]
+    problems = [rldatasets.position(("Ada", "Ben"), i % 2, of) for i, of in enumerate(heaps)]
+    won = main.play(llms.share(problems), [legal, legal])
+    return {"won": torch.tensor(llms.gather(won)), "turns": torch.tensor(len(asked)), "last": torch.tensor(asked[-1])}
+
+
 def everything(checkpoint, with_linear_layers, folder):
     """{scenario/name: tensor}"""
     cases = {
@@ -177,6 +193,7 @@ def everything(checkpoint, with_linear_layers, folder):
     cases["bf16"] = in_bf16(with_linear_layers)
     cases["ten steps"] = ten_steps(checkpoint, folder)
     cases["variants"] = variants(checkpoint, folder)
+    cases["games"] = games(checkpoint)
     return {f"{case}/{name}": tensor for case, found in cases.items() for name, tensor in found.items()}
 
 
@@ -225,6 +242,13 @@ def test_after_ten_steps_two_ranks_have_the_weights_metrics_and_evaluation_of_on
         assert (one.double() - two.double()).abs().max() <= 1e-6, name
     assert both["ten steps"]["in order"][1].all()
     assert both["ten steps"]["metrics.grad_norm"][0].min() > 0
+
+
+def test_two_ranks_play_the_games_that_one_plays(both):
+    for name in ("won", "turns"):
+        assert torch.equal(*both["games"][name]), name
+    assert both["games"]["turns"][0] > 3 and 0 < both["games"]["won"][0].sum() < 5
+    assert [int(last) for last in both["games"]["last"]] == [1, 2]  # a rank without a game is asked about another's
 
 
 def test_two_ranks_draw_keep_and_scale_as_one_does(both):
