@@ -107,7 +107,9 @@ def eval_metrics(records):
         of_kind = [record for record in records if record["kind"] == kind]
         metrics |= {f"eval/{name}": mean(of_kind, name) for name in names if of_kind and name in of_kind[0]}
     for task in tasks if len(tasks) > 1 else ():
-        metrics[f"eval/accuracy/{task}"] = mean([record for record in records if record["task"] == task], "correctness")
+        of_task = [record for record in records if record["task"] == task]
+        metrics[f"eval/accuracy/{task}"] = mean(of_task, "correctness")
+        metrics[f"eval/lenient/{task}"] = mean(of_task, "lenient")
     return metrics
 
 
@@ -288,8 +290,8 @@ def silence(records, tags):
 def eval_line(metrics):
     """An evaluation in one line."""
     measured = {f"eval/{name}" for names in MEASURES.values() for name in names}
-    shown = [key for key in metrics if "@" in key or "accuracy/" in key or key in measured]
-    more = {re.sub("eval/(accuracy/)?", "", key): metrics[key] for key in shown}
+    shown = [key for key in metrics if "@" in key or re.match("eval/(accuracy|lenient)/", key) or key in measured]
+    more = {re.sub("eval/(accuracy/)?", "", key).replace("/", " "): metrics[key] for key in shown}
     more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
     won = {key.removeprefix("eval/wins/"): value for key, value in metrics.items() if "wins/" in key}
     for name, share in won.items():

@@ -257,12 +257,14 @@ def test_in_a_mixed_test_each_measure_is_the_mean_over_its_own_kind():
     records = [
         record | {"task": "a", "kind": "math", "words_used": 0.0, "prefers_true": 0.0},
         record | {"task": "w", "kind": "writing", "words_used": 0.5, "prefers_true": 0.0},
-        record | {"task": "d", "kind": "dialogue", "words_used": 0.0, "prefers_true": 1.0},
+        record | {"task": "d", "kind": "dialogue", "words_used": 0.0, "prefers_true": 1.0, "lenient": 1.0},
     ]
     metrics = report.eval_metrics(records)
     assert metrics["eval/words_used"] == 0.5 and metrics["eval/prefers_true"] == 1.0
     assert "eval/distinct_2" not in metrics
     assert "words_used 0.500 | prefers_true 1.000" in report.eval_line(metrics)
+    assert metrics["eval/lenient/d"] == 1.0 and metrics["eval/lenient/w"] == 0.0
+    assert "| d 0.000 | lenient d 1.000" in report.eval_line(metrics)
 
 
 # ---- dialogues -----------------------------------------------------------------------------------------------------
