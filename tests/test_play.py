@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import evaluator
 import llms
 import main
 import rldatasets
-from plots import report
+from plots import plot, report
 
 HEAPS = [{"A": a, "B": b} for a in range(7) for b in range(7) if a + b]
 
@@ -312,3 +314,152 @@ def test_a_model_prefers_the_reply_that_is_likelier_per_token(setup):
             means.append(float(log_pi.gather(1, torch.tensor(tokens)[:, None]).mean()))
         expected.append(float(means[0] > means[1]))
     assert 0 < sum(expected) < 6 and [record["prefers_true"] for record in records] == expected
+
+
+# ---- what a careless change would break -----------------------------------------------------------------------------
+
+
+def test_questions_end_with_who_moves_and_begin_with_who_began():
+    second = position({"A": 3, "B": 5}, 1)["question"]
+    assert "; Ada began." in second and second.endswith("What does Ben take?")
+
+
+def test_the_corpus_has_every_legal_move_of_the_training_positions_and_no_test_question():
+    corpus, seen = rldatasets.nim_corpus(5000), set()
+    train, test = (list(rldatasets.load("nim", split)) for split in ("train", "test"))
+    tested = {tuple(problem["players"]) for problem in test}
+    for messages, completion in corpus:
+        words = messages[-1]["content"].split()
+        assert (words[0], words[2]) not in tested
+        [(_, reward)] = evaluator.step_rewards(completion, {})  # one calculation, and it is right
+        assert reward == 0.5
+        seen.add((words[words.index("has") + 1], words[words.index("has") + 5], evaluator.extract_answer(completion)))
+    legal = {(f"{p['heaps']['A']},", f"{p['heaps']['B']}.", move) for p in train for move in evaluator.legal_moves(p)}
+    assert seen == legal
+
+
+def test_the_random_player_answers_the_same_question_in_the_same_way():
+    problems = list(rldatasets.load("nim", "test"))
+    assert evaluator.chance_player(problems) == evaluator.chance_player(problems)
+
+
+def test_the_question_of_a_story_has_its_words_and_as_many_sentences():
+    for difficulty in (1, 4):
+        problem = next(iter(rldatasets.load(f"writing:{difficulty}", "test")))
+        words = problem["answer"].split()
+        assert len(set(words)) == len(words) == difficulty + 1
+        assert f"in exactly {len(words)} sentences. Use these words: {', '.join(words)}." in problem["question"]
+
+
+def test_dialogues_with_the_same_last_question_differ_and_both_names_were_told():
+    problems = list(itertools.islice(rldatasets.load("dialogue:1", "test"), 20))  # of 6 animals
+    for problem in problems:
+        told = " ".join(turn["content"] for turn in problem["turns"])
+        assert all(reply.split()[-1] in told for reply in problem["replies"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("Lamp! River?", "words_used", 1.0),
+        ("lamps rivers", "words_used", 0.0),
+        ("A? B!", "sentences", 1.0),
+        ("Yes ... No.", "sentences", 1.0),
+        ("... A. B.", "sentences", 1.0),
+        ("<reasoning>\nlamp river\n</reasoning>\n<answer>\nNo.\n</answer>", "words_used", 0.0),
+        ("Eva lit the lamp.\nThe river froze.", "lenient", 1.0),
+    ],
+)
+def test_what_counts_in_a_story(text, name, value):
+    assert evaluator.rewards(text, STORY)[name] == value
+
+
+def test_self_play_asks_the_policy_as_in_training_for_both_sides(setup, monkeypatch):
+    state, _ = setup(SEED=3, TEMPERATURE=0.7)
+    state.questions, asked = 5, []
+
+    def sample(state, model, prompts, group_size, temperature, generator):
+        asked.append((model, len(prompts), group_size, temperature, generator.initial_seed()))
+        return SimpleNamespace(texts=["<answer>1 from A</answer>"] * len(prompts))
+
+    monkeypatch.setattr(main, "sample", sample)
+    problems = [position({"A": 3, "B": 0}), position({"A": 2, "B": 0})]
+    assert main.self_play(state, ["<answer>1 from A</answer>"] * 2, problems) == [1.0, 0.0]
+    assert asked == [(state.policy, 2, 1, 0.7, 8), (state.policy, 1, 1, 0.7, 8)]
+
+
+def test_in_a_match_policy_and_reference_play_without_chance(setup, monkeypatch):
+    state, _ = setup()
+    state.reference, asked = object(), []
+
+    def sample(state, model, prompts, group_size, temperature, generator):
+        asked.append((model, temperature))
+        return SimpleNamespace(
+            texts=[f"<answer>1 from {'A' if model is state.policy else 'B'}</answer>"] * len(prompts)
+        )
+
+    monkeypatch.setattr(main, "sample", sample)
+    assert main.matches(state, [position({"A": 2, "B": 3})])["eval/wins/base"] == 0.0
+    assert set(asked) == {(state.policy, 0.0), (state.reference, 0.0)}
+
+
+@pytest.mark.parametrize("algorithm", ["online_rft", "ppo"])
+def test_other_methods_play_too(setup, algorithm):
+    state, _ = setup(DATASET="nim", STEPS=1, ALGORITHM=algorithm, GROUP_SIZE=1)
+    assert "rewards/optimal" in train(state)[0]
+
+
+def test_a_mixed_test_measures_each_kind(setup):
+    state, _ = setup(EVAL_DATASET="arithmetic:1,nim:3,writing,dialogue", EVAL_QUESTIONS=16, EVAL_SAMPLES=2)
+    problems = main.check_data()
+    metrics, records = main.evaluate(state, problems)
+    measured = {f"eval/{name}" for name in (*evaluator.of_writing("", STORY), "fluency", "prefers_true")}
+    assert measured | {"eval/games", "eval/pass@2"} <= metrics.keys() and "eval/maj@2" not in metrics
+    assert all(record["prefers_true"] == 0 for record in records if record["kind"] != "dialogue")
+    _, records = main.evaluate(state, problems[:4])  # arithmetic alone
+    assert not {"fluency", "prefers_true"} & records[0].keys()
+
+
+def test_each_reply_is_read_after_its_own_dialogue_by_the_policy(setup, monkeypatch):
+    state, _ = setup(EVAL_DATASET="dialogue", EVAL_QUESTIONS=6)
+    with torch.no_grad():
+        next(state.reference.parameters()).mul_(-1)
+    seen, read, expected = [], main.mean_log_prob, []
+    monkeypatch.setattr(main, "mean_log_prob", lambda *inputs: seen.append(read(*inputs)) or seen[-1])
+    problems = main.check_data()
+    prompts = [main.prompt_ids(state.tokenizer, problem) for problem in problems]
+    main.prefers_true(state, problems, prompts)
+    for problem, prompt in zip(problems, prompts):
+        for reply in problem["replies"]:
+            tokens = state.tokenizer(reply)["input_ids"] + [state.tokenizer.eos_token_id]
+            with torch.no_grad():
+                log_pi = plain(state.policy)(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+            expected.append(float(log_pi[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None]).mean()))
+    assert seen[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_second_of_two_tested_models_is_the_reference(checkpoint, monkeypatch):
+    seen, evaluate = [], main.evaluate
+    monkeypatch.setattr(main, "evaluate", lambda state, problems: seen.append(state) or evaluate(state, problems))
+    arguments = ["--evaluate", checkpoint("qwen2"), "--against", checkpoint("qwen3"), "--dataset", "writing:1"]
+    assert main.main([*arguments, "--eval_questions", "2", "--max_new_tokens", "4"]) == 0
+    assert [state.reference is seen[1].policy for state in seen] == [True, True]
+
+
+def test_the_plot_of_a_run_that_played_shows_its_games(tmp_path, monkeypatch):
+    wins = {f"eval/wins/{name}": 0.5 for name in ("random", "base", "perfect")}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/accuracy": 0.5} | wins) + "\n")
+    drawn = {}
+    monkeypatch.setattr(plot, "line", lambda axes, key, runs, *rest, **style: drawn.update({key: runs[0]}))
+    plot.draw([tmp_path], tmp_path)
+    assert wins.keys() <= drawn.keys() and wins.items() <= drawn["eval/wins/base"][0].items()
+
+
+def test_the_tiny_model_that_calculates_is_for_all_that_does_not_begin_with_nim(constants, monkeypatch):
+    built = []
+    monkeypatch.setattr(llms, "tiny_folder", lambda runs, corpora: built.append(len(corpora)) or "folder")
+    for dataset in ("arithmetic:1:5,nim:1:5", "nim:1:5,arithmetic:1:5"):
+        constants(DATASET=dataset)
+        main.model_folder("tiny")
+    assert built == [2, 1]
