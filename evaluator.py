@@ -668,7 +668,7 @@ def nim_equal(answer, problem):
 
 def chance_player(problems):
     """Completions with legal moves, taken by chance; always the same one for the same question."""
-    moves = [random.Random(problem["question"]).choice(list(legal_moves(problem))) for problem in problems]
+    moves = [random.Random(problem["question"]).choice(list(legal_moves(problem)) or [""]) for problem in problems]
     return [f"<answer>{move}</answer>" for move in moves]
 
 
@@ -689,7 +689,7 @@ def writing_equal(answer, problem):
 
 def of_writing(text, problem):
     """What can be counted of a story. Beside each number, what it does not say."""
-    words, asked = (re.findall(r"[\w'’]+", words.lower()) for words in (text, problem["question"]))
+    words, asked = (re.findall(r"\w+(?:['’]\w+)*", x.lower()) for x in (text, problem["question"]))
     wanted, pairs = problem["answer"].split(), list(zip(words, words[1:]))
     threes = list(zip(words, words[1:], words[2:]))
     copied = difflib.SequenceMatcher(None, words, asked, autojunk=False).find_longest_match().size
@@ -697,7 +697,7 @@ def of_writing(text, problem):
         "words_used": sum(word in words for word in wanted) / len(wanted),  # not whether they have a sense in it
         "sentences": len(re.findall(r"\w[^.!?]*[.!?]+", text)) == len(wanted),  # not whether they are good ones
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),  # different pairs of words: not order, it is 1 for noise
-        "repeated_3": 1 - len(set(threes)) / max(1, len(threes)),  # not the same thought in other words
+        "repeated_3": (len(threes) - len(set(threes))) / max(1, len(threes)),  # not the same thought in other words
         "compression": len(zlib.compress(text.encode())) / max(1, len(text.encode())),  # not comparable between lengths
         "copied": copied / max(1, len(words)),  # the longest part that is in the prompt: not what is copied elsewhere
     }

@@ -895,8 +895,9 @@ def supervise_steps(state, rollout, problems, rewards):
 
 
 def mean_log_prob(state, model, rollout):
-    """The mean log π of the tokens of each output under a model: [N]."""
-    return log_probs(state, model, rollout).sum(1) / rollout.mask.sum(1)
+    """The mean log π of the tokens of each output under a model, at temperature 1: [N]."""
+    read = lambda model, *batch: llms.token_logprobs(model, *batch, 1.0)
+    return per_token(state, read, model, rollout).sum(1) / rollout.mask.sum(1)
 
 
 def prefers_true(state, problems, prompts):
@@ -1184,7 +1185,8 @@ def model_folder(name):
     """The model to load; tiny is built when it is first asked for."""
     if name != "tiny":
         return name
-    corpora = [rldatasets.nim_corpus()] if DATASET.startswith("nim") else rldatasets.tiny_corpus()
+    plays = rldatasets.stages(DATASET)[0][0].partition(":")[0] == "nim"  # of a curriculum, its first stage
+    corpora = [rldatasets.nim_corpus()] if plays else rldatasets.tiny_corpus()
     return llms.tiny_folder(report.runs_folder(), corpora)
 
 
@@ -1313,9 +1315,10 @@ def run_evaluation(actions):
     judge = llms.load_judge(model_folder(JUDGE)) if JUDGE and actions.against else None
     for state in states:  # both, before either is tested
         check_prompts(state, problems)
-    for name, state in zip(names, states):
         llms.shard(state.policy)
-        state.reference = states[-1].policy if actions.against else None
+    for name, state in zip(names, states):
+        same_tokens = state.tokenizer.get_vocab() == states[-1].tokenizer.get_vocab()
+        state.reference = states[-1].policy if actions.against and same_tokens else None
         metrics, records = evaluate(state, problems)
         outputs.append(records)
         say(f"{name}: {report.eval_line(metrics)}")

@@ -50,7 +50,7 @@ SIZES = {"train": 1000, "test": 200}  # problems of each maker and difficulty
 
 
 def generated(makers, difficulties, split):
-    """The problems of a split, of each maker and difficulty in turn: the same in every run, no question twice."""
+    """The problems of a split, of each maker and difficulty in turn: the same in every run, no prompt twice."""
     sources = [(make, d, random.Random(f"{make.__name__} {d} {split}")) for d in difficulties for make in makers]
     questions = set()
     while len(questions) < SIZES[split] * len(sources):

@@ -357,8 +357,8 @@ def summary(run):
     shown = [row for row in evaluations if row["step"] in names]
     heads = [f"{names[row['step']]} (step {row['step']})" for row in shown]
     lines = [f"\n{'test, ' + str(base['eval/n']):24}" + "".join(f"{head:>24}" for head in heads)]
-    for key in (key for key in base if key not in ("step", "eval/n", "eval/ci95")):
-        cells = ["–" if row[key] is None else f"{row[key]:.3f}" for row in shown]
+    for key in (key for key in trained if key not in ("step", "eval/n", "eval/ci95", "eval/games")):
+        cells = ["–" if row.get(key) is None else f"{row[key]:.3f}" for row in shown]
         if key in ("eval/accuracy", "eval/lenient"):
             cells = [f"{cell} ± {wilson(row[key], row['eval/n']):.3f}" for cell, row in zip(cells, shown)]
         lines.append(f"{key.removeprefix('eval/'):24}" + "".join(f"{cell:>24}" for cell in cells))

@@ -403,6 +403,34 @@ def test_in_a_match_policy_and_reference_play_without_chance(setup, monkeypatch)
     assert set(asked) == {(state.policy, 0.0), (state.reference, 0.0)}
 
 
+def test_a_model_with_other_tokens_is_no_reference(checkpoint, tmp_path, monkeypatch):
+    tokenizer = llms.tiny_tokenizer(["quite other texts, with other words in them"])
+    folder, (model, _) = tmp_path / "other", llms.load(checkpoint("qwen2"))
+    llms.save(model, tokenizer, folder)
+    seen, evaluate = [], main.evaluate
+    monkeypatch.setattr(main, "evaluate", lambda state, problems: seen.append(state) or evaluate(state, problems))
+    arguments = ["--evaluate", checkpoint("qwen2"), "--against", str(folder), "--dataset", "writing:1"]
+    assert main.main([*arguments, "--eval_questions", "2", "--max_new_tokens", "4"]) == 0
+    assert seen[0].reference is None and seen[1].reference is seen[1].policy
+
+
+def test_short_texts_repeat_nothing_and_words_in_quotes_count():
+    assert evaluator.of_writing("x", STORY)["repeated_3"] == 0
+    assert evaluator.of_writing("'lamp' “river”", STORY)["words_used"] == 1
+
+
+def test_who_must_move_in_a_game_that_is_over_loses():
+    over = [position({"A": 0, "B": 0})]
+    assert main.play(over, [evaluator.chance_player, evaluator.perfect_player]) == [0.0]
+
+
+def test_fluency_does_not_depend_on_the_temperature(setup, constants):
+    state, rollout = setup(TEMPERATURE=0.5)
+    cold = main.mean_log_prob(state, state.policy, rollout)
+    constants(TEMPERATURE=1.0)
+    assert_close(main.mean_log_prob(state, state.policy, rollout), cold)
+
+
 @pytest.mark.parametrize("algorithm", ["online_rft", "ppo"])
 def test_other_methods_play_too(setup, algorithm):
     state, _ = setup(DATASET="nim", STEPS=1, ALGORITHM=algorithm, GROUP_SIZE=1)
