@@ -325,20 +325,7 @@ def nim_corpus(count=24000):
 
 # ---- to test writing and dialogue ----------------------------------------------------------------------------------
 
-WORDS = [
-    "bridge",
-    "clock",
-    "garden",
-    "horse",
-    "island",
-    "lamp",
-    "letter",
-    "music",
-    "river",
-    "ticket",
-    "window",
-    "winter",
-]
+WORDS = "bridge clock garden horse island lamp letter music river ticket window winter".split()
 ANIMALS = ["cat", "dog", "horse", "parrot", "rabbit", "turtle"]
 REPLIES = ["I see.", "Good to know.", "What a lovely name!", "Thank you for telling me.", "All right.", "How nice."]
 
@@ -550,7 +537,7 @@ def load(name, split):
     entry = {"path": name} if os.path.exists(name) else DATASETS.get(name, {"hub": name} if on_hub else None)
     if entry is None:
         known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
-        hint = "a difficulty is a number from 1 to 5, as in logic:3, before the steps of a stage, as in logic:3:100"
+        hint = "a difficulty is a number from 1 to 5, as in logic:3"
         raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
     if "splits" in entry and split not in entry["splits"]:
         flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
@@ -576,7 +563,10 @@ def stages(spec):
         name, *numbers = stage.strip().split(":")
         if not name:
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
-        if numbers and name in GENERATED:  # `load` refuses what is no difficulty
+        if numbers and name in GENERATED:
+            if numbers[0] not in tuple("12345"):
+                form = f"after {name} comes its difficulty, from 1 to 5, then its steps: {name}:3:100"
+                raise DataError(f"{stage}: {form}")
             name = f"{name}:{numbers.pop(0)}"
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
