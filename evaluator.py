@@ -656,7 +656,7 @@ def countdown_equal(answer, problem):
 
 
 def legal_moves(problem):
-    """{a move such as "2 from B": the heaps after it}."""
+    """The legal moves: {"2 from B": the heaps after it, …}."""
     heaps = problem["heaps"]
     return {f"{n} from {name}": heaps | {name: size - n} for name, size in heaps.items() for n in range(1, size + 1)}
 
@@ -666,16 +666,26 @@ def nim_equal(answer, problem):
     return answer in legal_moves(problem) and problem["answer"] in (answer, "any move")
 
 
-def chance_player(problems):
-    """Completions with legal moves, taken by chance; always the same one for the same question."""
+def after_move(completion, problem):
+    """The heaps after a move; and does it win? None where the game goes on.
+
+    Who takes the last one wins. An illegal move loses.
+    """
+    heaps = legal_moves(problem).get(extract_answer(completion))
+    ends = heaps is None or not any(heaps.values())
+    return heaps, heaps is not None if ends else None
+
+
+def random_player(problems):
+    """Random legal moves as completions; the same question always gets the same move."""
     moves = [random.Random(problem["question"]).choice(list(legal_moves(problem)) or [""]) for problem in problems]
     return [f"<answer>{move}</answer>" for move in moves]
 
 
 def perfect_player(problems):
-    """Completions with the moves that win; where none does, with one taken by chance."""
+    """The moves that win as completions; where none does, a random one."""
     best = [f"<answer>{problem['answer']}</answer>" for problem in problems]
-    return [chance if "any move" in move else move for move, chance in zip(best, chance_player(problems))]
+    return [other if "any move" in move else move for move, other in zip(best, random_player(problems))]
 
 
 # ---- writing and dialogue ------------------------------------------------------------------------------------------
@@ -683,23 +693,23 @@ def perfect_player(problems):
 
 def writing_equal(answer, problem):
     """Does a story have all the words that it should have, and as many sentences? It may be nonsense."""
-    counts = of_writing(answer, problem)
+    counts = story_counts(answer, problem)
     return counts["words_used"] == counts["sentences"] == 1
 
 
-def of_writing(text, problem):
-    """What can be counted of a story. Beside each number, what it does not say."""
+def story_counts(text, problem):
+    """What can be counted of a story: {name: number}. Beside each stands what it does not show."""
     words, asked = (re.findall(r"\w+(?:['’]\w+)*", x.lower()) for x in (text, problem["question"]))
     wanted, pairs = problem["answer"].split(), list(zip(words, words[1:]))
     threes = list(zip(words, words[1:], words[2:]))
-    copied = difflib.SequenceMatcher(None, words, asked, autojunk=False).find_longest_match().size
+    copied = difflib.SequenceMatcher(None, words, asked).find_longest_match().size
     return {
-        "words_used": sum(word in words for word in wanted) / len(wanted),  # not whether they have a sense in it
-        "sentences": len(re.findall(r"\w[^.!?]*[.!?]+", text)) == len(wanted),  # not whether they are good ones
-        "distinct_2": len(set(pairs)) / max(1, len(pairs)),  # different pairs of words: not order, it is 1 for noise
+        "words_used": sum(word in words for word in wanted) / len(wanted),  # not whether they make sense there
+        "sentences": len(re.findall(r"\w[^.!?]*[.!?]+", text)) == len(wanted),  # not whether they are good
+        "distinct_2": len(set(pairs)) / max(1, len(pairs)),  # different pairs of words: random words have 1 too
         "repeated_3": (len(threes) - len(set(threes))) / max(1, len(threes)),  # not the same thought in other words
-        "compression": len(zlib.compress(text.encode())) / max(1, len(text.encode())),  # not comparable between lengths
-        "copied": copied / max(1, len(words)),  # the longest part that is in the prompt: not what is copied elsewhere
+        "compression": len(zlib.compress(text.encode())) / max(1, len(text.encode())),  # only for texts of equal length
+        "copied": copied / max(1, len(words)),  # the longest part from the prompt; not from elsewhere
     }
 
 
@@ -983,7 +993,7 @@ def rewards(completion, problem):
     """The rewards in the table that apply to a completion's problem, unweighted: {name: number}."""
     values = {name: function(completion, problem) for name, function in REWARDS.items()}
     if problem.get("kind") == "writing":
-        values |= of_writing(extract_answer(completion) or completion, problem)
+        values |= story_counts(extract_answer(completion) or completion, problem)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

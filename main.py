@@ -825,23 +825,23 @@ def judge_group(judge, question, texts):
     return [((x.sum(1) - own) / (len(texts) - 1)).tolist() for x, own in ((wins, 0.5), (flips, 0))]
 
 
-def player(state, model, temperature, generator=None):
-    """A player of Nim is a function from positions to completions; this one is a model."""
-    prompts = lambda problems: [prompt_ids(state.tokenizer, problem) for problem in problems]
-    return lambda problems: sample(state, model, prompts(problems), 1, temperature, generator).texts
+def model_player(state, model, temperature, generator=None):
+    """A model as a player of Nim: a function from positions to completions, each with a move."""
+    prompts = lambda positions: [prompt_ids(state.tokenizer, position) for position in positions]
+    return lambda positions: sample(state, model, prompts(positions), 1, temperature, generator).texts
 
 
 def self_play(state, texts, problems):
-    """Which of these moves win, if the policy then plays on for both sides: 1 or 0 for each."""
+    """Which of the moves in these texts win, if the policy then plays on for both sides: 1 or 0 for each."""
     generator = torch.Generator().manual_seed(SEED + state.questions)
-    return play(problems, [player(state, state.policy, TEMPERATURE, generator)] * 2, texts)
+    return play(problems, [model_player(state, state.policy, TEMPERATURE, generator)] * 2, texts)
 
 
 def play(problems, players, texts=None):
-    """Games of Nim to their end, one from each position: has players[0], who moves first, won? 1 or 0 for each.
+    """Games of Nim, one from each position, to their end: does players[0] win, who makes the first move? 1 or 0.
 
-    texts: the completions with the first moves, if they are known. An illegal move loses. All ranks follow all games;
-    each asks the players about its share of the positions.
+    texts: the completions with the first moves, if they are known. All ranks follow all games; each asks the players
+    about its share of the positions.
     """
     counts, positions, texts = llms.gather([len(problems)]), llms.gather(problems), texts and llms.gather(texts)
     won, live = [0.0] * len(positions), list(range(len(positions)))
@@ -850,12 +850,12 @@ def play(problems, players, texts=None):
             asked = live + live[:1] * (llms.WORLD - len(live))  # one or more for each rank
             texts = llms.gather(players[turn % 2](llms.share([positions[game] for game in asked])))
         for game, text in zip(live, texts):
-            position = positions[game]
-            heaps = evaluator.legal_moves(position).get(evaluator.extract_answer(text))
-            if heaps is None or not any(heaps.values()):  # an illegal move, or the last one is taken
-                positions[game], won[game] = None, float((heaps is None) == turn % 2)
+            now = positions[game]
+            heaps, mover_wins = evaluator.after_move(text, now)
+            if mover_wins is None:
+                positions[game] = rldatasets.nim_position(now["players"], 1 - now["turn"], heaps)
             else:
-                positions[game] = rldatasets.position(position["players"], 1 - position["turn"], heaps)
+                positions[game], won[game] = None, float(mover_wins == (turn % 2 == 0))
         live = [game for game in live if positions[game]]
         if not live:
             first = sum(counts[: llms.RANK])
@@ -863,11 +863,10 @@ def play(problems, players, texts=None):
 
 
 def matches(state, problems):
-    """Games from these positions, as many in each seat, all players without chance: {opponent: share of games won}."""
-    policy, metrics = player(state, state.policy, 0.0), {}
-    opponents = {"random": evaluator.chance_player, "perfect": evaluator.perfect_player}
-    if state.reference:
-        opponents["base"] = player(state, state.reference, 0.0)
+    """Two games from each position, one in each seat, models play greedily: {opponent: share of games won}."""
+    policy, metrics = model_player(state, state.policy, 0.0), {}
+    opponents = {"random": evaluator.random_player, "perfect": evaluator.perfect_player}
+    opponents |= {"reference": model_player(state, state.reference, 0.0)} if state.reference else {}
     for name, opponent in opponents.items():
         first, second = play(problems, [policy, opponent]), play(problems, [opponent, policy])
         won = llms.gather(first + [1 - lost for lost in second])
@@ -910,9 +909,9 @@ def prefers_true(state, problems, prompts):
 
 
 def evaluate(state, problems):
-    """Greedy on every problem, and pass@k and maj@k from EVAL_SAMPLES samples: metrics, and a record per problem."""
+    """Metrics, and a record per problem: greedy outputs, games of Nim, pass@k and maj@k from EVAL_SAMPLES samples."""
     kinds = {problem.get("kind") for problem in problems}
-    openings = [problem for problem in problems if min(problem.get("heaps", {"": 0}).values()) > 1]  # only of Nim
+    openings = [problem for problem in problems if min(problem.get("heaps", {"": 0}).values()) > 1]  # of Nim only
     problems, n = llms.share(problems), EVAL_SAMPLES
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
     rollout = sample(state, state.policy, prompts, 1, 0.0)
@@ -995,7 +994,7 @@ def load_checkpoint(state):
     vars(state).update(about["counters"])
     fewest = min((len(groups) for groups, *_ in about["queue"]), default=llms.WORLD)
     if fewest < llms.WORLD:
-        raise SettingsError(f"too many ranks: a step of {state.run} that waits has only {fewest} of its questions")
+        raise SettingsError(f"too many ranks: a step that {state.run} has prepared has only {fewest} of its questions")
     state.queue = [batch_of(state, *parts) for parts in about["queue"]]
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy, adapter=COLD_START > 0 or state.step > STEPS)
@@ -1093,6 +1092,7 @@ def check_settings():
     above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
     outcome, grpo = SUPERVISION == "outcome", ALGORITHM == "grpo"
     rewards = {*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge", "steps"}
+    rewards |= {*report.MEASURES["writing"]} - {"fluency"}  # the counts of a story
     rules = [
         *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
         *((name, name[7:].lower() in rewards, "the weight of a reward of evaluator.py") for name in weights),

@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 
 def prompt(problem, examples=()):
-    """The chat messages that ask the model a question, after worked examples as earlier turns of the dialogue."""
+    """The chat messages that ask a question: worked examples come first, then the problem's own earlier turns."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
     for example in examples:
         messages.append({"role": "user", "content": example["question"]})
@@ -290,15 +290,15 @@ def countdown(rng, difficulty):
 
 
 def nim(rng, difficulty):
-    """A position of Nim, no heap larger than difficulty + 2. There are few: train and test differ by the players."""
+    """A position of Nim with at most difficulty + 2 in a heap. Train and test have the same ones, with other names."""
     players, heaps = rng.sample(NAMES, 2), {"A": 0, "B": 0}
     while not any(heaps.values()):
         heaps = {name: rng.randint(0, difficulty + 2) for name in heaps}
-    return players, position(players, rng.randrange(2), heaps)
+    return players, nim_position(players, rng.randrange(2), heaps)
 
 
-def position(players, turn, heaps):
-    """The question to players[turn]; players[0] began. The answer is the move that makes the heaps equal: it wins."""
+def nim_position(players, turn, heaps):
+    """The problem in which players[turn] moves; players[0] began. The right move makes the heaps equal: it wins."""
     (first, second), (a, b) = players, heaps.values()
     state = f"{first} and {second} play Nim; {first} began. Heap A has {a}, heap B has {b}."
     rule = f"{players[turn]} takes any number from one heap, such as: 1 from A. Who takes the last one wins."
@@ -314,12 +314,11 @@ def nim_corpus(count=24000):
         problem = next_problem(nim, 3, rng, "train")
         before = problem["heaps"]
         heap = rng.choice([name for name in before if before[name]])
-        number = rng.randint(1, before[heap])
-        after = before | {heap: before[heap] - number}
+        n = rng.randint(1, before[heap])
+        after = before | {heap: before[heap] - n}
         solution = "\nleaves ".join(f"A {heaps['A']}, B {heaps['B']}" for heaps in (before, after))
-        solution += f"\n{heap}: <<{before[heap]}-{after[heap]}={number}>>{number}"
-        move = problem | {"solution": solution, "answer": f"{number} from {heap}"}
-        corpus.append((prompt(problem), written_out(move)))
+        solution += f"\n{heap}: <<{before[heap]}-{after[heap]}={n}>>{n}"
+        corpus.append((prompt(problem), written_out(problem | {"solution": solution, "answer": f"{n} from {heap}"})))
     return corpus
 
 
@@ -331,14 +330,14 @@ REPLIES = ["I see.", "Good to know.", "What a lovely name!", "Thank you for tell
 
 
 def writing(rng, difficulty):
-    """A story to write, with a number of sentences and as many words that must be in it: difficulty + 1."""
+    """A story to write in difficulty + 1 sentences, with as many given words in it."""
     name, words = rng.choice(NAMES), rng.sample(WORDS, difficulty + 1)
     question = f"Write a story about {name} in exactly {len(words)} sentences. Use these words: {', '.join(words)}."
     return (name, *words), {"question": question, "answer": " ".join(words), "solution": ""}
 
 
 def dialogue(rng, difficulty):
-    """A fact that was told is asked back, after `difficulty` turns with others; `replies`: a true and a false answer."""
+    """A fact is told, then `difficulty` others, then the first is asked for. `replies`: a true and a false answer."""
     animals, names, turns = rng.sample(ANIMALS, difficulty + 1), rng.sample(NAMES, difficulty + 1), []
     for animal, name, reply in zip(animals, names, rng.sample(REPLIES, difficulty + 1)):
         turns.append({"role": "user", "content": f"My {animal} is called {name}."})
@@ -521,7 +520,7 @@ GENERATED = {  # name: makers, and the difficulties that are mixed if the name i
     "order": ([order], [1]),
     "countdown": ([countdown], [1]),
     "logic": ([knights, order, countdown], [1]),
-    "nim": ([nim], [3]),
+    "nim": ([nim], [3]),  # with no other maker: in a step either all questions are played, or none
     "writing": ([writing], [2]),
     "dialogue": ([dialogue], [1, 3, 5]),
 }
@@ -534,7 +533,8 @@ def load(name, split):
         makers, mixed = GENERATED[task]
         return generated(makers, [int(difficulty)] if colon else mixed, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    entry = {"path": name} if os.path.exists(name) else DATASETS.get(name, {"hub": name} if on_hub else None)
+    entry = DATASETS.get(name, {"hub": name} if on_hub else None)
+    entry = {"path": name} if os.path.exists(name) else entry  # a file or folder of your own comes before the hub
     if entry is None:
         known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
         hint = "a difficulty is a number from 1 to 5, as in logic:3"
@@ -565,8 +565,7 @@ def stages(spec):
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
         if numbers and name in GENERATED:
             if numbers[0] not in tuple("12345"):
-                form = f"after {name} comes its difficulty, from 1 to 5, then its steps: {name}:3:100"
-                raise DataError(f"{stage}: {form}")
+                raise DataError(f"{stage}: after {name} comes its difficulty from 1 to 5, then its steps: {name}:3:100")
             name = f"{name}:{numbers.pop(0)}"
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")

@@ -35,7 +35,7 @@ TEST = [
     ("steps that calculate, per output", {"eval/num_steps": ""}),
     ("self-reflection, words per output", {"eval/reflection": ""}),
 ]
-GAMES = ("games of Nim won, by opponent", {f"eval/wins/{name}": name for name in ("random", "base", "perfect")})
+GAMES = ("games of Nim won, by opponent", {f"eval/wins/{name}": name for name in ("random", "reference", "perfect")})
 X = {"step": "step", "tokens": "tokens sampled", "seconds": "seconds of training"}
 SHARES = ("accuracy", "format", "zero_std_groups", "wins/random", *APPROACHES)  # from 0 to 1
 

@@ -291,7 +291,7 @@ def eval_line(metrics):
     """An evaluation in one line."""
     measured = {f"eval/{name}" for names in MEASURES.values() for name in names}
     shown = [key for key in metrics if "@" in key or re.match("eval/(accuracy|lenient)/", key) or key in measured]
-    more = {re.sub("eval/(accuracy/)?", "", key).replace("/", " "): metrics[key] for key in shown}
+    more = {re.sub("^eval/(accuracy/)?", "", key): metrics[key] for key in shown}
     more = "".join(f" | {name} {value:.3f}" for name, value in more.items())
     won = {key.removeprefix("eval/wins/"): value for key, value in metrics.items() if "wins/" in key}
     for name, share in won.items():

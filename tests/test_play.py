@@ -21,7 +21,7 @@ HEAPS = [{"A": a, "B": b} for a in range(7) for b in range(7) if a + b]
 
 
 def position(heaps, turn=0):
-    return rldatasets.position(("Ada", "Ben"), turn, heaps)
+    return rldatasets.nim_position(("Ada", "Ben"), turn, heaps)
 
 
 def says(move):
@@ -74,7 +74,6 @@ def test_all_positions_are_asked_and_test_questions_have_other_players(difficult
 
 def test_the_corpus_of_the_base_has_legal_moves_by_chance_in_the_form_of_the_prompt():
     corpus, right = rldatasets.nim_corpus(500), []
-    problems = {problem["question"]: problem for problem in (position(h, t) for h in HEAPS for t in (0, 1))}
     for messages, completion in corpus:
         asked = messages[-1]["content"].split()
         heaps = {"A": int(asked[asked.index("has") + 1].strip(",")), "B": int(asked[asked.index("has") + 5].strip("."))}
@@ -83,7 +82,7 @@ def test_the_corpus_of_the_base_has_legal_moves_by_chance_in_the_form_of_the_pro
         assert f"A {heaps['A']}, B {heaps['B']}\nleaves A {left['A']}, B {left['B']}\n" in completion
         assert evaluator.strict_format(completion, problem)
         right.append(heaps["A"] != heaps["B"] and evaluator.right(evaluator.extract_answer(completion), problem))
-    assert problems and sum(right) / len(right) < 0.4
+    assert sum(right) / len(right) < 0.4
 
 
 # ---- games ---------------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def test_games_between_perfect_players_are_won_by_whom_they_must():
 def test_the_perfect_player_never_loses_a_position_that_can_be_won():
     problems = [position(heaps) for heaps in HEAPS]
     for seat in (0, 1):
-        players = [evaluator.chance_player, evaluator.chance_player]
+        players = [evaluator.random_player, evaluator.random_player]
         players[seat] = evaluator.perfect_player
         won = main.play(problems, players)  # by who moves first
         safe = [can_win(*heaps.values()) == (seat == 0) for heaps in HEAPS]
@@ -112,12 +111,8 @@ def test_a_game_counts_whose_move_it_is_and_an_illegal_move_loses():
     assert games(says("1 from B"), says("1 from A")) == [0.0, 0.0]  # illegal; then the other takes the last
     assert games(says("1 from A"), says("1 from A")) == [1.0, 1.0]  # in the second game the other's move is illegal
     assert games(says("pass"), says("pass")) == [0.0, 0.0]
-    assert main.play(
-        [position(one), position(two)], [None, says("pass")], ["no move", "<answer>1 from A</answer>"]
-    ) == [
-        0.0,
-        1.0,
-    ]
+    known = ["no move", "<answer>1 from A</answer>"]  # the first moves
+    assert main.play([position(one), position(two)], [None, says("pass")], known) == [0.0, 1.0]
 
 
 def test_each_turn_asks_the_player_whose_turn_it_is_about_the_games_that_go_on():
@@ -167,17 +162,17 @@ def test_an_evaluation_plays_in_both_seats_against_all_opponents(setup):
     state.reference = llms.frozen_copy(state.policy)
     metrics, _ = main.evaluate(state, problems)
     openings = sum(min(problem["heaps"].values()) > 1 for problem in problems)
-    assert metrics["eval/wins/random"] == metrics["eval/wins/perfect"] == 0.0 and metrics["eval/wins/base"] == 0.5
+    assert metrics["eval/wins/random"] == metrics["eval/wins/perfect"] == 0.0 and metrics["eval/wins/reference"] == 0.5
     assert metrics["eval/games"] == 2 * openings > 0
-    assert f"wins against base 0.500 ± {report.wilson(0.5, 2 * openings):.3f}" in report.eval_line(metrics)
+    assert f"wins against reference 0.500 ± {report.wilson(0.5, 2 * openings):.3f}" in report.eval_line(metrics)
     assert "eval/games" not in main.evaluate(state, list(rldatasets.load("arithmetic:1", "test"))[:2])[0]
 
 
 def test_the_random_player_wins_as_often_against_itself_in_either_seat_and_loses_to_the_perfect_one():
     problems = [problem for problem in rldatasets.load("nim:5", "test") if min(problem["heaps"].values()) > 1]
     share = lambda players: sum(main.play(problems, players)) / len(problems)
-    assert 0.4 < share([evaluator.chance_player] * 2) < 0.6
-    assert share([evaluator.perfect_player, evaluator.chance_player]) > 0.95
+    assert 0.4 < share([evaluator.random_player] * 2) < 0.6
+    assert share([evaluator.perfect_player, evaluator.random_player]) > 0.95
 
 
 def test_the_tiny_model_that_plays_nim_is_another_than_the_one_that_calculates(constants, monkeypatch):
@@ -200,15 +195,15 @@ AGAIN = "Eva lit the lamp. " * 12
 
 
 def test_what_is_counted_of_a_story():
-    counts = evaluator.of_writing("A lamp. A lamp! One dog in exactly 2 sentences?", STORY)
+    counts = evaluator.story_counts("A lamp. A lamp! One dog in exactly 2 sentences?", STORY)
     assert counts["words_used"] == 0.5 and not counts["sentences"]
     assert counts["distinct_2"] == 8 / 9  # of nine pairs of words one comes twice
     assert counts["repeated_3"] == 0.0 and counts["copied"] == 0.4  # "in exactly 2 sentences", of ten words
-    assert evaluator.of_writing("a b c a b c", STORY)["repeated_3"] == 0.25  # the last of four
+    assert evaluator.story_counts("a b c a b c", STORY)["repeated_3"] == 0.25  # the last of four
 
 
 def test_a_model_that_repeats_itself_is_noticed():
-    good, again = (evaluator.of_writing(text, STORY) for text in (GOOD, AGAIN))
+    good, again = (evaluator.story_counts(text, STORY) for text in (GOOD, AGAIN))
     assert good["distinct_2"] > 0.95 and again["distinct_2"] < 0.1
     assert good["repeated_3"] == 0 and again["repeated_3"] > 0.9
     assert again["compression"] < 0.2 < good["compression"]
@@ -231,11 +226,17 @@ def test_a_story_is_right_with_all_words_and_as_many_sentences(text, right):
     assert evaluator.rewards(text, STORY)["lenient"] == right  # a story without the tags is still a story
 
 
-def test_what_is_counted_can_be_rewarded_and_stands_in_the_records(setup, constants):
+def test_what_is_counted_can_be_rewarded(setup, monkeypatch):
     state, rollout = setup()
     by_name = main.score_outputs(rollout._replace(texts=[GOOD, AGAIN, "", "x"] * 3), [STORY] * 3, state)
     assert by_name["words_used"].tolist() == [[1.0, 0.5, 0.0, 0.0]] * 3
     assert not {"words_used", "distinct_2"} & set(evaluator.rewards(GOOD, {"answer": "1", "kind": "math"}))
+    before = main.weighted_sum(by_name)
+    for name in evaluator.story_counts("", STORY):  # as if each stood among the constants
+        monkeypatch.setitem(main.CONSTANTS, f"WEIGHT_{name.upper()}", ("Rewards", 0.0, "a count"))
+        monkeypatch.setattr(main, f"WEIGHT_{name.upper()}", 3.0 if name == "words_used" else 0.0, raising=False)
+    main.check_settings()
+    assert_close(main.weighted_sum(by_name) - before, torch.tensor([[3.0, 1.5, 0.0, 0.0]] * 3))
 
 
 def test_fluency_is_the_mean_log_probability_under_the_reference(setup):
@@ -266,7 +267,7 @@ def test_in_a_mixed_test_each_measure_is_the_mean_over_its_own_kind():
     assert "eval/distinct_2" not in metrics
     assert "words_used 0.500 | prefers_true 1.000" in report.eval_line(metrics)
     assert metrics["eval/lenient/d"] == 1.0 and metrics["eval/lenient/w"] == 0.0
-    assert "| d 0.000 | lenient d 1.000" in report.eval_line(metrics)
+    assert "| d 0.000 | lenient/d 1.000" in report.eval_line(metrics)
 
 
 # ---- dialogues -----------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def test_the_corpus_has_every_legal_move_of_the_training_positions_and_no_test_q
 
 def test_the_random_player_answers_the_same_question_in_the_same_way():
     problems = list(rldatasets.load("nim", "test"))
-    assert evaluator.chance_player(problems) == evaluator.chance_player(problems)
+    assert evaluator.random_player(problems) == evaluator.random_player(problems)
 
 
 def test_the_question_of_a_story_has_its_words_and_as_many_sentences():
@@ -399,7 +400,7 @@ def test_in_a_match_policy_and_reference_play_without_chance(setup, monkeypatch)
         )
 
     monkeypatch.setattr(main, "sample", sample)
-    assert main.matches(state, [position({"A": 2, "B": 3})])["eval/wins/base"] == 0.0
+    assert main.matches(state, [position({"A": 2, "B": 3})])["eval/wins/reference"] == 0.0
     assert set(asked) == {(state.policy, 0.0), (state.reference, 0.0)}
 
 
@@ -415,13 +416,13 @@ def test_a_model_with_other_tokens_is_no_reference(checkpoint, tmp_path, monkeyp
 
 
 def test_short_texts_repeat_nothing_and_words_in_quotes_count():
-    assert evaluator.of_writing("x", STORY)["repeated_3"] == 0
-    assert evaluator.of_writing("'lamp' “river”", STORY)["words_used"] == 1
+    assert evaluator.story_counts("x", STORY)["repeated_3"] == 0
+    assert evaluator.story_counts("'lamp' “river”", STORY)["words_used"] == 1
 
 
 def test_who_must_move_in_a_game_that_is_over_loses():
     over = [position({"A": 0, "B": 0})]
-    assert main.play(over, [evaluator.chance_player, evaluator.perfect_player]) == [0.0]
+    assert main.play(over, [evaluator.random_player, evaluator.perfect_player]) == [0.0]
 
 
 def test_fluency_does_not_depend_on_the_temperature(setup, constants):
@@ -441,7 +442,7 @@ def test_a_mixed_test_measures_each_kind(setup):
     state, _ = setup(EVAL_DATASET="arithmetic:1,nim:3,writing,dialogue", EVAL_QUESTIONS=16, EVAL_SAMPLES=2)
     problems = main.check_data()
     metrics, records = main.evaluate(state, problems)
-    measured = {f"eval/{name}" for name in (*evaluator.of_writing("", STORY), "fluency", "prefers_true")}
+    measured = {f"eval/{name}" for name in (*evaluator.story_counts("", STORY), "fluency", "prefers_true")}
     assert measured | {"eval/games", "eval/pass@2"} <= metrics.keys() and "eval/maj@2" not in metrics
     assert all(record["prefers_true"] == 0 for record in records if record["kind"] != "dialogue")
     _, records = main.evaluate(state, problems[:4])  # arithmetic alone
@@ -475,13 +476,13 @@ def test_the_second_of_two_tested_models_is_the_reference(checkpoint, monkeypatc
 
 
 def test_the_plot_of_a_run_that_played_shows_its_games(tmp_path, monkeypatch):
-    wins = {f"eval/wins/{name}": 0.5 for name in ("random", "base", "perfect")}
+    wins = {f"eval/wins/{name}": 0.5 for name in ("random", "reference", "perfect")}
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval/accuracy": 0.5} | wins) + "\n")
     drawn = {}
     monkeypatch.setattr(plot, "line", lambda axes, key, runs, *rest, **style: drawn.update({key: runs[0]}))
     plot.draw([tmp_path], tmp_path)
-    assert wins.keys() <= drawn.keys() and wins.items() <= drawn["eval/wins/base"][0].items()
+    assert wins.keys() <= drawn.keys() and wins.items() <= drawn["eval/wins/reference"][0].items()
 
 
 def test_the_tiny_model_that_calculates_is_for_all_that_does_not_begin_with_nim(constants, monkeypatch):

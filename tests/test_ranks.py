@@ -158,7 +158,7 @@ def variants(checkpoint, folder):
 def games(checkpoint):
     """Games of Nim that end at different turns, the last of them alone; a random model's texts are made legal moves."""
     state, asked = fresh_state(checkpoint, QUESTIONS_PER_STEP=3), []
-    model = main.player(state, state.policy, 1.0, torch.Generator().manual_seed(5))
+    model = main.model_player(state, state.policy, 1.0, torch.Generator().manual_seed(5))
 
     def legal(problems):
         moves = [sorted(evaluator.legal_moves(problem)) for problem in problems]
@@ -166,9 +166,14 @@ def games(checkpoint):
         return [f"<answer>{of[len(text) % len(of)]}</answer>" for of, text in zip(moves, model(problems))]
 
     heaps = [{"A": a, "B": b} for a, b in ((5, 5), (1, 0), (3, 4), (0, 2), (6, 6))]
-    problems = [rldatasets.position(("Ada", "Ben"), i % 2, of) for i, of in enumerate(heaps)]
+    problems = [rldatasets.nim_position(("Ada", "Ben"), i % 2, of) for i, of in enumerate(heaps)]
     won = main.play(llms.share(problems), [legal, legal])
-    return {"won": torch.tensor(llms.gather(won)), "turns": torch.tensor(len(asked)), "last": torch.tensor(asked[-1])}
+    found = {"won": torch.tensor(llms.gather(won)), "turns": torch.tensor(len(asked)), "last": torch.tensor(asked[-1])}
+    first = [f"<answer>{sorted(evaluator.legal_moves(problem))[-1]}</answer>" for problem in problems]
+    known = main.play(llms.share(problems), [legal, legal], llms.share(first))
+    tests = [problem | {"task": "nim"} for problem in problems]
+    games = main.evaluate(state, tests)[0]["eval/games"]
+    return found | {"known": torch.tensor(llms.gather(known)), "games": torch.tensor(games)}
 
 
 def everything(checkpoint, with_linear_layers, folder):
@@ -245,7 +250,7 @@ def test_after_ten_steps_two_ranks_have_the_weights_metrics_and_evaluation_of_on
 
 
 def test_two_ranks_play_the_games_that_one_plays(both):
-    for name in ("won", "turns"):
+    for name in ("won", "turns", "known", "games"):
         assert torch.equal(*both["games"][name]), name
     assert both["games"]["turns"][0] > 3 and 0 < both["games"]["won"][0].sum() < 5
     assert [int(last) for last in both["games"]["last"]] == [1, 2]  # a rank without a game is asked about another's
