@@ -672,8 +672,7 @@ def after_move(completion, problem):
     Who takes the last one wins. An illegal move loses.
     """
     heaps = legal_moves(problem).get(extract_answer(completion))
-    ends = heaps is None or not any(heaps.values())
-    return heaps, heaps is not None if ends else None
+    return heaps, None if heaps and any(heaps.values()) else heaps is not None
 
 
 def random_player(problems):

@@ -135,7 +135,7 @@ def explain(name, error):
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
         return f"unknown model: {name}: no such model folder, nor on the Hugging Face hub (private ones need HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
-        return f"{name} is not on this machine, nor can the hub be reached: give a folder, or use --model tiny"
+        return f"{name} is not on this machine and the hub cannot be reached: give a folder, or use --model tiny"
     return f"cannot load {name}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
