@@ -1077,7 +1077,7 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 
 TINY = {
     "learning_rates": [4e-3, 8e-4],  # the highest one for each part of the corpus
-    "rows": 16,  # in each step of supervised learning
+    "rows_per_step": 16,  # of supervised learning
     "vocabulary": 640,  # tokens at most
     "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
@@ -1105,8 +1105,9 @@ def build_tiny(folder, corpora):
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
     model = transformers.AutoModelForCausalLM.from_config(config)
+    use_packed_attention(model, "the tiny model")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    count = TINY["rows"]
+    count = TINY["rows_per_step"]
     total = sum(len(corpus) // count for corpus in corpora)
     with tqdm(total=total, desc="building the tiny model, once", leave=False, disable=RANK > 0 or None) as bar:
         for corpus, highest in zip(corpora, TINY["learning_rates"]):
@@ -1126,11 +1127,11 @@ def build_tiny(folder, corpora):
 
 def imitation_loss(model, rows):
     """Minus the mean log-probability of the completions' tokens, for rows of (prompt, completion), two lists of ids."""
-    ids = pad_sequence([torch.tensor(prompt + completion) for prompt, completion in rows], True)  # [N, L]
-    learnt = [torch.tensor([False] * len(prompt) + [True] * len(completion)) for prompt, completion in rows]
-    learnt = pad_sequence(learnt, True)[:, 1:]  # [N, L - 1]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [N, L - 1, D]
-    return F.cross_entropy(model.lm_head(hidden[learnt]), ids[:, 1:][learnt])
+    packed = PackedBatch([(prompt + completion, []) for prompt, completion in rows], model.device)  # no padding
+    learnt = [token >= len(prompt) for prompt, completion in rows for token in range(len(prompt + completion))]
+    learnt = torch.tensor(learnt)  # [tokens]
+    hidden = run_trunk(model.base_model, packed, packed.ids, packed.positions)[0, :-1]  # [tokens - 1, D]
+    return F.cross_entropy(model.lm_head(hidden[learnt[1:]]), packed.ids[0, learnt])
 
 
 def tiny_folder(runs, corpora):

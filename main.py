@@ -1255,15 +1255,15 @@ def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
     stopped = max(llms.gather([state.stop_signal or (signal.SIGTERM if llms.orphaned() else 0)]))
     if stopped or state.step == last_step() or (state.step % SAVE_EVERY == 0 and not state.failures):
         save_checkpoint(state)
+        redraw([state.run], state.run)
     return stopped
 
 
 def record_evaluation(state, problems):
-    """Evaluate; write the metrics and all completions, and draw the plots."""
+    """Evaluate; write the metrics and all completions."""
     metrics, records = evaluate(state, problems)
     log(state.run, {"step": state.step, **metrics}, "test", records, TENSORBOARD)
     say(f"step {state.step:4d} | TEST {report.eval_line(metrics)}")
-    redraw([state.run], state.run)
 
 
 def run_training(actions):
