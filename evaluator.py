@@ -1,8 +1,7 @@
 """The rules: what a completion answers, whether that is right, and the rewards that need no model.
 
 Completions and problems are plain text and dicts. `rewards` gives the rewards in the table REWARDS for one completion,
-`score` those of many, and `compare` those of groups, unweighted. Not in the tables: `step_rewards` (for each step) and
-`overlong` (of a length).
+`score` those of many, and `compare` those of groups, unweighted. Not in the tables: `step_rewards` and `overlong`.
 To add a reward, write a function under `@reward` or `@group_reward` (last section) and its weight in main.py.
 """
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
@@ -192,8 +191,7 @@ TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes
 def unit_names(text):
     """The words in a text, with its units by their full names."""
     words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", text))
-    names = [name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")]
-    return set(names) - {""}
+    return {name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")} - {""}
 
 
 UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
@@ -667,10 +665,7 @@ def nim_equal(answer, problem):
 
 
 def after_move(completion, problem):
-    """The heaps after a move; and does it win? None where the game goes on.
-
-    Who takes the last one wins. An illegal move loses.
-    """
+    """The heaps after a move; and does it win? None where the game goes on. An illegal move loses."""
     heaps = legal_moves(problem).get(extract_answer(completion))
     return heaps, None if heaps and any(heaps.values()) else heaps is not None
 

@@ -40,7 +40,8 @@ import time
 import traceback
 import weakref
 import zlib
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -112,12 +113,10 @@ def from_pretrained(auto_class, name, **options):
 
 def refuse_pickles(name, config):
     """Raise ModelError where the configuration or the index of the weights names a file that is no safetensors file."""
-    try:
+    files = [getattr(config, "transformers_weights", None) or "model.safetensors"]
+    with suppress(OSError):  # no index: the weights are in that one file
         index = transformers.utils.cached_file(name, "model.safetensors.index.json")
-        files = list(json.loads(Path(index).read_text())["weight_map"].values())
-    except OSError:  # no index: the weights are in model.safetensors
-        files = []
-    files.append(getattr(config, "transformers_weights", None) or "model.safetensors")
+        files += json.loads(Path(index).read_text())["weight_map"].values()
     if not all(file.endswith(".safetensors") for file in files):
         raise ModelError("its weights are not all in safetensors files, and no others are read")
 
@@ -139,6 +138,7 @@ def explain(name, error):
     return f"cannot load {name}: {(str(error).strip() or repr(error)).splitlines()[0]}"
 
 
+@torch.no_grad()
 def save(model, tokenizer, folder):
     """Write a plain Hugging Face folder, whole or not at all. It merges the adapters: call it when training is over."""
     if model in SHARDED:
@@ -147,7 +147,9 @@ def save(model, tokenizer, folder):
             return
     unfinished = Path(f"{folder}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    merge_lora(model)
+    for layer in lora_layers(model):  # W ← W + (α/r) B A; then B is 0, as at first
+        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+        layer.lora_B.zero_()
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
     with disk_errors(folder):
         model.save_pretrained(unfinished, state_dict=weights)
@@ -173,6 +175,8 @@ def enable_gradient_checkpointing(model):
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
+WRITER, WRITING = ThreadPoolExecutor(1), []  # the thread that writes checkpoints; what it is writing
+
 
 def named_tensors(networks, optimizer, generator):
     """Every tensor of a checkpoint by name, without a copy; tied weights appear once.
@@ -197,17 +201,32 @@ def checksum(tensors):
 
 
 def save_checkpoint(folder, networks, optimizer, generator, about):
-    """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled."""
+    """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled.
+
+    Everything is copied first. A thread writes it while training goes on, until `finish_saving` is called.
+    """
+    finish_saving()  # of the checkpoint before
     tensors = named_tensors(networks, optimizer, generator)
-    tensors = {name: full_tensor(x).to("meta" if RANK else "cpu") for name, x in tensors.items()}  # by all ranks
+    tensors = {name: full_tensor(x).to("meta" if RANK else "cpu", copy=True) for name, x in tensors.items()}  # by all
+    tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
     if RANK == 0:
-        tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
-        folder.mkdir(exist_ok=True)
-        with disk_errors(folder):
-            safetensors.torch.save_file(tensors, folder / "unfinished", {"checksum": checksum(tensors)})
-        with open(folder / "unfinished", "rb") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name
-        os.replace(folder / "unfinished", folder / "state.safetensors")
+        WRITING.append(WRITER.submit(write_checkpoint, folder, tensors))
+
+
+def write_checkpoint(folder, tensors):
+    folder.mkdir(exist_ok=True)
+    with disk_errors(folder):
+        safetensors.torch.save_file(tensors, folder / "unfinished", {"checksum": checksum(tensors)})
+    with open(folder / "unfinished", "rb") as file:
+        os.fsync(file.fileno())  # on the disk before it gets its name
+    os.replace(folder / "unfinished", folder / "state.safetensors")
+
+
+def finish_saving():
+    """Wait, on all ranks, until the last checkpoint is written; what went wrong there is raised here."""
+    while WRITING:
+        WRITING.pop().result()
+    gather([])  # the other ranks wait for rank 0
 
 
 def read_checkpoint(folder):
@@ -617,8 +636,7 @@ class DecodingBatch:
         self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
         token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
         hidden = run_trunk(self.model.base_model, self, token[:, None], position[:, None])[:, -1]  # [n, D]
-        logits = head_logits(hidden, *head_weights(self.model))  # [n, V]
-        self.append_tokens(outputs, logits)
+        self.append_tokens(outputs, head_logits(hidden, *head_weights(self.model)))
 
     def decode(self):
         """Sample the next token of every row in use; on a GPU the next 16, replayed from CUDA graphs."""
@@ -680,11 +698,24 @@ def decoding_batch(model, size, ends):
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
         copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
+        use_fused_norms(copied)
         DECODING[model] = DecodingBatch(copied, size, ends)
     decoding = DECODING[model]
     for weight, new in zip(decoding.model.parameters(), model.parameters()):
         weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
     return decoding
+
+
+@torch.no_grad()
+def use_fused_norms(model):
+    """Put torch's RMSNorm, one kernel on a GPU, in the place of each of the model's, if their numbers agree."""
+    for name, norm in list(model.named_modules()):
+        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+            fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
+            fused.weight = norm.weight
+            x = torch.linspace(-3, 2, norm.weight.numel()).to(norm.weight)  # [D]
+            if torch.allclose(fused(x), norm(x), rtol=0.02, atol=0.01):  # within the rounding of bf16
+                model.set_submodule(name, fused)
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -695,10 +726,8 @@ def with_full_weights(function):
 
     @functools.wraps(function)
     def run(module, *inputs):
-        if module not in SHARDED:
-            return function(module, *inputs)
-        root, _ = SHARDED[module]
-        return root(functools.partial(function, module, *inputs))
+        work = functools.partial(function, module, *inputs)
+        return SHARDED[module][0](work) if module in SHARDED else work()
 
     return run
 
@@ -865,14 +894,6 @@ def lora_layers(model):
 
 
 @torch.no_grad()
-def merge_lora(model):
-    """Add the adapters to the weights, W ← W + (α/r) B A, and set them to 0."""
-    for layer in lora_layers(model):
-        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
-        layer.lora_B.zero_()
-
-
-@torch.no_grad()
 def frozen_copy(model, adapter=True):
     """A copy that no gradient and no update reaches: the reference.
 
@@ -940,8 +961,7 @@ def in_micro_batches(function, model, rollout, group_size, token_budget):
 def free_copies():
     """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, CUDA graphs."""
     DECODING.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def peak_memory():
@@ -1115,8 +1135,7 @@ def build_tiny(folder, corpora):
             rows = [(prompt, tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for prompt, text in rows]
             steps = len(rows) // count
             for step in range(steps):
-                loss = imitation_loss(model, rows[step * count : (step + 1) * count])
-                loss.backward()
+                imitation_loss(model, rows[step * count : (step + 1) * count]).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.param_groups[0]["lr"] = highest * min(1.0, (step + 1) / 20) * (1 - step / steps)
                 optimizer.step()

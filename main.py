@@ -159,8 +159,8 @@ TENSORBOARD = False  # also write the metrics where TensorBoard reads them (pip 
 # -- End of the constants
 
 # What differs for --model tiny. Flags win over these, and these win over the block above.
-TINY = {"DATASET": "arithmetic", "STEPS": 100, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 2e-4}
-TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 10, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
+TINY = {"DATASET": "arithmetic", "STEPS": 50, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 2e-4}
+TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 5, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
 
 # ==== The advantages, §4.1.2 and §4.1.3 =============================================================================
 
@@ -168,8 +168,7 @@ TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 10, "EVAL_QU
 def group_advantages(rewards):
     """Group-relative advantages, outcome supervision: Â_i = (r_i - mean(r)) / std(r) (§4.1.2).
 
-    rewards [Q, G] -> [Q, G], fp32 or wider: each question has its own mean and std. Rewards 1, 0, 0, 0 give
-    1.5, -0.5, -0.5, -0.5.
+    rewards [Q, G] -> [Q, G], fp32 or wider. Each question by itself: rewards 1, 0, 0, 0 give 1.5, -0.5, -0.5, -0.5.
     """
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     r, std = rewards, rewards.std(1, keepdim=True)  # [Q, G], [Q, 1]
@@ -540,8 +539,7 @@ def from_teacher(state, rollout, by_name, logp_old, logp_ref):
     logp = log_probs(state, state.policy, rollout) if logp_old is None else logp_old  # [N, T]
     GC = (log_probs(state, state.teacher, rollout) - logp) * rollout.mask  # [N, T]
     total, tokens = llms.sums_over_ranks(GC.sum().item(), int(rollout.mask.sum()))
-    largest = max(llms.gather([GC.abs().max().item()]))
-    return GC, None, {"distill/kl": -total / tokens, "distill/max": largest}
+    return GC, None, {"distill/kl": -total / tokens, "distill/max": max(llms.gather([GC.abs().max().item()]))}
 
 
 def ppo_advantages(state, rollout, by_name, logp_old, logp_ref):
@@ -840,8 +838,7 @@ def self_play(state, texts, problems):
 def play(problems, players, texts=None):
     """Games of Nim, one from each position, to their end: does players[0] win, who makes the first move? 1 or 0.
 
-    texts: the completions with the first moves, if they are known. All ranks follow all games; each asks the players
-    about its share of the positions.
+    texts: completions with the first moves, if known. All ranks follow all games; each asks about its share of them.
     """
     counts, positions, texts = llms.gather([len(problems)]), llms.gather(problems), texts and llms.gather(texts)
     won, live = [0.0] * len(positions), list(range(len(positions)))
@@ -949,8 +946,7 @@ def output_records(rollout, problems, columns):
 def batch_records(batch, advantages):
     """A record for each output of a batch, of all ranks."""
     A = advantages.view(len(batch.rollout.texts), -1)  # [N, 1] or [N, T]
-    columns = {"reward": weighted_sum(batch.by_name)}
-    columns |= {"advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
+    columns = {"reward": weighted_sum(batch.by_name), "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
     return output_records(batch.rollout, batch.problems, batch.by_name | columns)
 
 
@@ -1175,8 +1171,7 @@ def check_data(training=True):
         tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
     if len(tested) < llms.WORLD:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
-    programs = any(problem["kind"] == "program" for problem in samples + tested)
-    if programs and (reason := evaluator.sandbox_problem()):
+    if any(problem["kind"] == "program" for problem in samples + tested) and (reason := evaluator.sandbox_problem()):
         raise SettingsError(f"programs are run in a sandbox only: {reason}")
     return tested
 
@@ -1277,34 +1272,29 @@ def run_training(actions):
         load_checkpoint(state)
     if state.step > last:
         raise SettingsError(f"{run} is at step {state.step} already, beyond its last, {last}: raise --steps")
+    evaluates_at = lambda step: step == last or (not actions.test and (step == COLD_START or step % EVAL_EVERY == 0))
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
-        between = lambda step: not actions.test and (step == COLD_START or step % EVAL_EVERY == 0)
-        return run_steps(state, problems, lambda step: step == last or between(step))
-
-
-def run_steps(state, problems, evaluates_at):
-    """A run, from wherever its state stands, to its end; evaluates_at(step) is a bool. Returns the program's status."""
-    run, policy, last = state.run, state.policy, last_step()
-    about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
-    begin(run, settings() | about, state.step)
-    total, trained = policy.num_parameters() / 1e6, policy.num_parameters(only_trainable=True) / 1e6
-    size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
-    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {llms.WORLD} × {policy.device}; all goes to {run}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: ask_to_stop(state, number))
-    if state.step == 0:
-        if evaluates_at(0):
-            record_evaluation(state, problems)
-        save_checkpoint(state)
-    notes = set()
-    with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None) as bar:
-        stopped = train(state, lambda state, row: check_and_save(state, row, problems, evaluates_at, notes, bar))
-    if stopped:
-        say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
-        return 128 + stopped
-    llms.save(policy, state.tokenizer, run / "model")
-    say(summary(run))
-    return 0
+        about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+        begin(run, settings() | about, state.step)
+        total, trained = policy.num_parameters() / 1e6, policy.num_parameters(only_trainable=True) / 1e6
+        size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
+        say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {llms.WORLD} × {policy.device}; all goes to {run}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: ask_to_stop(state, number))
+        if state.step == 0:
+            if evaluates_at(0):
+                record_evaluation(state, problems)
+            save_checkpoint(state)
+        notes = set()
+        with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None) as bar:
+            stopped = train(state, lambda state, row: check_and_save(state, row, problems, evaluates_at, notes, bar))
+        llms.finish_saving()
+        if stopped:
+            say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
+            return 128 + stopped
+        llms.save(policy, tokenizer, run / "model")
+        say(summary(run))
+        return 0
 
 
 def run_evaluation(actions):

@@ -346,6 +346,8 @@ def checkpoint():
         times = [benchmark.clock()]
         main.save_checkpoint(states[0])
         times.append(benchmark.clock())
+        llms.finish_saving()
+        times.append(benchmark.clock())
         main.load_checkpoint(states[1])
         times.append(benchmark.clock())
         size = (Path(folder) / "checkpoint" / "state.safetensors").stat().st_size / 1e9
@@ -355,7 +357,9 @@ def checkpoint():
         assert not other, f"{len(other)} of {len(saved)} tensors are not as saved, or not where: {other[0]} …"
         for state in states:
             made_up_update(state)
-    seconds = f"saved in {times[1] - times[0]:.0f} s, loaded in {times[2] - times[1]:.0f} s"
+    seconds = "copied in {:.0f} s, written in {:.0f} s, loaded in {:.0f} s".format(
+        *(b - a for a, b in zip(times, times[1:]))
+    )
     return f"{len(saved)} tensors, {size:.1f} GB: {seconds}, the same, also after one more update"
 
 

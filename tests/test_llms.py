@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,6 +299,23 @@ def test_the_checkpoints_own_sampling_settings_are_not_inherited(checkpoint, tmp
     assert draw(model, tokenizer).texts == before
 
 
+@pytest.mark.parametrize("family, norms", [("qwen2", 5), ("qwen3", 9), ("llama", 5)])
+def test_the_norms_of_the_copy_that_samples_are_torchs_own_where_their_numbers_are_the_same(checkpoint, family, norms):
+    model, _ = llms.load(checkpoint(family))
+    names = [name for name, _ in model.named_parameters()]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(torch.rand_like(weight) + 0.5 if "norm" in name else 1.0)
+        model.model.layers[1].input_layernorm.forward = lambda x: x  # another norm, as some families have
+        before = reference.plain(model)(torch.arange(9)[None]).logits
+        llms.use_fused_norms(model)
+        after = reference.plain(model)(torch.arange(9)[None]).logits
+    assert sum(type(module) is torch.nn.RMSNorm for module in model.modules()) == norms - 1
+    assert type(model.model.layers[1].input_layernorm) is not torch.nn.RMSNorm
+    assert [name for name, _ in model.named_parameters()] == names
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
 def test_dropout_is_off_whatever_the_checkpoint_says(checkpoint):
     model, _ = llms.load(checkpoint("gpt2"))  # saved with dropout 0.5
     model.train()
@@ -332,6 +350,21 @@ def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, t
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(setup, tmp_path, monkeypatch):
+    state, _ = setup()
+    may_write, write = threading.Event(), llms.safetensors.torch.save_file
+    monkeypatch.setattr(llms.safetensors.torch, "save_file", lambda *inputs: may_write.wait(60) and write(*inputs))
+    llms.save_checkpoint(tmp_path, state.networks(), state.optimizer, state.generator, {"step": 1})
+    weight = state.policy.model.norm.weight.data
+    before = weight.clone()
+    weight.add_(1.0)  # as the next update does
+    assert not (tmp_path / "state.safetensors").exists()
+    may_write.set()
+    llms.finish_saving()
+    about, saved = llms.read_checkpoint(tmp_path)
+    assert about == {"step": 1} and torch.equal(saved["policy/model.norm.weight"], before)
+
+
 @pytest.mark.parametrize("writes", ["the weights", "the tokenizer", "a checkpoint"])
 def test_a_full_disk_is_an_os_error_of_one_line_and_leaves_what_was_there(setup, tmp_path, monkeypatch, writes):
     state, _ = setup()
@@ -340,6 +373,7 @@ def test_a_full_disk_is_an_os_error_of_one_line_and_leaves_what_was_there(setup,
     def save():
         if writes == "a checkpoint":
             llms.save_checkpoint(folder, state.networks(), state.optimizer, state.generator, "text")
+            llms.finish_saving()
         else:
             llms.save(state.policy, state.tokenizer, folder)
 
