@@ -698,7 +698,8 @@ def decoding_batch(model, size, ends):
         free_copies()
         dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
         copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
-        use_fused_norms(copied)
+        if copied.device.type == "cuda":
+            use_fused_norms(copied)
         DECODING[model] = DecodingBatch(copied, size, ends)
     decoding = DECODING[model]
     for weight, new in zip(decoding.model.parameters(), model.parameters()):

@@ -55,6 +55,7 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "online-rft": "--algorithm online_rft",
     "sft": "--algorithm sft",
     "ppo": "--algorithm ppo",
+    "ppo-sparse": "--algorithm ppo --weight_integer 0 " + NO_FORM,
     "dpo": "--algorithm dpo --learning_rate 3e-5",
     "iterations-2": "--iterations 2 --steps 20",
     "beta-0": "--beta 0",

@@ -656,6 +656,7 @@ def test_updates_that_are_not_finite_leave_the_weights_intact_and_metrics_withou
 
 def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
     state, _ = setup()
+    state.step = 1  # nothing is saved or drawn
     row = {"step": 1} | dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
     row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
     quiet = [], lambda step: False, set(), tqdm(disable=True)
