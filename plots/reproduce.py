@@ -1,12 +1,12 @@
-"""Redraw the paper's figures, ablate its constants, compare what came after: on the tiny model, 2.5 hours on two cores.
+"""Redraw the paper's figures, ablate its constants, compare what came after: on the tiny model.
 
     python plots/reproduce.py            every run that is still missing, then the table and the pictures
     python plots/reproduce.py grpo rft   only these
     python plots/reproduce.py --draw     only the table and the pictures, from the data of the last time
 
-Every run is one of main.py's, with three or five seeds, in runs/reproduce-NAME-SEED. Interrupted, the command goes on
-where it stopped. What the pictures show is kept in plots/reproduce/data.json, so that they can be drawn again without
-the runs.
+All of them take 80 minutes on two cores. Every run is one of main.py's, with three or five seeds, in
+runs/reproduce-NAME-SEED. Interrupted, the command goes on where it stopped. What the pictures show is kept in
+plots/reproduce/data.json, so that they can be drawn again without the runs.
 """
 
 import argparse
@@ -131,7 +131,10 @@ FIGURES = {  # file: [(title, {label: run})]; "by tokens" in a title says what i
         ("Figure 6", {"1 iteration": "grpo", "2 iterations": "iterations-2"}),
     ],
     "methods": [
-        ("SFT, DPO, PPO and GRPO", {"SFT": "sft", "DPO": "dpo", "PPO": "ppo", "GRPO": "grpo"}),
+        (
+            "SFT, DPO, PPO and GRPO",
+            {"SFT": "sft", "DPO": "dpo", "PPO": "ppo", "PPO, answer's reward alone": "ppo-sparse", "GRPO": "grpo"},
+        ),
     ],
     "controls": [
         ("μ = 1", {"true reward": "grpo", "form alone": "form", "random": "random"}),
