@@ -4,7 +4,7 @@ Everything between text and the maths: weights, token ids, masks and log-probabi
 advantage is, what β and ε are, is not known here. Here a "checkpoint" is always the state of a training run.
 
     load, save                            a model and its tokenizer, from the Hugging Face hub or a folder
-    save_, read_, load_checkpoint         the state of a training run in one file, to resume it
+    save_, read_, load_checkpoint         the state of a training run in one file, to resume it; written in a thread
     encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
     Rollout.outputs, from_outputs         sampled outputs in plain numbers, to be kept or to be shared anew
     sample                                completions, with the log-probability of each token as it was sampled
@@ -203,11 +203,12 @@ def checksum(tensors):
 def save_checkpoint(folder, networks, optimizer, generator, about):
     """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled.
 
-    Everything is copied first. A thread writes it while training goes on, until `finish_saving` is called.
+    A thread writes a copy, which takes as much memory as the file, while training goes on; see `check_written`.
     """
-    finish_saving()  # of the checkpoint before
+    check_written(wait=True)  # the checkpoint before this one
     tensors = named_tensors(networks, optimizer, generator)
-    tensors = {name: full_tensor(x).to("meta" if RANK else "cpu", copy=True) for name, x in tensors.items()}  # by all
+    # all ranks gather, rank 0 keeps
+    tensors = {name: full_tensor(x).to("meta" if RANK else "cpu", copy=True) for name, x in tensors.items()}
     tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
     if RANK == 0:
         WRITING.append(WRITER.submit(write_checkpoint, folder, tensors))
@@ -222,10 +223,19 @@ def write_checkpoint(folder, tensors):
     os.replace(folder / "unfinished", folder / "state.safetensors")
 
 
-def finish_saving():
-    """Wait, on all ranks, until the last checkpoint is written; what went wrong there is raised here."""
-    while WRITING:
+def check_written(wait=False):
+    """Raise what went wrong while the last checkpoint was written, if that has ended already or is waited for."""
+    while WRITING and (wait or WRITING[0].done()):
         WRITING.pop().result()
+
+
+@contextmanager
+def writing():
+    """A block that ends, also with an error, only when the last checkpoint is written."""
+    try:
+        yield
+    finally:
+        check_written(wait=True)
     gather([])  # the other ranks wait for rank 0
 
 

@@ -1228,17 +1228,18 @@ def check_prompts(state, tests, training=()):
 
 
 def ask_to_stop(state, number):
-    """The first signal asks for an end after the step; a second Ctrl-C ends at once."""
+    """The first signal asks for an end after the step; a second Ctrl-C ends within it."""
     if state.stop_signal == signal.SIGINT:  # after a first Ctrl-C; torchrun passes a second on as SIGTERM
         raise KeyboardInterrupt
     state.stop_signal = number
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    say("finishing the step; Ctrl-C again ends at once and loses it")
+    say("finishing the step; Ctrl-C again loses it")
 
 
 def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
-    """Print what is not healthy, evaluate and save when it is time; returns the signal to stop for, or 0."""
+    """Print what is not healthy; evaluate, draw and save when it is time; returns the signal to stop for, or 0."""
     bar.update()
+    llms.check_written()
     for note in set(report.health_notes(metrics, settings(), torch.cuda.is_available())) - notes:
         say(f"note: {note}.")
         notes.add(note)
@@ -1249,8 +1250,8 @@ def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
         record_evaluation(state, problems)
     stopped = max(llms.gather([state.stop_signal or (signal.SIGTERM if llms.orphaned() else 0)]))
     if stopped or state.step == last_step() or (state.step % SAVE_EVERY == 0 and not state.failures):
-        save_checkpoint(state)
         redraw([state.run], state.run)
+        save_checkpoint(state)
     return stopped
 
 
@@ -1285,10 +1286,11 @@ def run_training(actions):
             if evaluates_at(0):
                 record_evaluation(state, problems)
             save_checkpoint(state)
+            llms.check_written(wait=True)  # a disk that is full is noticed before the training
         notes = set()
-        with tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None) as bar:
+        bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None)
+        with bar, llms.writing():
             stopped = train(state, lambda state, row: check_and_save(state, row, problems, evaluates_at, notes, bar))
-        llms.finish_saving()
         if stopped:
             say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
             return 128 + stopped

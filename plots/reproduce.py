@@ -4,7 +4,7 @@
     python plots/reproduce.py grpo rft   only these
     python plots/reproduce.py --draw     only the table and the pictures, from the data of the last time
 
-All of them take 80 minutes on two cores. Every run is one of main.py's, with three or five seeds, in
+All runs take 80 minutes on two cores. Every run is one of main.py's, with three or five seeds, in
 runs/reproduce-NAME-SEED. Interrupted, the command goes on where it stopped. What the pictures show is kept in
 plots/reproduce/data.json, so that they can be drawn again without the runs.
 """
@@ -315,7 +315,7 @@ def table(data):
         cells += [f"{last['clip_low'] + last['clip_high']:.3f}", f"{last['zero_std_groups']:.2f}"]
         cells += [f"{sum(run['tests'][-1]['eval/length'] for run in runs) / len(runs):.1f}"]
         minutes = max(run["minutes"] for run in runs)
-        print(f"| {name} | `{RUNS[name] or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
+        print(f"| {name} | `{RUNS[name].strip() or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
 
 
 def at_equal_tokens(runs, others):

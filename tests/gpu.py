@@ -346,7 +346,7 @@ def checkpoint():
         times = [benchmark.clock()]
         main.save_checkpoint(states[0])
         times.append(benchmark.clock())
-        llms.finish_saving()
+        llms.check_written(wait=True)
         times.append(benchmark.clock())
         main.load_checkpoint(states[1])
         times.append(benchmark.clock())

@@ -360,9 +360,28 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(s
     weight.add_(1.0)  # as the next update does
     assert not (tmp_path / "state.safetensors").exists()
     may_write.set()
-    llms.finish_saving()
+    llms.check_written(wait=True)
     about, saved = llms.read_checkpoint(tmp_path)
     assert about == {"step": 1} and torch.equal(saved["policy/model.norm.weight"], before)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_also_where_another_ends_the_run(setup, tmp_path, monkeypatch):
+    state, _ = setup()
+    may_fail = threading.Event()
+    monkeypatch.setattr(
+        llms, "write_checkpoint", lambda *_: may_fail.wait(60) and (tmp_path / "no" / "file").write_text("")
+    )
+    save = lambda: llms.save_checkpoint(tmp_path, state.networks(), state.optimizer, state.generator, "text")
+    save()
+    llms.check_written()  # it has not ended, and is not waited for
+    may_fail.set()
+    with pytest.raises(FileNotFoundError):
+        save()
+    save()
+    with pytest.raises(FileNotFoundError) as error, llms.writing():
+        raise main.RunError("three steps")
+    assert "three steps" in str(error.value.__context__)
+    llms.check_written(wait=True)  # it is said once
 
 
 @pytest.mark.parametrize("writes", ["the weights", "the tokenizer", "a checkpoint"])
@@ -373,7 +392,7 @@ def test_a_full_disk_is_an_os_error_of_one_line_and_leaves_what_was_there(setup,
     def save():
         if writes == "a checkpoint":
             llms.save_checkpoint(folder, state.networks(), state.optimizer, state.generator, "text")
-            llms.finish_saving()
+            llms.check_written(wait=True)
         else:
             llms.save(state.policy, state.tokenizer, folder)
 

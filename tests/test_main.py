@@ -741,7 +741,7 @@ def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
     assert "rewards/integer" in rows[0] and "rewards/integer" not in rows[4]
     state.step = 4  # within the second stage
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     fresh, _ = setup(**constants)
     main.load_checkpoint(fresh)
     ours, theirs = (next(main.next_questions(one)) for one in (state, fresh))
@@ -877,7 +877,7 @@ def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
     questions = PROBLEMS * 3
     train(state, questions)
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     fresh, _ = setup(STEPS=3)
     main.load_checkpoint(fresh)
     for one in (state, fresh):
@@ -892,7 +892,7 @@ def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
 def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, constants):
     state, _ = setup()
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     path = state.run / "checkpoint" / "state.safetensors"
     whole = bytearray(path.read_bytes())
     constants(BETA=0.5)

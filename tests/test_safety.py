@@ -133,7 +133,7 @@ def test_what_else_lies_in_a_model_folder_is_not_opened(model, trap):
 def test_a_pickle_in_the_place_of_a_checkpoint_is_refused(setup, trap):
     state, _ = setup()
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     main.load_checkpoint(state)
     for content in pickles(trap):
         (state.run / "checkpoint" / "state.safetensors").write_bytes(content)

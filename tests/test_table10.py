@@ -323,7 +323,7 @@ def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tm
     def save_step_3(state, metrics):  # from within the second iteration
         if state.step == 3:
             main.save_checkpoint(state)
-            llms.finish_saving()
+            llms.check_written(wait=True)
         return 0
 
     train(whole, PROBLEMS * 20, after_step=save_step_3)
@@ -391,7 +391,7 @@ def test_a_run_with_a_cold_start_goes_on_bit_for_bit_from_within_it_and_after_it
     def save(state, metrics):
         if state.step == saved_at:
             main.save_checkpoint(state)
-            llms.finish_saving()
+            llms.check_written(wait=True)
         return 0
 
     whole.reference = resumed.reference = None  # as at the start of the program

@@ -505,7 +505,7 @@ def test_a_checkpoint_holds_the_outputs_that_wait(setup, judged, settings):
     state, _ = setup(**settings)
     train(state, PROBLEMS * 9, after_step=lambda state, row: int(state.step == 3))
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     fresh, _ = setup(**settings)
     main.load_checkpoint(fresh)
     rows = [train(one, (PROBLEMS * 9)[one.position :]) for one in (state, fresh)][-1]
@@ -602,7 +602,7 @@ def test_a_checkpoint_holds_all_about_a_batch_that_waits(setup, learns):
     record = {"reward": 0.0, "length": 4}
     state.queue = [drawn([[1.0, 0.0]], [[3, 5]])._replace(learns=learns, dropped=[record], extra={"refill/draws": 2})]
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     fresh, _ = setup(GROUP_SIZE=2)
     main.load_checkpoint(fresh)
     (batch,) = fresh.queue
@@ -699,7 +699,7 @@ def test_outputs_that_wait_for_fewer_questions_than_there_are_ranks_are_refused(
     state, _ = setup(GROUP_SIZE=2)
     state.queue = [drawn([[1.0, 0.0]] * n, [[3, 5]] * n) for n in (3, 1, 2)]
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     fresh, _ = setup(GROUP_SIZE=2)
     monkeypatch.setattr(llms, "WORLD", 2)
     with pytest.raises(main.SettingsError, match="too many ranks.* only 1 of its questions"):
@@ -709,7 +709,7 @@ def test_outputs_that_wait_for_fewer_questions_than_there_are_ranks_are_refused(
 def test_a_changed_counter_in_a_checkpoint_is_noticed(setup):
     state, _ = setup()
     main.save_checkpoint(state)
-    llms.finish_saving()
+    llms.check_written(wait=True)
     path = state.run / "checkpoint" / "state.safetensors"
     data = path.read_bytes()
     assert data.count(b'"step": 0') == 1
