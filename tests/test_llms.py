@@ -299,6 +299,15 @@ def test_the_checkpoints_own_sampling_settings_are_not_inherited(checkpoint, tmp
     assert draw(model, tokenizer).texts == before
 
 
+def test_packed_rows_are_imitated_as_if_each_stood_alone(checkpoint):
+    model, _ = llms.load(checkpoint("qwen2"))
+    rows, logp = [([5, 6, 7], [8, 9]), ([3], [4, 4, 2, 1]), ([9, 9, 9, 9], [7])], []
+    for prompt, completion in rows:
+        log_pi = reference.plain(model)(torch.tensor([prompt + completion])).logits[0].log_softmax(1)
+        logp += [log_pi[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)]
+    assert llms.imitation_loss(model, rows).item() == pytest.approx(-sum(logp) / 7, abs=1e-5)
+
+
 @pytest.mark.parametrize("family, norms", [("qwen2", 5), ("qwen3", 9), ("llama", 5)])
 def test_the_norms_of_the_copy_that_samples_are_torchs_own_where_their_numbers_are_the_same(checkpoint, family, norms):
     model, _ = llms.load(checkpoint(family))

@@ -666,6 +666,18 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
         main.check_and_save(state, row | {"skipped_updates": 1}, *quiet)
 
 
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(setup, monkeypatch):
+    def write(*_):
+        raise OSError("the disk is full")
+
+    state, _ = setup()
+    monkeypatch.setattr(llms, "write_checkpoint", write)
+    main.save_checkpoint(state)
+    assert llms.WRITING[0].exception()  # waits for it
+    with pytest.raises(OSError, match="the disk is full"):
+        main.check_and_save(state, {}, [], lambda step: False, set(), tqdm(disable=True))
+
+
 # ---- steps on tokens, curricula, other rewards ---------------------------------------------------------------------
 
 
