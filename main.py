@@ -1049,7 +1049,8 @@ def parse(argv):
     argv = [re.sub(r"(?<=^--)[\w-]+", lambda word: word[0].replace("-", "_"), flag) for flag in argv]  # --a-b is --a_b
     actions, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [f"--{name.lower()}" for name in CONSTANTS], 1)
+        known = [f"--{name.lower()}" for name in ("help", *vars(actions), *CONSTANTS)]
+        close = difflib.get_close_matches(unknown[0], known, 1)
         raise SettingsError(f"unknown flag {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
     if "" in (actions.resume, actions.evaluate, actions.against) or (actions.against and not actions.evaluate):
         raise SettingsError("--resume, --evaluate and --against need a name, and --against goes with --evaluate")

@@ -251,6 +251,7 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     "arguments, says",
     [
         ("--group_sise 8", "did you mean --group_size"),
+        ("--resmue runs/x", "did you mean --resume"),
         ("--group_size eight", "invalid int value"),
         ("--mask_truncated maybe", "choose from True, False"),
         ("--group_size 1", "at least 2"),
