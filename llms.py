@@ -1158,7 +1158,7 @@ def build_tiny(folder, corpora):
 def imitation_loss(model, rows):
     """Minus the mean log-probability of the completions' tokens, for rows of (prompt, completion), two lists of ids."""
     packed = PackedBatch([(prompt + completion, []) for prompt, completion in rows], model.device)  # no padding
-    learnt = [token >= len(prompt) for prompt, completion in rows for token in range(len(prompt + completion))]
+    learnt = [t >= len(prompt) for prompt, completion in rows for t in range(len(prompt + completion))]
     learnt = torch.tensor(learnt)  # [tokens]
     hidden = run_trunk(model.base_model, packed, packed.ids, packed.positions)[0, :-1]  # [tokens - 1, D]
     return F.cross_entropy(model.lm_head(hidden[learnt[1:]]), packed.ids[0, learnt])

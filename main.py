@@ -1229,7 +1229,7 @@ def check_prompts(state, tests, training=()):
 
 
 def ask_to_stop(state, number):
-    """The first signal asks for an end after the step; a second Ctrl-C ends within it."""
+    """The first signal asks for an end after the step; a second Ctrl-C ends without finishing it."""
     if state.stop_signal == signal.SIGINT:  # after a first Ctrl-C; torchrun passes a second on as SIGTERM
         raise KeyboardInterrupt
     state.stop_signal = number

@@ -32,7 +32,7 @@ SEEDS = (0, 1, 2, 3, 4)
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantile, by the number of seeds
 COMMON = "--model tiny --dataset arithmetic:3 --max_new_tokens 80 --steps 40 --learning_rate 1e-4 --schedule constant"
 COMMON += " --eval_every 5 --save_every 20 --show_every 0"
-NO_ANSWER = "--weight_correctness 0 --weight_integer 0 "
+NO_ANSWER = "--weight_correctness 0 --weight_integer 0"
 NO_FORM = "--weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
 PLAIN = "--beta 0 --weight_integer 0 " + NO_FORM  # what the variants are compared on: the answer's reward alone
 PLAIN_4 = "--steps 20 --mu 4 " + PLAIN  # where the objectives differ: with μ = 1 all of them have the same gradient
@@ -64,8 +64,8 @@ RUNS = {  # what each changes; a flag given twice takes its last value
     "group-32": "--group_size 32 --questions_per_step 4",
     "sparse": "--weight_integer 0 " + NO_FORM,
     "no-std": "--scale none",
-    "random": "--weight_random 2 " + NO_ANSWER + NO_FORM,
-    "random-mu-4": "--weight_random 2 --steps 20 --mu 4 " + NO_ANSWER + NO_FORM,
+    "random": f"--weight_random 2 {NO_ANSWER} {NO_FORM}",
+    "random-mu-4": f"--weight_random 2 --steps 20 --mu 4 {NO_ANSWER} {NO_FORM}",
     "form": NO_ANSWER,
     "form-mu-4": "--steps 20 --mu 4 " + NO_ANSWER,
     "mu-2": "--steps 20 --mu 2",
@@ -315,7 +315,7 @@ def table(data):
         cells += [f"{last['clip_low'] + last['clip_high']:.3f}", f"{last['zero_std_groups']:.2f}"]
         cells += [f"{sum(run['tests'][-1]['eval/length'] for run in runs) / len(runs):.1f}"]
         minutes = max(run["minutes"] for run in runs)
-        print(f"| {name} | `{RUNS[name].strip() or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
+        print(f"| {name} | `{RUNS[name] or 'the default'}` | {' | '.join(cells)} | {minutes:.1f} |")
 
 
 def at_equal_tokens(runs, others):
