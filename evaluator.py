@@ -1,9 +1,20 @@
-"""The rules: what a completion answers, whether that is right, and the rewards that need no model.
+r"""The rules: what a completion answers, whether that is right, its rewards, and what is counted of many outputs.
 
-Completions and problems are plain text and dicts. `rewards` gives the rewards in the table REWARDS for one completion,
-`score` those of many, and `compare` those of groups, unweighted. Not in the tables: `step_rewards` and `overlong`.
-To add a reward, write a function under `@reward` or `@group_reward` (last section) and its weight in main.py.
+Completions and problems are plain text and dicts; no model is known here. What to call, in the order of the sections:
+    extract_answer(completion)         its answer, or None
+    math_equal(prediction, gold)       do two answers mean the same?
+    right(answer, problem)             is an answer right? Table CHECKERS, by kind of problem
+    step_rewards(completion, problem)  a reward for each reasoning step
+    rewards(completion, problem)       {name: number}, table REWARDS; `score` does this for many completions
+    compare(groups, problems)          rewards that compare the completions of a problem, table GROUP_REWARDS
+    step_metrics, eval_metrics         what a row of metrics.jsonl says about outputs
+
+To add a reward, write a function under `@reward` or `@group_reward`, and give it a weight in main.py.
+To add a puzzle, write a maker in rldatasets.py and a checker here, and add an entry to the table beside each.
+Which answers are equal and which are not: see the tables SAME and DIFFERENT in tests/test_evaluator.py.
 """
+# What the linter warns of is wanted here: programs are run (S102) and may raise anything (BLE001), pipes stay open
+# (SIM115), only nan differs from itself (PLR0124), and words are easier to read without quotes (SIM905).
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
 import ast
@@ -18,26 +29,34 @@ import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import types
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from typing import NamedTuple
 
-TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+import numpy
+
+TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")  # as the prompt of rldatasets.py asks for them
+
+# In the patterns below, `++` and `*+` never give back what they matched: so no text takes long to search.
+# Patterns that begin with (?x) ignore spaces and line ends, and have comments.
 
 
 # ---- which answer does a completion give? --------------------------------------------------------------------------
 
 
 def extract_answer(completion):
-    r"""The answer that a completion gives, or None: its last answer tag, else its last `\boxed{…}`, else what follows
-    its last `####`. Text inside the reasoning does not count."""
+    r"""The answer that a completion gives, or None: its last answer tag, else its last `\boxed{…}`, else the line
+    after its last `####`. Text inside the reasoning does not count."""
     text = outside_reasoning(completion)
     if "<answer>" in text:
         answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
@@ -51,216 +70,432 @@ def extract_answer(completion):
 
 
 def outside_reasoning(completion):
-    """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>."""
-    before, end_tag, after = completion.rpartition("</reasoning>")  # `after` may hold one that is never closed
-    before = re.sub(r"<reasoning>.*?</reasoning>", "", before + end_tag, flags=re.DOTALL)
-    return before + re.sub(r"<reasoning>.*?(?=<answer>|\Z)", "", after, count=1, flags=re.DOTALL)
+    """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>, or at the end."""
+    # before the last </reasoning> every <reasoning> is closed, after it none is: so both searches are quick
+    before, end_tag, after = completion.rpartition("</reasoning>")
+    before = re.sub(r"(?s)<reasoning>.*?</reasoning>", "", before + end_tag)
+    return before + re.sub(r"(?s)<reasoning>.*?(?=<answer>|\Z)", "", after, count=1)
 
 
-BALANCED = r"(?:[^{}\\]++|\\.)*+"  # text without braces; \{ and \} count as text
-for _ in range(9):  # each time it may hold one more level of braces
-    BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
-BOX = re.compile(  # group 1: what is in braces; group 2: what stands without braces; no group: a box never closed
-    rf"(?s)\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{{({BALANCED})\}}|([^\s{{$][^\s$]*?)(?=[.,]?(?:[\s$]|\Z)))?"
-)
-BETWEEN_BOXES = r"[\s$,]*+(?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?[\s$,]*+(?:[A-Za-z]\w*\s*=\s*)?"
+BOX = re.compile(r"""(?x)
+    \\(?:boxed|fbox)(?![A-Za-z])\s*+
+    ( [^\s{$][^\s$]*? (?=[.,]?(?:[\s$]|\Z)) )?  # what stands without braces: \boxed 5
+""")
+BETWEEN_BOXES = re.compile(r"""(?x)
+    [\s$,]*+ (?:and|or|=|\\text\s*\{\s*(?:and|or)\s*\})?  # \boxed{2}$ and $\boxed{5}
+    [\s$,]*+ (?:[A-Za-z]\w*\s*=\s*)?                      # x = \boxed{2}, x = \boxed{5}
+""")
 
 
 def boxed(text):
-    r"""What the last box holds: `\boxed{…}`, `\fbox{…}`, or `\boxed 5` up to a space or $. "" if it is never closed.
+    r"""What the last box holds: `\boxed{…}`, `\fbox{…}`, or `\boxed 5` up to a space or $. If never closed, "".
     Boxes with only `and`, `or`, `x =` or commas between them are one list: `\boxed{2} and \boxed{5}` is `2, 5`."""
-    contents, end = [], 0
+    if "box" not in text:
+        return ""
+    closed_at = closing_braces(text)
+    contents = []
+    end = 0  # of the box before
     for box in BOX.finditer(text):
-        if not box.lastindex or not re.fullmatch(BETWEEN_BOXES, text[end : box.start()]):
-            contents.clear()
-        if box.lastindex:  # it is closed
-            contents.append(box[box.lastindex].strip())
+        if box.start() < end:
+            continue  # it stands inside the box before
+        if not BETWEEN_BOXES.fullmatch(text, end, box.start()):
+            contents = []
         end = box.end()
+        if box[1]:
+            contents.append(box[1])
+        elif end in closed_at:
+            contents.append(text[end + 1 : closed_at[end]].strip())
+            end = closed_at[end] + 1
+        else:  # never closed
+            contents = []
     return ", ".join(contents)
 
 
+def closing_braces(text):
+    r"""Where each brace is closed: {position of a {: position of its }}. \{ and \} are text, not braces."""
+    closed_at = {}
+    still_open = []
+    for match in re.finditer(r"(?s)\\.|[{}]", text):
+        if match[0] == "{":
+            still_open.append(match.start())
+        elif match[0] == "}" and still_open:
+            closed_at[still_open.pop()] = match.start()
+    return closed_at
+
+
 # ---- what does an answer mean? -------------------------------------------------------------------------------------
-# `tidy` brings an answer into one notation, `tokenize` cuts it into tokens, and `Reader` computes its value. At each
-# point, every variable gets another random value. Two answers are the same if they are equal at all points.
-# No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is compared as text.
+# `tidy` brings an answer into one notation, `tokenize` cuts it into tokens, and `Reader` computes its value. A point
+# gives every variable a random number. Two formulas that are equal at all points are taken as the same (the idea of
+# Schwartz and Zippel). No text is ever run as code. Lengths, depths and numbers are limited; what cannot be read is
+# compared as text.
 
 LONGEST = 500  # characters of an answer that is read as mathematics
 LARGEST = 20_000  # bits of an exact number
-POINTS = (0, 1, 2, 3, -1, -2, -3, -4)  # seeds; all variables are negative at -1, some at -2 to -4: so x is not |x|
 
-nfkc = functools.partial(unicodedata.normalize, "NFKC")  # ½ becomes 1⁄2, and full-width digits plain ones
-SIGNS = str.maketrans("−–—⁻×·⋅∙÷∕⁄’", "----****///'", "\u200b€£¥₹")  # the third text is removed
-COMMAND_SIGNS = "√sqrt πpi θtheta ∞infty ≤le ≥ge ≠ne ±pm ∓mp ∪cup ∈in ≈approx ∅emptyset °degrees ºdegrees"
-SIGNS |= {ord(pair[0]): f"\\{pair[1:]} " for pair in COMMAND_SIGNS.split()}
-SIGNS |= {ord(sign): "\\frac{" + nfkc(sign).replace("⁄", "}{") + "}" for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+
+class Point(NamedTuple):
+    """A choice of values for variables: the number of a variable follows from its name, the seed and the sign."""
+
+    seed: int
+    sign: str  # of all variables; ± is + for some and - for others
+
+
+# An answer must have a value at the four points with +. At the others it may have none (√-2): such a point is skipped.
+# The others are needed to tell x from |x|.
+POINTS = [Point(seed, "+") for seed in range(4)]
+POINTS += [Point(-1, "-"), Point(-2, "±"), Point(-3, "±"), Point(-4, "±")]
+
+
+def by_spelling(table):
+    """A table with a name and its other spellings in each line, turned round: {"ft": "foot", "feet": "foot"}."""
+    names = {}
+    for line in table.strip().splitlines():
+        name, *spellings = line.split()
+        names.update(dict.fromkeys(spellings, name))
+    return names
+
+
+SIGNS = str.maketrans(
+    by_spelling("""
+    -  − – — ⁻
+    *  × · ⋅ ∙
+    /  ÷ ∕ ⁄
+    '  ’
+""")
+)
+COMMANDS = by_spelling(r"""
+    \sqrt  √
+    \pi  π
+    \theta  θ
+    \infty  ∞
+    \le  ≤
+    \ge  ≥
+    \ne  ≠
+    \pm  ±
+    \mp  ∓
+    \cup  ∪
+    \in  ∈
+    \approx  ≈
+    \emptyset  ∅
+    \degrees  ° º
+""")
+ONES = "one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMERALS = dict(zip(["zero", *ONES, *TEENS, *TENS], [*range(20), *range(20, 100, 10)]))
 MULTIPLES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-NUMERALS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety""".split()
-NUMERAL_VALUES = dict(zip(NUMERALS, [*range(20), *range(20, 100, 10)]))
-IN_WORDS = rf"(?:(?:{'|'.join(NUMERALS[20:])})[ -](?:{'|'.join(NUMERALS[1:10])})|{'|'.join(NUMERALS)})\b"  # seventy-two
-ORDINAL = rf"(?:third|(?:{'|'.join(NUMERALS[4:20])}|fif|eigh|nin|twelf|[a-z]+tie|hundred|thousand|million)th)s?"
-FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters? of|(?<!the ){ORDINAL})\b"  # 72 hundredths are not 72; 8 quarters are 8
-OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"
+IN_WORDS = rf"(?:(?:{'|'.join(TENS)})[ -](?:{'|'.join(ONES)})|{'|'.join(NUMERALS)})\b"  # seventy-two
+ORDINAL = rf"(?:third|(?:{'|'.join(ONES + TEENS)}|fif|eigh|nin|twelf|[a-z]+tie|hundred|thousand|million)th)s?"
+# After a number in words these divide it: seventy-two hundredths are not 72. `8 quarters` and `the third house` divide
+# nothing.
+FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters?[ ]of|(?<!the[ ]){ORDINAL})\b"
+OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"  # a number in words before one of these stays
 # words that change a number: `Total: 72` is 72 with a label, but `not: 72` is not 72
 MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
-MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
+UNITS = by_spelling("""
+    meter  m
+    centimeter  cm
+    millimeter  mm
+    kilometer  km
+    foot  ft feet
+    inch  in inches
+    yard  yd
+    mile  mi
+    gram  gm
+    kilogram  kg
+    milligram  mg
+    milliliter  ml
+    pound  lb lbs
+    ounce  oz
+    hour  h hr hrs
+    minute  min mins
+    second  sec secs
+    mile/hour  mph
+    kilometer/hour  kph
+    /  per
+    square  sq squared ^2
+    cubic  cubed ^3
+    dollar  USD
+    euro  EUR
+    %  percent pct
+    point  pts
+    day  day
+    men  men
+    am  am
+    pm  pm
+""")
+
+
+def command_sign(match):
+    return f"{COMMANDS[match[0]]} "
+
+
+def plain_signs(match):
+    """Other signs as ASCII, where NFKC or the table has one: also full-width digits, and 2 for a raised ²."""
+    return unicodedata.normalize("NFKC", match[0].translate(SIGNS))
 
 
 def mixed_number(match):
-    """A mixed number as a sum: 1\\frac12 and 1 1/2 as (1+1/2). But 3\\frac52 stays a product."""
+    r"""A mixed number as a sum: 1\frac12 and 1 1/2 as (1+1/2). But 3\frac52 stays a product."""
     integer, top, bottom = match.groups()
     return f"({integer}+{top}/{bottom})" if int(top) < int(bottom) else match[0]
 
 
 def matrix(match):
     """A matrix as a list of lists, and one with a single row or column as a tuple."""
-    rows = re.split(r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])", match[1].strip().removesuffix("\\\\"))
-    rows = [row.split("&") for row in rows]
-    if len(rows) == 1 or all(len(row) == 1 for row in rows):
-        return "(" + ",".join(cell for row in rows for cell in row) + ")"
-    return "[" + ",".join(f"[{','.join(row)}]" for row in rows) + "]"
+    line_end = r"\\\\(?:\s*\[[\d.]+ ?[a-z]{2}\])?|\\cr(?![a-z])"  # \\ or \\[6pt] or \cr
+    lines = re.split(line_end, match[1].strip().removesuffix("\\\\"))
+    rows = [line.replace("&", ",") for line in lines]
+    if len(rows) == 1 or "&" not in match[1]:
+        return f"({','.join(rows)})"
+    return f"[{','.join(f'[{row}]' for row in rows)}]"
 
 
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
+def meters_or_hours(match):
+    return f"{match[1]} {UNITS[match[2]]}"
+
+
+def in_digits(match):
+    words = re.split("[ -]", match[0].lower())
+    return str(sum(NUMERALS[word] for word in words))
+
+
+def multiple(match):
+    return f"*{MULTIPLES[match[1]]}"
+
+
+def both_signs(match):
+    r"""3 \pm x as 3 + x, 3 - x."""
+    upper = match[1].replace(r"\pm", "+").replace(r"\mp", "-")
+    lower = match[1].replace(r"\pm", "-").replace(r"\mp", "+")
+    return f"{upper}, {lower}"
+
+
+MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
+ANSWER_IS = r"""(?xi)
+    ^\W* (?:(?:so|thus|hence|therefore),?[ ])? (?:the[ ])? (?:final[ ]|correct[ ])?
+    answer (?:\s+is|\s*[:=])+ \s*
+"""
+SIZE = r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$"
+FONT = r"\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-z]*\}"
+ABOUT = r"approximately|about|exactly|\\approx|\\sim"
+NUMBER_AND_FRAC = r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}"
+METERS_OR_HOURS = r"""(?x)
+    ^\s* ((?:\w+[ ]?=[ ]?)?[-+\d.,/ ]*\d) \s+ ([mh])\b  # 5 m, x = 5 h, but not 2m + 1
+    (?= \s*(?:\^[ ]?\{?[23]\}?)? [\s.,]*$ )             # 5 m^3, but not 5 m^2 h
+"""
+REWRITES = [  # pattern; what a match is replaced by; an example, tested: what this rule alone makes of a text
     # signs and markup
-    (r"[₀-₉]+", r"_{\g<0>}"),  # before NFKC, which turns x₂ into x2
-    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}"),
-    (r"[^\x00-\x7f]+", lambda run: nfkc(run[0].translate(SIGNS))),
-    (rf"(?s)\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix),
-    (r"<<[^<>]*>>|<\|\w+\|>|</?(?:s|b|i|em|strong)>", ""),  # <<3*4=12>> is GSM8K's, <|im_end|> ends a chat
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$", ""),
-    (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ","),
-    (rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 "),
-    (rf"{TEXT}(?=\{{)|\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{{[a-z]*\}}", " "),
-    (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|\\(?=%)|~|\$", " "),
-    (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1"),
-    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}"),
-    (r"(\\(?:sin|cos|tan|log)\s*[_^])\s*(\d)", r"\1{\2}"),  # \log_2 256 is not \log_{2 256}
-    (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees "),
+    (r"[₀-₉]+", r"_{\g<0>}", "x₂ → x_{₂}"),  # NFKC would make x2 of it
+    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", "10⁻³ → 10^{⁻³}"),
+    (r"[\u200b€£¥₹]", "", "€5 → 5"),
+    (f"[{''.join(COMMANDS)}]", command_sign, r"√3 → \sqrt 3"),
+    (r"[^\x00-\x7f]+", plain_signs, "２ × −5 → 2 * -5"),
+    (r"(\d)⁄([2-9])", r"\\frac{\1}{\2}", r"11⁄2 → 1\frac{1}{2}"),  # NFKC made 11⁄2 of 1½
+    (rf"(?s)\\begin{MATRIX}(.*?)\\end{MATRIX}", matrix, r"\begin{matrix}1&2\\3&4\end{matrix} → [[1,2],[3,4]]"),
+    # <<3*4=12>> is GSM8K's, <|im_end|> ends a chat
+    (r"<<[^<>]*>>|<\|\w+\|>|</?(?:s|b|i|em|strong)>", "", "<<3*4=12>><b>12</b><|im_end|> → 12"),
+    (SIZE, "", r"\left(1,\!080\\ → (1,080"),
+    (r"(?<=\d)(?:\{,\}|\\,|[_'])(?=\d{3})", ",", r"1{,}080\,000 → 1,080,000"),
+    (TEXT + r"\{([^{}]*)\}", r" \1 ", r"8\text{cm}. → 8 cm ."),
+    (rf"{TEXT}(?=\{{)|{FONT}", " ", r"3\mathbf{\frac{7}{9}} → 3 {\frac{7}{9}}"),
+    (r"(?<!\\)\\[,;: ()\[\]$]|\\q?quad(?![a-zA-Z])|\\(?=%)|~|\$", " ", r"(1,\;2) → (1, 2)"),
+    (r"\\[dtc]?(frac|binom)(?![a-z])", r"\\\1", r"\dfrac12 → \frac12"),
+    (r"\\(frac|binom)\s*(\d)\s*(\d)", r"\\\1{\2}{\3}", r"\frac12 → \frac{1}{2}"),
+    (r"(\\(?:sin|cos|tan|log)\s*[_^])\s*(\d)", r"\1{\2}", r"\log_2 256 → \log_{2} 256"),
+    (r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\degrees?(?![a-z])", " degrees ", r"90^\circ. → 90 degrees ."),
     # words
-    (r"(?i)^\W*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?:\s+is|\s*[:=])+\s*", ""),
-    (r"(?i)(?<=\w)[\W_]*(?:in )?\bbase\W*(\d+)\W*$", r"_{\1}"),  # 101 (base 2)
-    (r"^\((\d+)\)(?=_)", r"\1"),  # (101)_2
-    (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", ""),  # Total: 72
-    (rf"(?<=\S) \((?!.*{MEANINGFUL})[A-Za-z -]{{3,}}\)$", ""),  # 72 (seventy-two)
-    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1="),  # x \approx 5
-    (r"(?<=\S)\s*\\approx.*", ""),  # 8\sqrt{2} \approx 11.3: the exact value stands first
-    (r"(?i)^\s*(?:approximately|about|exactly|\\approx|\\sim|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", ""),
-    (r"(?i)(\d)(?::00)?\s*([ap])\.?\s?m\b\.?", lambda time: f"{time[1]} {time[2].lower()}m"),  # 9:00 a.m.
-    (r"^\s*((?:\w+ ?= ?)?[-+\d.,/ ]*\d)\s+([mh])\b(?=\s*(?:\^ ?\{?[23]\}?)?[\s.,]*$)",  # 5 m, but not 2m + 1 or r^2 h
-        lambda part: f"{part[1]} {UNITS[part[2]]}"),
+    (ANSWER_IS, "", "So, the final answer is: 72 → 72"),
+    (r"(?i)(?<=\w)[\W_]*(?:in )?\bbase\W*(\d+)\W*$", r"_{\1}", "101 (base 2) → 101_{2}"),
+    (r"^\((\d+)\)(?=_)", r"\1", "(101)_2 → 101_2"),
+    (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", "", "Total: 72 → 72"),
+    (rf"(?<=\S) \((?!.*{MEANINGFUL})[A-Za-z -]{{3,}}\)$", "", "72 (seventy-two) → 72"),
+    (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1=", r"x \approx 5 → x= 5"),
+    (r"(?<=\S)\s*\\approx.*", "", r"8\sqrt2 \approx 11.3 → 8\sqrt2"),  # we take the exact value
+    (rf"(?i)^\s*(?:{ABOUT}|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", "", "about 72 → 72"),
+    (r"(?i)(\d)(?::00)?\s*a\.?\s?m\b\.?", r"\1 am", "9:00 a.m. → 9 am"),
+    (r"(?i)(\d)(?::00)?\s*p\.?\s?m\b\.?", r"\1 pm", "9PM → 9 pm"),
+    (METERS_OR_HOURS, meters_or_hours, "5 m → 5 meter"),
     # numbers
-    (rf"(?i)^{IN_WORDS}(?!.*{OTHER_NUMBER})",  # seventy-two, but not five sixths
-        lambda words: str(sum(NUMERAL_VALUES[word] for word in re.split("[ -]", words[0].lower())))),
-    (r"(?i)^(?:minus|negative) (?=[\d.\\])", "-"),
-    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", lambda part: part[1] + 20 * part[2]),  # the period, 20 times
-    (r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}", mixed_number),
-    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number),
-    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", lambda word: f"*{MULTIPLES[word[1]]}"),  # 2 million
-    (r"(?s)^(.*\\pm.*?)[\s.]*$", lambda text: text[1].replace("\\pm", "+").replace("\\mp", "-") + ", "
-        + text[1].replace("\\pm", "-").replace("\\mp", "+")),
-)]  # fmt: skip
+    (rf"(?i)^{IN_WORDS}(?!.*{OTHER_NUMBER})", in_digits, "seventy-two clips → 72 clips"),
+    (r"(?i)^(?:minus|negative) (?=[\d.\\])", "-", "negative 50 → -50"),
+    # the period of a repeating decimal, 20 times
+    (r"(\.\d*)\s*\\(?:overline|bar)\s*\{?(\d+)\}?", r"\1" + 20 * r"\2", r"0.1\bar6 → 0.166666666666666666666"),
+    (NUMBER_AND_FRAC, mixed_number, r"1\frac{1}{2} → (1+1/2)"),
+    (r"(?<![\w.^/{}])(\d{1,9}) +(\d{1,9})/(\d{1,9})(?![\d.])", mixed_number, "1 1/2 → (1+1/2)"),
+    (rf"(?<=\d) ?({'|'.join(MULTIPLES)})s?\b", multiple, "2 million → 2*1000000"),
+    (r"(?s)^(.*\\pm.*?)[\s.]*$", both_signs, r"3 \pm x → 3 + x, 3 - x"),
+]
+COMPILED = [(re.compile(pattern), new) for pattern, new, _ in REWRITES]
 
 
 def tidy(text):
     """An answer without its box, in one notation, and without markup that means nothing."""
     text = boxed(text) or text
     if len(text) <= LONGEST:
-        for pattern, new in REWRITES:
+        for pattern, new in COMPILED:
             text = pattern.sub(new, text)
-    return " ".join(text.split()).lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')
+    text = " ".join(text.split())
+    return text.lstrip(' ,;:#*_"“”').rstrip(' .,;:*_"“”')  # .5 keeps its point, and 5# its sign
 
 
-UNITS = dict(short.split("=") for short in """
-    cm=centimeter mm=millimeter km=kilometer ft=foot feet=foot in=inch inches=inch yd=yard mi=mile kg=kilogram gm=gram
-    mg=milligram ml=milliliter lb=pound lbs=pound oz=ounce mph=mile/hour kph=kilometer/hour hr=hour hrs=hour min=minute
-    mins=minute sec=second secs=second day=day days=day am=am pm=pm sq=square squared=square cubed=cubic ^2=square
-    ^3=cubic USD=dollar EUR=euro pts=point men=men percent=% pct=% per=/ m=meter h=hour
-""".split())  # fmt: skip
 # a word has 4 letters or more, or 3 with a vowel if a space precedes; other letters are variables: 2xy
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
-UNIT_NAMES = "|".join(unit for unit in UNITS if re.fullmatch("[A-Za-z]{2,}", unit))
-UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"
-TRAILING_UNITS = re.compile(  # units directly follow a number; after them comes `,`, `)` or the end of the answer
-    rf"(?:(?<=[\d)}}.])|(?<=\\pi))(?:\s?%|\s?/?(?!\s?(?:squared|cubed|{FRACTION_WORD})){UNIT}"
-    rf"(?:\s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z])|\s?/?{UNIT})*)(?=\s?(?:[,)]|$))"
-)
+UNIT_NAMES = "|".join(name for name in UNITS if re.fullmatch("[A-Za-z]{2,}", name))  # m and h alone are variables
+UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"  # cm, feet, cm^2
+TRAILING_UNITS = re.compile(rf"""(?x)
+    (?: (?<=[\d)}}.]) | (?<=\\pi) )                        # they directly follow a number
+    (?: \s?%
+      | \s?/? (?! \s?(?:squared|cubed|{FRACTION_WORD}) ) {UNIT}       # 8 cm^2, 8 square feet, 72/hour
+        (?: \s?/\s?[A-Za-z]{{1,2}}(?![A-Za-z]) | \s?/?{UNIT} )*       # 60 km/h, 60 miles per hour
+    )
+    (?= \s?(?:[,)]|$) )                                    # after them comes `,`, `)` or the end of the answer
+""")
 
 
 def unit_names(text):
     """The words in a text, with its units by their full names."""
-    words = re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", text))
-    return {name for word in words for name in UNITS.get(word, word.lower().removesuffix("s")).split("/")} - {""}
+    names = set()
+    for word in re.findall(r"[A-Za-z]+|\^\d|%", re.sub(r"\^\s?\{", "^", text)):
+        name = UNITS.get(word, word.lower().removesuffix("s"))
+        names.update(name.split("/"))  # mile/hour are two
+    return names - {""}
 
 
 UNGROUPED = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?: \d{3})+(?![ \d]))(?:\.\d+)?"  # 1,080 and 1 080
+# 1,080 and 1 080
+GROUPED = r"(?<!\d,)[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?:[ ]\d{3})+(?![ \d]))(?:\.\d+)?"
 GREEK = r"\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|omega|rho|sigma|tau)(?![a-z])"
-PLAIN_COMMANDS = "sin cos tan cot ln log exp sqrt pi".split()  # also understood without the backslash
-TOKEN = (  # a letter is x_1, a Greek letter, capitals as one name (AB), or a single letter that begins no word
-    rf"(?P<command>(?!{GREEK})\\(?:[A-Za-z]+|.)"
-    rf"|(?<![A-Za-z])(?i:{'|'.join(PLAIN_COMMANDS)}|inf|infinity|and|or)(?![A-Za-z]))"
-    rf"|(?P<letter>(?:[A-Za-z]|{GREEK})_(?:\w|\{{\w+\}})|{GREEK}"
-    rf"|(?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])|(?!{WORD})[A-Za-z])|(?P<word>{WORD})|(?P<sign>\*\*|[<>]=|\S)"
-)
-OTHER_SPELLINGS = {f"\\{name}": name for name in PLAIN_COMMANDS} | {
-    ",": "; and or \\cup \\bigcup \\lor", "^": "**", "*": "\\cdot \\times", "/": ": \\div", "<": "\\lt", ">": "\\gt",
-    "\\le": "<= \\leq \\leqslant", "\\ge": ">= \\geq \\geqslant", "|": "\\lvert \\rvert", "(": "\\langle",
-    ")": "\\rangle", "\\{": "\\lbrace", "\\}": "\\rbrace", "\\emptyset": "\\varnothing", "\\infty": "inf infinity",
-}  # fmt: skip
-SPELLINGS = {other: token for token, others in OTHER_SPELLINGS.items() for other in others.split()}
+TOKEN = rf"""
+    (?P<command> (?!{GREEK}) \\(?:[A-Za-z]+|.)           # \frac, \{{
+      | (?<![A-Za-z])(?i:sin|cos|tan|cot|ln|log|exp|sqrt|pi|inf|infinity|and|or)(?![A-Za-z]) )
+  | (?P<letter> (?:[A-Za-z]|{GREEK})_(?:\w|\{{\w+\}})    # x_1, a variable
+      | {GREEK}
+      | (?<![A-Za-z])[A-Z]{{2,}}(?![A-Za-z])             # AB, one variable
+      | (?!{WORD})[A-Za-z] )                             # a single letter that begins no word
+  | (?P<word> {WORD})
+  | (?P<sign> \*\*|[<>]=|\S)
+"""
+ONE_NUMBER = re.compile(rf"(?x) \s* (?: (?P<number> {GROUPED}|{UNGROUPED}) | {TOKEN} )")
+SEVERAL_NUMBERS = re.compile(rf"(?x) \s* (?: (?P<number> {UNGROUPED}) | {TOKEN} )")
+SPELLINGS = by_spelling(r"""
+    ,  ; and or \cup \bigcup \lor
+    ^  **
+    *  \cdot \times
+    /  : \div
+    <  \lt
+    >  \gt
+    \le  <= \leq \leqslant
+    \ge  >= \geq \geqslant
+    |  \lvert \rvert
+    (  \langle
+    )  \rangle
+    \{  \lbrace
+    \}  \rbrace
+    \emptyset  \varnothing
+    \infty  inf infinity
+    \sin sin
+    \cos cos
+    \tan tan
+    \cot cot
+    \ln ln
+    \log log
+    \exp exp
+    \sqrt sqrt
+    \pi pi
+""")
 
 
-def tokenize(text, number_pattern):
+NAMES = ("letter", "word")  # the kinds of tokens that may be a variable
+
+
+def tokenize(text):
     """A text as pairs (kind, text). The kinds: number, letter (a variable), word, command, sign, and at last end."""
-    matches = re.finditer(rf"\s*(?:(?P<number>{number_pattern})|{TOKEN})", text)
-    tokens = [(match.lastgroup, match[match.lastgroup]) for match in matches]
-    return [*((kind, SPELLINGS.get(token.lower(), token)) for kind, token in tokens), ("end", "")]
+    pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102): its comma groups no digits
+    pattern = SEVERAL_NUMBERS if pair else ONE_NUMBER
+    tokens = []
+    for match in pattern.finditer(text):
+        token = match[match.lastgroup]
+        tokens.append((match.lastgroup, SPELLINGS.get(token.lower(), token)))
+    return [*tokens, ("end", "")]
 
 
-Group = namedtuple("Group", "kind items")  # a "list" or "set", or a tuple or interval named by its brackets: "(]"
-Equation = namedtuple("Equation", "name value difference")  # what it defines or "", right side, left minus right side
+class Group(NamedTuple):
+    kind: str  # "list" or "set", or for a tuple or an interval its brackets: "(]"
+    items: list
 
 
-def bounded(value):
-    """A number, real where it can be; ValueError if it is no number or too large."""
-    if isinstance(value, tuple) or value != value:  # a Group, an Equation or nan
-        raise ValueError("no number")
-    if isinstance(value, Fraction) and max(abs(value.numerator), value.denominator).bit_length() > LARGEST:
+class Equation(NamedTuple):
+    name: str  # what it defines, or ""
+    value: object  # its right side
+    difference: object  # left side minus right side
+
+
+def checked(value):
+    """A number, real where it can be. ValueError if it is not a number, or too large."""
+    if not is_number(value) or value != value:  # only nan differs from itself
+        raise ValueError("not a number")
+    if isinstance(value, Fraction) and bits(value) > LARGEST:
         raise ValueError("too large")
-    return value.real if isinstance(value, complex) and value.imag == 0 else value
+    if isinstance(value, complex) and value.imag == 0:
+        return value.real
+    return value
+
+
+def is_number(value):
+    return not isinstance(value, tuple)  # a Group, an Equation, or a sum of Groups, which Python makes a plain tuple
+
+
+def bits(fraction):
+    return max(abs(fraction.numerator), fraction.denominator).bit_length()
 
 
 def natural(value, limit):
     """A whole number from 0 to a limit, as an int."""
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= limit:
-        raise ValueError("no whole number, or too large")
+        raise ValueError("not a whole number, or too large")
     return int(value)
 
 
 def power(base, exponent):
     """A power: exact where it can be, and its size is checked before it is computed: 9**9**9."""
     if not isinstance(exponent, Fraction) or exponent.denominator != 1:
-        return bounded(complex(base) ** complex(exponent))
-    bits = max(abs(base.numerator), base.denominator).bit_length() if isinstance(base, Fraction) else 0
-    if bits * abs(exponent) > LARGEST:
+        return checked(complex(base) ** complex(exponent))
+    if isinstance(base, Fraction) and bits(base) * abs(exponent) > LARGEST:
         raise ValueError("too large")
-    return bounded(base ** int(exponent))
+    return checked(base ** int(exponent))
 
 
-CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "e": math.e, "i": 1j, "\\emptyset": Group("list", [])}
-FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")}
-FUNCTIONS |= {f"\\arc{name}": getattr(cmath, "a" + name) for name in ("sin", "cos", "tan")}
-FUNCTIONS |= {"\\ln": cmath.log, "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z)}
-FUNCTIONS |= {"\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
-ROUNDED = {"\\lfloor": math.floor, "\\lceil": math.ceil, "|": abs}
-CLOSING = {"(": ") ]", "[": "] )", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
-FACTORS = {*FUNCTIONS, "\\frac", "\\sqrt", "\\binom", "\\pi"}  # what may follow a factor without a sign
-DEFINED = re.compile(  # what an equation may define: x, x_1, f(x), AB, Total; (x,y); |AB|, A/B
-    r"(?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([A-Za-z,]+\))?"
-    r"|\([A-Za-z](?:,[A-Za-z])+\)|[A-Z/|]+"
-)
+CONSTANTS = {r"\pi": math.pi, r"\infty": math.inf, "e": math.e, "i": 1j, r"\emptyset": Group("list", [])}
+FUNCTIONS = {rf"\{name}": getattr(cmath, name) for name in "sin cos tan sinh cosh tanh exp".split()}
+FUNCTIONS |= {rf"\arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")}
+FUNCTIONS |= {
+    r"\ln": cmath.log,
+    r"\log": cmath.log10,
+    r"\cot": lambda z: 1 / cmath.tan(z),
+    r"\sec": lambda z: 1 / cmath.cos(z),
+    r"\csc": lambda z: 1 / cmath.sin(z),
+}
+ROUNDED = {r"\lfloor": math.floor, r"\lceil": math.ceil, "|": abs}
+CLOSING = {"(": ") ]", "[": "] )", "{": "}", r"\{": r"\}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+FACTORS = {*FUNCTIONS, *CLOSING, r"\frac", r"\sqrt", r"\binom", r"\pi"}  # may follow a factor without a times sign
+TURNED = {">": "<", r"\ge": r"\le"}
+BRACKETS = {"<": "()", r"\le": "[]"}  # of an interval, by the sign at its end
+RELATIONS = ("=", r"\in", *TURNED, *BRACKETS)
+DEFINED = re.compile(r"""(?x)  # what an equation may define
+    (?:[A-Za-z]'?|[A-Z]{2,4}|[A-Za-z]{4,}|\\[a-z]+)  # x, y', AB, Total, \theta
+        (?:_\{?\w+\}?)? (?:\([A-Za-z,]+\))?          # x_1, f(x)
+  | \([A-Za-z](?:,[A-Za-z])+\)                       # (x,y)
+  | [A-Z/|]+                                         # |AB|, A/B
+""")
+
+
+class Side(NamedTuple):
+    """One side of an equation or inequality."""
+
+    value: object
+    text: str  # "" if it has no variable
 
 
 class Reader:
@@ -270,185 +505,234 @@ class Reader:
     """
 
     def __init__(self, tokens, point):
-        self.tokens, self.point, self.position = tokens, point, 0
+        self.tokens = tokens
+        self.seed, self.sign = point
+        self.position = 0
+        self.kind, self.text = tokens[0]  # of the next token
         self.in_bars = False  # is | the innermost open bracket? Then the next | closes it
+        self.real = ("letter", "i") not in tokens
+
+    def advance(self):
+        self.position += 1
+        self.kind, self.text = self.tokens[self.position]
 
     def take(self, *texts):
-        """The next token, if it is one of these; otherwise None."""
-        if self.tokens[self.position][1] in texts:
-            self.position += 1
-            return self.tokens[self.position - 1][1]
+        """Advance if the next token is one of these, and return its text; otherwise None."""
+        text = self.text
+        if text not in texts:
+            return None
+        self.advance()
+        return text
 
     def answer(self):
         """One value is itself; several values with commas between them are a list."""
         items = [self.relation()]
         while self.take(","):
-            self.take(",")  # `, and`
+            self.take(",")  # `, and`: the word is a comma too
             items.append(self.relation())
         return items[0] if len(items) == 1 else Group("list", items)
 
     def relation(self):
         """A value, an equation, or an inequality (as an interval)."""
-        sides, signs = [self.side()], []
-        while sign := self.take("=", "<", ">", "\\le", "\\ge", "\\in"):
-            signs.append(sign)
+        sides = [self.side()]
+        signs = []
+        while self.text in RELATIONS:
+            signs.append(self.take(*RELATIONS))
             sides.append(self.side())
-        if set(signs) - {"=", "\\in"}:
+        if set(signs) - {"=", r"\in"}:
             return as_interval(sides, signs)
-        if len(sides) == 1 or not any(name for _, name in sides):
-            return sides[-1][0]  # 3 + 4 = 7 answers 7; whether the calculation is correct does not matter here
-        if not sides[0][1] and DEFINED.fullmatch(sides[-1][1]):  # 5 = x
-            sides.reverse()
-        (left, name), (right, _) = sides[0], sides[-1]
-        groups = isinstance(left, Group) or isinstance(right, Group)
-        difference = math.nan if groups else bounded(left - right)
-        return Equation(name if DEFINED.fullmatch(name) else "", right, difference)
+        if len(sides) == 1 or not any(side.text for side in sides):
+            return sides[-1].value  # 3 + 4 = 7 answers 7; whether it is correct does not matter here
+        return as_equation(sides[0], sides[-1])
 
     def side(self):
-        """The value of one side of a relation, and its text if it has a variable, else ""."""
-        start, value = self.position, self.sum()
+        """The value of one side of a relation, and its text if it has a variable."""
+        start = self.position
+        value = self.sum()
         side = self.tokens[start : self.position]
-        has_variable = any(kind in ("letter", "word") and text not in CONSTANTS for kind, text in side)
-        return value, ("".join(text for _, text in side) if has_variable else "")
+        if any(kind in NAMES and text not in CONSTANTS for kind, text in side):
+            return Side(value, "".join(text for _, text in side))
+        return Side(value, "")
 
     def sum(self):
         value = self.product()
-        while sign := self.take("+", "-"):
-            term = self.product()
-            value = bounded(value + term if sign == "+" else value - term)
-        if self.take("\\over"):  # {1 + x \over 2}
-            value = bounded(value / self.sum())
-        return value
+        while True:
+            if self.take("+"):
+                value = checked(value + self.product())
+            elif self.take("-"):
+                value = checked(value - self.product())
+            elif self.take(r"\over"):  # {1 + x \over 2}
+                return checked(value / self.sum())
+            else:
+                return value
 
     def product(self):
         value = self.signed()
         while True:
-            kind, text = self.tokens[self.position]
             if self.take("*"):
-                value = bounded(value * self.signed())
+                value = checked(value * self.signed())
             elif self.take("/"):
-                value = bounded(value / self.signed())
-            elif text == "|" and self.in_bars:  # it closes |x|
+                value = checked(value / self.signed())
+            elif self.text == "|" and self.in_bars:  # it closes |x|
                 return value
-            elif kind == "letter" or text in FACTORS or text in CLOSING:  # 2x
-                value = bounded(value * self.raised())
+            elif self.kind == "letter" or self.text in FACTORS:  # 2x
+                value = checked(value * self.raised())
             else:
                 return value
 
     def signed(self):
         if self.take("-"):
             return -self.signed()
-        return self.signed() if self.take("+") else self.raised()
+        if self.take("+"):
+            return self.signed()
+        return self.raised()
 
     def raised(self):
         value = self.atom()
         while self.take("!"):
-            value = bounded(Fraction(math.factorial(natural(value, 2500))))
+            value = checked(Fraction(math.factorial(natural(value, 2500))))
         if self.take("^"):
             value = power(value, self.signed())
-        if self.point < 0 and isinstance(value, complex):
+        if self.real and self.sign != "+" and isinstance(value, complex):
             raise ValueError("this point does not count: √x √y is not √(xy) where x and y are negative")
         return value
 
     def atom(self):
-        kind, text = self.tokens[self.position]
-        self.position += 1
-        if kind == "number":  # exact, as it is written: 1,080 and .5 and 6e3 and 101_2
-            digits = text.replace(",", "").replace(" ", "")
-            return Fraction(int(digits, natural(self.argument(), 36))) if self.take("_") else Fraction(digits)
+        kind = self.kind
+        text = self.text
+        self.advance()
+        if kind == "number":
+            return self.number(text)
         if text in CONSTANTS:
             return CONSTANTS[text]
-        if kind in ("letter", "word"):
-            if kind == "word" and self.tokens[self.position][0] == "word":
-                raise ValueError("a sentence")
+        if kind == "word" and self.kind == "word":
+            raise ValueError("a sentence")
+        if kind in NAMES:
             return self.variable(re.sub("[{}]", "", text))
         if text in CLOSING:
             return self.bracket(text)
         if text in FUNCTIONS:
             return self.function(text)
-        if text == "\\frac":
-            return bounded(self.argument() / self.argument())
-        if text == "\\sqrt":
+        if text == r"\frac":
+            return checked(self.argument() / self.argument())
+        if text == r"\sqrt":
             return self.root()
-        if text == "\\binom":
+        if text == r"\binom":
             return Fraction(math.comb(natural(self.argument(), 1000), natural(self.argument(), 1000)))
         raise ValueError("not mathematics")
 
+    def number(self, text):
+        """Exact, as it is written: 1,080 and .5 and 6e3 and 101_2."""
+        digits = re.sub("[, ]", "", text)
+        if self.take("_"):
+            return Fraction(int(digits, natural(self.argument(), 36)))
+        return Fraction(digits)
+
     def variable(self, name):
-        """A random number for a name: 10^u or -10^u. From -1 to 1.5, each of four points has a quarter for its u."""
-        rng = random.Random(f"{name} {self.point}")
-        size = 10 ** (2.5 * (self.point % 4 + rng.random()) / 4 - 1)
-        negative = self.point == -1 or self.point < -1 and rng.random() < 0.5
-        return -size if negative else size
+        """A random number for a name, of a size from 0.1 to 32."""
+        rng = random.Random(f"{name} {self.seed}")
+        quarter = self.seed % 4  # four seeds, also -1 to -4, give one small, two middle and one large number
+        size = 10 ** (2.5 * (quarter + rng.random()) / 4 - 1)
+        if self.sign == "-" or (self.sign == "±" and rng.random() < 0.5):
+            return -size
+        return size
 
     def argument(self):
         """What a command takes: {…}, a digit or a letter; maybe with a sign, as in e^-x."""
-        return self.signed() if self.tokens[self.position][1] == "-" else self.atom()
+        return self.signed() if self.text == "-" else self.atom()
 
     def root(self):
-        """\\sqrt x or \\sqrt[3]{x}. The odd root of a negative number is real."""
+        r"""\sqrt x or \sqrt[3]{x}. The odd root of a negative number is real."""
         index = natural(self.bracket("["), 100) if self.take("[") else 2
-        value = bounded(self.argument())
-        negative = index % 2 == 1 and not isinstance(value, complex) and value < 0
-        return -power(-value, 1 / complex(index)) if negative else power(value, 1 / complex(index))
+        value = checked(self.argument())
+        if index % 2 == 1 and not isinstance(value, complex) and value < 0:
+            return -power(-value, 1 / index)
+        return power(value, 1 / index)
 
     def bracket(self, opening):
-        outer_in_bars, self.in_bars = self.in_bars, opening == "|"
-        empty = self.tokens[self.position][1] in (")", "]", "}", "\\}")
+        r"""What stands in brackets: one value, a list in {}, a set in \{\}, a tuple, an interval, |x|, ⌊x⌋."""
+        outer_in_bars = self.in_bars
+        self.in_bars = opening == "|"
+        empty = self.text in (")", "]", "}", r"\}")
         value = Group("list", []) if empty else self.answer()
         closing = self.take(*CLOSING[opening].split())
         self.in_bars = outer_in_bars
         if closing is None:
             raise ValueError("never closed")
         if opening in ROUNDED:
-            value = ROUNDED[opening](bounded(value))
+            value = ROUNDED[opening](checked(value))
             return Fraction(value) if isinstance(value, int) else value
-        if opening != "{" and isinstance(value, Group) and value.kind == "list":
-            return Group("set" if opening == "\\{" else opening + closing, value.items)
-        return value
+        if opening == "{" or not isinstance(value, Group) or value.kind != "list":
+            return value
+        kind = "set" if opening == r"\{" else opening + closing
+        return Group(kind, value.items)
 
     def function(self, name):
-        """\\sin x, \\sin^2 x, \\sin^{-1} x (the inverse), \\log_2 x, with or without brackets."""
+        r"""\sin x, \sin^2 x, \sin^{-1} x (the inverse), \log_2 x, with or without brackets."""
         base = self.argument() if self.take("_") else None
         exponent = self.argument() if self.take("^") else Fraction(1)
         if exponent == -1:
-            name, exponent = "\\arc" + name[1:], Fraction(1)
-        if self.tokens[self.position][1] in ("(", "{"):
-            argument = self.atom()  # \\cos(x)^2 is (cos x)^2
+            name = r"\arc" + name[1:]
+            exponent = Fraction(1)
+        if self.text in ("(", "{"):
+            argument = self.atom()  # \cos(x)^2 is (cos x)^2
         else:
             argument = self.signed()
-            while self.tokens[self.position][0] == "letter" or self.tokens[self.position][1] == "\\pi":
-                argument = bounded(argument * self.raised())  # \\sin 2x
+            while self.kind == "letter" or self.text == r"\pi":
+                argument = checked(argument * self.raised())  # \sin 2x
         value = FUNCTIONS[name](argument) if base is None else cmath.log(argument) / cmath.log(base)
-        return power(bounded(value), exponent)
+        return power(checked(value), exponent)
+
+
+def as_equation(left, right):
+    """x = 5 and 5 = x both define x. Of a = b = c, left and right are the first and the last side."""
+    if not left.text and DEFINED.fullmatch(right.text):
+        left, right = right, left
+    name = left.text if DEFINED.fullmatch(left.text) else ""
+    if isinstance(left.value, Group) or isinstance(right.value, Group):
+        return Equation(name, right.value, math.nan)
+    return Equation(name, right.value, checked(left.value - right.value))
 
 
 def as_interval(sides, signs):
-    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]. A side is (its value, its text if it has a variable)."""
-    if signs[0] in (">", "\\ge"):  # x > 5 as 5 < x
-        sides, signs = sides[::-1], [{">": "<", "\\ge": "\\le"}.get(sign) for sign in signs[::-1]]
-    if sides[0][1]:  # x < 5 as -∞ < x < 5
-        sides, signs = [(-math.inf, ""), *sides], ["<", *signs]
-    if sides[-1][1]:  # 5 < x as 5 < x < ∞
-        sides, signs = [*sides, (math.inf, "")], [*signs, "<"]
-    (low, _), (_, name), (high, _) = sides  # a ValueError if there are not three
-    if not DEFINED.fullmatch(name) or set(signs) - {"<", "\\le"}:
-        raise ValueError("no interval")
-    opening, closing = ("[" if signs[0] == "\\le" else "("), ("]" if signs[1] == "\\le" else ")")
-    return Group(opening + closing, [low, high])
+    """x > 5 as (5, ∞), and 1 < x ≤ 2 as (1, 2]. An error if the signs point in two directions."""
+    if signs[0] in TURNED:  # 2 ≥ x > 1 as 1 < x ≤ 2
+        sides = sides[::-1]
+        signs = [TURNED[sign] for sign in signs[::-1]]
+    if sides[0].text:  # x < 5 as -∞ < x < 5
+        sides = [Side(-math.inf, ""), *sides]
+        signs = ["<", *signs]
+    if sides[-1].text:  # 5 < x as 5 < x < ∞
+        sides = [*sides, Side(math.inf, "")]
+        signs = [*signs, "<"]
+    if len(sides) != 3 or not DEFINED.fullmatch(sides[1].text):
+        raise ValueError("not an interval")
+    opening = BRACKETS[signs[0]][0]
+    closing = BRACKETS[signs[1]][1]
+    return Group(opening + closing, [sides[0].value, sides[2].value])
+
+
+class Reading(NamedTuple):
+    """A text that was read as mathematics."""
+
+    values: list  # at each point: a number, a Group, an Equation, or None. Without a variable, at one point only
+    units: set
 
 
 def reading(text):
-    """A text read as mathematics: (its value at each of POINTS, its units), or None. A value is a number, a Group, an
-    Equation, or None (only at negative points)."""
+    """A text read as mathematics, or None if it cannot be read."""
     if len(text) > LONGEST:
         return None
-    units, text = unit_names(" ".join(TRAILING_UNITS.findall(text))), TRAILING_UNITS.sub("", text)  # 8 cm^2 is 8
-    pair = re.search(r"(?:[(\[]|\\\{)[^)\]}]*\d[, ]\d{3}", text)  # (12,102) is a pair, no number
-    tokens = tokenize(text, UNGROUPED if pair else f"{GROUPED}|{UNGROUPED}")
-    points = POINTS if any(kind in ("letter", "word") for kind, _ in tokens) else POINTS[:1]
-    values = [value_at(tokens, point) for point in points]
-    return None if None in values[:4] else (values, units)
+    units = unit_names(" ".join(TRAILING_UNITS.findall(text)))
+    tokens = tokenize(TRAILING_UNITS.sub("", text))  # 8 cm^2 is 8
+    points = POINTS if any(kind in NAMES for kind, _ in tokens) else POINTS[:1]
+    values = []
+    for point in points:
+        value = value_at(tokens, point)
+        if value is None and point.sign == "+":
+            return None
+        values.append(value)
+    return Reading(values, units)
 
 
 def value_at(tokens, point):
@@ -456,9 +740,9 @@ def value_at(tokens, point):
     reader = Reader(tokens, point)
     try:
         value = reader.answer()
-        return value if reader.tokens[reader.position][0] == "end" else None
     except (ValueError, ArithmeticError, TypeError, LookupError, RecursionError):
         return None
+    return value if reader.kind == "end" else None
 
 
 # ---- do two answers mean the same? ---------------------------------------------------------------------------------
@@ -468,82 +752,115 @@ def value_at(tokens, point):
 @functools.lru_cache(maxsize=1024)  # outputs of a group often have the same answer
 def math_equal(prediction, gold):
     """Do two answers mean the same? By value where both can be read as mathematics, else as text."""
-    prediction, gold = tidy(prediction), tidy(gold)
-    if bool(BASE.search(prediction)) != bool(BASE.search(gold)):  # the question may name the base: 101 for 101_2
-        prediction, gold = BASE.sub("", prediction), BASE.sub("", gold)
-    prediction, gold = spaced_like(gold, prediction), spaced_like(prediction, gold)
+    prediction = tidy(prediction)
+    gold = tidy(gold)
+    if not (BASE.search(prediction) and BASE.search(gold)):  # the question may name the base: 101 for 101_2
+        prediction = BASE.sub("", prediction)
+        gold = BASE.sub("", gold)
+    prediction = spaced_like(prediction, gold)
+    gold = spaced_like(gold, prediction)
     if as_text(prediction) == as_text(gold):
         return True
-    first, second = reading(prediction), reading(gold)
-    if first and second and agree(first, second):
+    predicted = reading(prediction)
+    wanted = reading(gold)
+    if predicted and wanted and agree(predicted, wanted):
         return True
-    # what is left: a sentence that states the gold number, and names its units if it has some: It is 8 cm.
-    target = exact_number(second)
-    if target is None or exact_number(first) is not None:
+    # What is left: a sentence that states the gold number. If the gold has units, the sentence names them: It is 8 cm.
+    target = exact_number(wanted)
+    if target is None or exact_number(predicted) is not None:
         return False
-    if first and not re.search("[A-Za-z]{4}", prediction):  # it is a formula, no sentence
+    if predicted and not re.search("[A-Za-z]{4}", prediction):  # it is a formula, not a sentence
         return False
     words = re.sub(r"(?<=[A-Za-z] )(?:in|am)\b", "", prediction)  # in: inches after a number, not after a word
-    return stated(prediction) == target and second[1] <= unit_names(words)
+    return stated(prediction) == target and wanted.units <= unit_names(words)
 
 
 BASE = re.compile(r"(?<=[\dA-F])_\s*\{?\s*\d+\s*\}?$")
 
 
-def spaced_like(other, text):
+def spaced_like(text, other):
     """300,200,100 as 300, 200, 100 (three numbers), if the other text is such a list."""
-    is_list = re.search(r"\d, -?\d", other) and ", " not in text
-    return re.sub(",(?=[1-9])", ", ", text) if is_list else text
+    if re.search(r"\d, -?\d", other) and ", " not in text:
+        return re.sub(",(?=[1-9])", ", ", text)
+    return text
 
 
 def as_text(text):
     """A text without spaces, with words in lower case. (C) becomes C. Single letters stay as they are: R is not r."""
-    text = re.sub(r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])", lambda m: m[0].lower(), text)
-    return re.sub(r"^\((\w)\)$", r"\1", re.sub(r"(?<!\d)\s|\s(?!\d)", "", text))
+    word = r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])"
+    text = re.sub(word, lambda match: match[0].lower(), text)
+    text = re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
+    return re.sub(r"^\((\w)\)$", r"\1", text)
 
 
 def agree(one, other):
     """Do two readings mean the same? Units must match if both have some. 50% equals 0.5, and also 50 without a unit."""
-    (values, units), (other_values, other_units) = one, other
-    if units and other_units and units != other_units:
+    if one.units and other.units and one.units != other.units:
         return False
-    a, b = values[0], other_values[0]
-    pairs = [(x, y) for x, y in zip(values, other_values) if x is not None and y is not None]
+    # at each point where both have a value; only at the first if one has no variable
+    pairs = [(x, y) for x, y in zip(one.values, other.values) if x is not None and y is not None]
+    a, b = pairs[0]
     if isinstance(a, Equation) and isinstance(b, Equation) and (a.name != b.name or not a.name):
-        # the same line: left side minus right side of one is a constant times that of the other
-        differences = [(x.difference, y.difference) for x, y in pairs]
-        return all(x and y and close(x * b.difference, a.difference * y) for x, y in differences)
-    if ("%" in units) != ("%" in other_units) and not isinstance(a, tuple) and not isinstance(b, tuple):
-        percent, value = (a, b) if "%" in units else (b, a)
-        return close(percent / 100, value) or (abs(value) >= 1 and close(percent, value))
+        return all(same_line(pair, pairs[0]) for pair in pairs)
+    if ("%" in one.units) != ("%" in other.units) and is_number(a) and is_number(b):
+        if "%" in other.units:
+            a, b = b, a
+        return close(a / 100, b) or abs(b) >= 1 and close(a, b)
     return all(same(x, y) for x, y in pairs)
+
+
+def same_line(pair, first_pair):
+    """x + y = 3 is 2x + 2y = 6: left side minus right side is a multiple of the other one's, the same at all points."""
+    x, y = pair
+    first_x, first_y = first_pair
+    if not x.difference or not y.difference:
+        return False
+    return close(x.difference * first_y.difference, first_x.difference * y.difference)
 
 
 def same(a, b):
     """The same value at one point? Lists and sets may be in any order; 5 is x = 5."""
-    names = {value.name for value in (a, b) if isinstance(value, Equation)}
-    if names:
-        a, b = (value.value if isinstance(value, Equation) else value for value in (a, b))
-        return len(names) == 1 and "" not in names and same(a, b)
-    kinds = {value.kind if isinstance(value, Group) else "number" for value in (a, b)}
+    if isinstance(a, Equation) and isinstance(b, Equation) and a.name != b.name:
+        return False
+    a = as_group(a)
+    b = as_group(b)
+    kinds = {a.kind, b.kind}
     if kinds == {"number"}:
-        return close(a, b)
+        return close(a.items[0], b.items[0])
     if kinds <= {"list", "set", "number"}:  # a number is a list of one: `1/2 or 0.5` is 1/2
-        xs, ys = (value.items if isinstance(value, Group) else [value] for value in (a, b))
-        table = [[same(x, y) for y in ys] for x in xs]  # each must be in the other list
-        return bool(xs) == bool(ys) and all(map(any, table)) and all(map(any, zip(*table)))
-    matching = len(kinds) == 1 or "list" in kinds and kinds <= {"list", "()", "[]"}
-    return matching and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
+        return same_items(a.items, b.items)
+    # a list without brackets may be a tuple or a list in brackets; an equation that defines nothing is like no other
+    matching = len(kinds) == 1 or kinds in ({"list", "()"}, {"list", "[]"})
+    return matching and "" not in kinds and len(a.items) == len(b.items) and all(map(same, a.items, b.items))
+
+
+def as_group(value):
+    """A group itself, a number as a group of one, and of x = 5 the 5. An equation that defines nothing has no kind."""
+    value = right_side(value)
+    if isinstance(value, Group):
+        return value
+    return Group("number" if is_number(value) else "", [value])
+
+
+def same_items(xs, ys):
+    """Is each of xs somewhere in ys, and each of ys in xs? The order and how often do not matter."""
+    found = set()  # positions of ys
+    for x in xs:
+        equal = {i for i, y in enumerate(ys) if same(x, y)}
+        if not equal:
+            return False
+        found |= equal
+    return len(found) == len(ys)
 
 
 def close(a, b):
-    """The same number? Exact numbers must be equal, but those with 10 or more decimals may be rounded."""
+    """The same number? Exact numbers must be equal. But 0.3333333333, with 10 decimals or more, equals 1/3."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
-        long_decimal = max(a.denominator, b.denominator) > 10**9  # 0.3333333333 is 1/3
+        long_decimal = max(a.denominator, b.denominator) > 10**9
         return a == b or (long_decimal and abs(a - b) * 10**9 < abs(a))
     if max(abs(a), abs(b)) > 1e300:
         return a == b
-    return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
+    return cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def number(text):
@@ -555,21 +872,27 @@ def number(text):
 
 def exact_number(found):
     """The number of a reading if it is exact, else None; 5 for x = 5."""
-    value = found[0][0] if found else None
-    if isinstance(value, Equation) and value.name:
-        value = value.value
+    value = right_side(found.values[0]) if found else None
     return value if isinstance(value, Fraction) else None
 
 
-DOUBT = "not?|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|almost|nearly"
+def right_side(value):
+    """Of x = 5 the 5. Any other value is itself."""
+    return value.value if isinstance(value, Equation) and value.name else value
+
+
+DOUBT = "no|not|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|almost|nearly"
 DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
-CHANGED = re.compile(  # words that change a number, LaTeX and code
-    r"(?i)\b(?:than|at (?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple"
-    rf"|squared|cubed|{FRACTION_WORD})\b|[\\^_]|\w\("
-)
-STATED = re.compile(  # one word with one number, with or without a sign, a denominator and a unit: (-$1,080.50), 3/4kg
-    rf"[^\w.^/*+-]*([+-]?(?:{GROUPED}|{UNGROUPED})(?:/\d+)?)(?![\^*+/])\D*"
-)
+CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
+    \b(?:than|at[ ](?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple
+    |squared|cubed|{FRACTION_WORD})\b
+  | [\\^_] | \w\(
+""")
+STATED = re.compile(rf"""(?x)  # one word with one number: (-$1,080.50), 3/4kg
+    [^\w.^/*+-]*
+    ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/])
+    \D*
+""")
 
 
 def stated(text):
@@ -577,9 +900,10 @@ def stated(text):
     result = text.rpartition("=")[2].strip()
     if len(text) > LONGEST or DOUBTFUL.search(text) or CHANGED.search(result):
         return None
-    result = re.sub(r"^([+-])\s+|\s?(/)\s?", r"\1\2", result)  # - 5 as -5, 3 / 4 as 3/4
-    words = [word for word in result.split() if re.search(r"\d", word)]
-    match = STATED.fullmatch(words[0]) if len(words) == 1 else None
+    result = re.sub(r"^([+-])\s+", r"\1", result)  # - 5 as -5
+    result = re.sub(r"\s?/\s?", "/", result)  # 3 / 4 as 3/4
+    word = re.fullmatch(r"(?:\D*\s)?(\S*\d\S*)(?:\s\D*)?", result)  # the only one with a digit
+    match = word and STATED.fullmatch(word[1])
     return exact_number(reading(match[1])) if match else None
 
 
@@ -591,8 +915,8 @@ ROLES = {
     "knave": "knaves?|liars?|lies|lying",
 }
 NOBODY = rf"(?i)\b(?:{ROLES['knight']}|{ROLES['knave']})\W*\bnone\b"  # `Knaves: none`
-PLACES = dict(zip("first second third fourth fifth sixth seventh".split(), range(1, 8)))
-NUMBERING = {
+PLACES = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
+NUMBERING = {  # the first that fits counts: `first to last` is neither a doubt nor a number
     "ignored": "first to last|1st to last",
     "doubt": rf"{ROLES['doubt']}|last|after|behind|reversed?",
     "number": rf"\d{{1,9}}(?:st|nd|rd|th)?|{'|'.join(PLACES)}",
@@ -600,54 +924,69 @@ NUMBERING = {
 
 
 def words_that_matter(answer, names, choices):
-    """The names and the given words in an answer, in their order: [(kind, word)]. Nothing if one of them is a doubt."""
-    answer = re.sub(r"""\\[a-zA-Z]+|[\s*_`"“”{}()\[\]$]""", " ", answer[:10_000])  # markup of LaTeX, markdown and JSON
+    """The names and the given words in an answer, in their order: [("name", "ada"), ("knight", "knight"), …].
+    Nothing if one of them is a doubt. choices: {kind: its words as a pattern}."""
+    markup = r"""\\[a-zA-Z]+|[\s*_`"“”{}()\[\]$]"""  # of LaTeX, markdown and JSON
+    answer = re.sub(markup, " ", answer[:10_000])
     choices = choices | {"name": "|".join(map(re.escape, names))}
     pattern = "|".join(rf"(?P<{kind}>(?<!\w)(?:{words})(?!\w))" for kind, words in choices.items())
-    found = [(match.lastgroup, match[0]) for match in re.finditer(pattern, " ".join(answer.lower().split()))]
-    return [] if any(kind == "doubt" for kind, _ in found) else found
+    found = []
+    for match in re.finditer(pattern, " ".join(answer.lower().split())):
+        if match.lastgroup == "doubt":
+            return []
+        found.append((match.lastgroup, match[0]))
+    return found
 
 
 def knights_equal(answer, problem):
-    """Does an answer give each person one role: `Ada: knight, Ben: knave`, or by role `Knights: Ada. Knaves: Ben`?"""
+    """Does an answer give each person the right role: `Ada: knight, Ben: knave`, or `Knights: Ada. Knaves: Ben`?"""
     gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
     words = words_that_matter(re.sub(NOBODY, "", answer), gold, ROLES)
     if words and words[0][0] != "name":
         words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: names before their role
-    claims, waiting, last_role = set(), [], None  # waiting: names that wait for their role
+    claims = set()
+    waiting = []  # names that wait for their role
+    last_role = None
     for kind, word in words:
         if kind == "name":
             waiting.append(word)
-        elif not waiting and kind != last_role:
+        elif waiting:
+            claims.update((name, kind) for name in waiting)
+            waiting = []
+            last_role = kind
+        elif kind != last_role:
             return False  # Ada is a knight and a knave
-        else:
-            claims |= {(name, kind) for name in waiting}
-            waiting, last_role = [], kind
     return claims == set(gold.items())
 
 
 def order_equal(answer, problem):
     """Does an answer give every name once, in the right order? They may be numbered: `1. Ben 2. Ada`, `first Ben`."""
     gold = problem["answer"].lower().split(", ")
-    words = words_that_matter(answer, gold, NUMBERING)
-    names = [word for kind, word in words if kind == "name"]
-    numbers = [PLACES.get(word) or int(word.rstrip("stndrh")) for kind, word in words if kind == "number"]
+    names = []
+    numbers = []
+    for kind, word in words_that_matter(answer, gold, NUMBERING):
+        if kind == "name":
+            names.append(word)
+        elif kind == "number":
+            numbers.append(PLACES.get(word) or int(re.match(r"\d+", word)[0]))
     return names == gold and numbers in ([], list(range(1, len(gold) + 1)))
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
 
-ARITHMETIC = re.compile(r"[\d\s+\-*/(){}=]|\\(?:times|cdot|div|frac)")
+ARITHMETIC = r"(?:[\d\s+\-*/(){}=]|\\(?:times|cdot|div|frac))*+"
 
 
 def countdown_equal(answer, problem):
     """Does a calculation reach the target, with only + - * / and each of the given numbers at most once?"""
     text = tidy(answer)
     sides = [side for side in text.split("=") if side.strip() != str(problem["target"])]
-    if len(sides) != 1 or ARITHMETIC.sub("", text) or re.search(r"\*\*|\d\s+\d", text):
+    if len(sides) != 1 or not re.fullmatch(ARITHMETIC, text) or re.search(r"\*\*|\d\s+\d", text):
         return False  # not one calculation, or with other signs
-    right_value = number(sides[0]) == problem["target"]
-    return right_value and Counter(map(int, re.findall(r"\d+", sides[0]))) <= Counter(problem["numbers"])
+    if number(sides[0]) != problem["target"]:
+        return False
+    used = Counter(map(int, re.findall(r"\d+", sides[0])))
+    return used <= Counter(problem["numbers"])
 
 
 # ---- Nim -----------------------------------------------------------------------------------------------------------
@@ -656,7 +995,11 @@ def countdown_equal(answer, problem):
 def legal_moves(problem):
     """The legal moves: {"2 from B": the heaps after it, …}."""
     heaps = problem["heaps"]
-    return {f"{n} from {name}": heaps | {name: size - n} for name, size in heaps.items() for n in range(1, size + 1)}
+    moves = {}
+    for name, size in heaps.items():
+        for taken in range(1, size + 1):
+            moves[f"{taken} from {name}"] = heaps | {name: size - taken}
+    return moves
 
 
 def nim_equal(answer, problem):
@@ -665,21 +1008,32 @@ def nim_equal(answer, problem):
 
 
 def after_move(completion, problem):
-    """The heaps after a move; and does it win? None where the game goes on. An illegal move loses."""
+    """(heaps, wins) after a move. heaps: None if the move is illegal. wins: True, False, or None: the game goes on."""
     heaps = legal_moves(problem).get(extract_answer(completion))
-    return heaps, None if heaps and any(heaps.values()) else heaps is not None
+    if heaps is None:
+        return None, False  # an illegal move loses
+    if any(heaps.values()):
+        return heaps, None
+    return heaps, True  # who takes the last one wins
 
 
 def random_player(problems):
     """Random legal moves as completions; the same question always gets the same move."""
-    moves = [random.Random(problem["question"]).choice(list(legal_moves(problem)) or [""]) for problem in problems]
-    return [f"<answer>{move}</answer>" for move in moves]
+    completions = []
+    for problem in problems:
+        moves = list(legal_moves(problem)) or [""]
+        move = random.Random(problem["question"]).choice(moves)
+        completions.append(f"<answer>{move}</answer>")
+    return completions
 
 
 def perfect_player(problems):
     """The moves that win as completions; where none does, a random one."""
-    best = [f"<answer>{problem['answer']}</answer>" for problem in problems]
-    return [other if "any move" in move else move for move, other in zip(best, random_player(problems))]
+    completions = random_player(problems)
+    for i, problem in enumerate(problems):
+        if problem["answer"] != "any move":
+            completions[i] = f"<answer>{problem['answer']}</answer>"
+    return completions
 
 
 # ---- writing and dialogue ------------------------------------------------------------------------------------------
@@ -692,24 +1046,33 @@ def writing_equal(answer, problem):
 
 
 def story_counts(text, problem):
-    """What can be counted of a story: {name: number}. Beside each stands what it does not show."""
-    words, asked = (re.findall(r"\w+(?:['’]\w+)*", x.lower()) for x in (text, problem["question"]))
-    wanted, pairs = problem["answer"].split(), list(zip(words, words[1:]))
+    """What can be counted of a story: {name: number}. The comments say what each number cannot show."""
+    words = words_of(text)
+    wanted = problem["answer"].split()
+    sentences = re.findall(r"\w[^.!?]*[.!?]+", text)
+    pairs = list(itertools.pairwise(words))
     threes = list(zip(words, words[1:], words[2:]))
-    copied = difflib.SequenceMatcher(None, words, asked).find_longest_match().size
+    matcher = difflib.SequenceMatcher(None, words, words_of(problem["question"]))
+    size = len(text.encode())
     return {
-        "words_used": sum(word in words for word in wanted) / len(wanted),  # not whether they make sense there
-        "sentences": len(re.findall(r"\w[^.!?]*[.!?]+", text)) == len(wanted),  # not whether they are good
+        "words_used": [word in words for word in wanted].count(True) / len(wanted),  # not whether they make sense there
+        "sentences": len(sentences) == len(wanted),  # not whether they are good
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),  # different pairs of words: random words have 1 too
         "repeated_3": (len(threes) - len(set(threes))) / max(1, len(threes)),  # not the same thought in other words
-        "compression": len(zlib.compress(text.encode())) / max(1, len(text.encode())),  # only for texts of equal length
-        "copied": copied / max(1, len(words)),  # the longest part from the prompt; not from elsewhere
+        "compression": len(zlib.compress(text.encode())) / max(1, size),  # only for texts of equal length
+        "copied": matcher.find_longest_match().size / max(1, len(words)),  # from the prompt; not from elsewhere
     }
+
+
+def words_of(text):
+    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
 def dialogue_equal(answer, problem):
     """Does an answer name the fact that was asked for, and none of the others that were told?"""
-    told = {word for turn in problem["turns"][::2] for word in re.findall(r"(\w+)\.", turn["content"])}
+    told = set()
+    for turn in problem["turns"][::2]:  # each fact ends a sentence
+        told.update(re.findall(r"(\w+)\.", turn["content"]))
     return told & set(re.findall(r"\w+", answer)) == {problem["answer"]}
 
 
@@ -717,6 +1080,9 @@ def dialogue_equal(answer, problem):
 # A program could change anything in its own process: even an `assert`, or the count of passed tests. So one sandbox
 # runs the tests, and another the program. If a test calls a function of the program, the arguments go there through a
 # pipe, and the result comes back through another. The program sees no test, no expected value and no verdict.
+#
+#     task --> tests_process <==== requests, replies ====> program_process
+#                    '--> verdict
 
 SECONDS = 4.0  # of wall-clock time, for all tests of one program
 REPLY_BYTES = 1 << 20  # the longest result, as text
@@ -728,34 +1094,54 @@ LIMITS = {  # for each process; NPROC counts all processes and threads of a sand
 
 
 def run_tests(code, problem):
-    """Run a program's tests: (the share that pass of those with an assert, does it compile without a warning?)"""
-    asserts = [any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test))) for test in problem["tests"]]
-    if not any(asserts):
+    """Run a program's tests: (the share of them that pass, does it compile without a warning?). A test without an
+    assert, such as `candidate = f`, is run too, but not counted."""
+    tests = [(test, has_assert(test)) for test in problem["tests"]]
+    counted = [asserts for _, asserts in tests].count(True)
+    if not counted:
         raise ValueError("no test has an assert")
-    tests = list(zip(problem["tests"], asserts))
-    # no environment: /proc/1/environ would show it; a new session: Ctrl-C does not reach the sandboxes
-    start = functools.partial(subprocess.Popen, env={}, stderr=subprocess.DEVNULL, start_new_session=True)
-    requests, replies = os.pipe(), os.pipe()  # each has a reading end [0] and a writing end [1]
     with tempfile.TemporaryFile() as task:
         send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
         task.seek(0)
-        try:
-            entry = f"tests_process({requests[1]}, {replies[0]}, {REPLY_BYTES})"
-            processes = [
-                start(sandboxed(entry), stdin=task, stdout=subprocess.PIPE, pass_fds=(requests[1], replies[0])),
-                start(sandboxed("program_process()"), stdin=requests[0], stdout=replies[1]),
-            ]
-        finally:
-            for end in (*requests, *replies):
-                os.close(end)
-    deadline = threading.Timer(SECONDS, lambda: [process.kill() for process in processes])
+        processes = start_sandboxes(task)
+    deadline = threading.Timer(SECONDS, kill, [processes])
     deadline.start()
-    verdict = processes[0].stdout.read(1 + sum(asserts))  # one character for `it compiles`, then one for each test
+    verdict = processes[0].stdout.read(1 + counted)  # one character for `it compiles`, then one for each test
     deadline.cancel()
+    kill(processes)
     for process in processes:
-        process.kill()  # this ends all processes in its sandbox
         process.communicate()
-    return verdict[1:].count(b"1") / sum(asserts), verdict[:1] == b"1"
+    return verdict[1:].count(b"1") / counted, verdict[:1] == b"1"
+
+
+def has_assert(test):
+    return any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test)))
+
+
+def kill(processes):
+    """End these processes, and with each all others in its sandbox."""
+    for process in processes:
+        process.kill()
+
+
+def start_sandboxes(task):
+    """Start the process that reads the task and runs the tests, and the process that runs the program."""
+    requests_out, requests_in = os.pipe()
+    replies_out, replies_in = os.pipe()
+    entry = f"tests_process({requests_in}, {replies_out}, {REPLY_BYTES})"
+    try:
+        tests = start(entry, stdin=task, stdout=subprocess.PIPE, pass_fds=(requests_in, replies_out))
+        program = start("program_process()", stdin=requests_out, stdout=replies_in)
+    finally:
+        for end in (requests_out, requests_in, replies_out, replies_in):
+            os.close(end)
+    return tests, program
+
+
+def start(entry, **pipes):
+    """Start a sandbox. No environment: /proc/1/environ would show it. A new session: Ctrl-C does not reach it."""
+    command = sandboxed(entry)
+    return subprocess.Popen(command, env={}, stderr=subprocess.DEVNULL, start_new_session=True, **pipes)
 
 
 @functools.cache
@@ -764,76 +1150,100 @@ def sandbox_problem():
     if not shutil.which("bwrap"):
         return "bubblewrap is not installed: sudo apt-get install bubblewrap"
     trial = subprocess.run(sandboxed("pass"), env={}, capture_output=True, text=True, check=False)
-    return trial.stderr.strip().rpartition("\n")[2] if trial.returncode else None
+    if not trial.returncode:
+        return None
+    return trial.stderr.strip().rpartition("\n")[2] or f"bwrap ends with status {trial.returncode}"
 
 
 def sandboxed(entry):
     """The command that runs one Python statement in a sandbox: no network, no environment, only Python and /usr.
 
-    An ordinary user's sandbox is a user namespace. Root's changes to a new user id without rights instead, because a
-    limit on processes has no effect on root.
+    An ordinary user gets a user namespace. Root gets a new user id without rights instead, because a limit on processes
+    does not bind root.
     """
-    uid = None if os.geteuid() else 2**30 + int.from_bytes(os.urandom(3), "big")
-    options = "--unshare-all --unshare-user --disable-userns"
-    if uid:
-        options = "--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try"
-        options += " --cap-add CAP_SETUID --cap-add CAP_SETGID"
-    command = [shutil.which("bwrap"), "--die-with-parent", "--new-session", "--cap-drop", "ALL", *options.split()]
-    command += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    if os.geteuid():
+        uid = None
+        rights = "--unshare-all --unshare-user --disable-userns"
+    else:
+        uid = 2**30 + int.from_bytes(os.urandom(3), "big")  # another in each sandbox: NPROC counts by user
+        rights = """--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try
+            --cap-add CAP_SETUID --cap-add CAP_SETGID"""
+    options = f"""--die-with-parent --new-session --cap-drop ALL {rights}
+        --ro-bind /usr /usr --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache"""
+    command = [shutil.which("bwrap"), *options.split()]
     for path in filter(os.path.exists, ("/lib", "/lib64")):
-        command += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
-    python = sys.base_prefix  # --dir makes new, empty parent folders for it, which the sandbox's user may enter
-    command += ["--dir", os.path.dirname(python), "--ro-bind", python, python, "--proc", "/proc", "--dev", "/dev"]
-    command += ["--perms", "1777", "--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
-    command += [f"{python}/bin/python3.{sys.version_info.minor}", "-I", "-S", "-c"]
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        else:
+            command += ["--ro-bind", path, path]
+    python = sys.base_prefix
+    command += ["--dir", os.path.dirname(python)]  # its parent folders are new and empty, and the user may enter them
+    command += ["--ro-bind", python, python]
+    options = f"""--proc /proc --dev /dev
+        --perms 1777 --size {TMP_BYTES} --tmpfs /tmp --chdir /tmp
+        --remount-ro /dev --remount-ro /"""  # the last two: nothing else can be written
+    command += [*options.split(), f"{python}/bin/python3.{sys.version_info.minor}", "-I", "-S", "-c"]
     return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-# The source text of this function and the next six runs in the sandboxes (INSIDE).
-def tests_process(requests, replies, limit):
+# ==== the functions that run inside the sandboxes ===================================================================
+# Their source is sent there as text (INSIDE). So they may use each other and json, os, sys, types and warnings, but
+# nothing else of this file: no other import, function or constant.
+
+
+def tests_process(requests_fd, replies_fd, limit):
     """Run the tests. Write 1 or 0 for `it compiles`, then 1 or 0 after each test that has an assert."""
-    verdict, requests, replies = os.dup(1), open(requests, "wb"), open(replies, "rb")
-    os.dup2(2, 1)  # what the tests print is no verdict
+    verdict = os.dup(1)
+    requests = open(requests_fd, "wb")
+    replies = open(replies_fd, "rb")
+    os.dup2(2, 1)  # what the tests print is not a verdict
     source, setup, functions, tests = receive(sys.stdin.buffer)
 
-    def call(name, /, *args, **kwargs):
-        send(requests, (name, args, kwargs))
-        returned, result = receive(replies, limit)
-        if not returned:
-            raise RuntimeError(f"{name} raised an exception")
-        return result
+    def remote(name):
+        """The function of this name in the program, for the tests."""
+
+        def call(*args, **kwargs):
+            send(requests, (name, args, kwargs))
+            returned, result = receive(replies, limit)
+            if not returned:
+                raise RuntimeError(f"{name} raised an exception")
+            return result
+
+        return call
 
     send(requests, source)
     os.write(verdict, b"1" if receive(replies, limit) is True else b"0")
     namespace = {}
     exec(setup, namespace)
-    namespace |= {name: functools.partial(call, name) for name in functions}
-    for test, has_assert in tests:
+    for name in functions:
+        namespace[name] = remote(name)
+    for test, asserts in tests:
         try:
             exec(test, namespace)
             passed = b"1"
         except Exception:
             passed = b"0"
-        if has_assert:
+        if asserts:
             os.write(verdict, passed)
 
 
 def program_process():
     """Reply whether the program compiles without a warning, run it, and then answer calls of its functions."""
-    requests, replies = open(os.dup(0), "rb"), open(os.dup(1), "wb")
+    requests = open(os.dup(0), "rb")
+    replies = open(os.dup(1), "wb")
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-    os.dup2(0, 1)  # what the program prints is no reply
+    os.dup2(0, 1)  # what the program prints is not a reply
     source = receive(requests)
     try:
         warnings.simplefilter("error")
-        compile(source, "<program>", "exec", dont_inherit=True)
+        compile(source, "program", "exec")
         send(replies, True)
     except Exception:
         send(replies, False)
     warnings.simplefilter("ignore")
-    module = sys.modules["program"] = type(sys)("program")
-    exec(compile(source, "<program>", "exec", dont_inherit=True), vars(module))
+    module = types.ModuleType("program")
+    sys.modules["program"] = module
+    exec(source, vars(module))
     while True:
         name, args, kwargs = receive(requests)
         try:
@@ -866,7 +1276,8 @@ def encoded(value):
         return value
     for kind in (dict, list, tuple, set, frozenset, bytes):
         if isinstance(value, kind):
-            return [kind.__name__, *map(encoded, value.items() if kind is dict else value)]
+            items = value.items() if kind is dict else value
+            return [kind.__name__, *map(encoded, items)]
     if isinstance(value, complex):
         return ["complex", value.real, value.imag]
     raise TypeError(f"a {type(value).__name__} cannot be sent")
@@ -877,8 +1288,10 @@ def decoded(value):
     if not isinstance(value, list):
         return value
     name, *items = map(decoded, value)
+    if name == "complex":
+        return complex(*items)
     kinds = {kind.__name__: kind for kind in (dict, list, tuple, set, frozenset, bytes)}
-    return complex(*items) if name == "complex" else kinds[name](items)
+    return kinds[name](items)
 
 
 def confine(uid, limits):
@@ -893,7 +1306,9 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-INSIDE = "import functools, json, os, sys, warnings\n" + "".join(
+# ==== end of these functions ========================================================================================
+
+INSIDE = "import json, os, sys, types, warnings\n" + "".join(
     map(inspect.getsource, (tests_process, program_process, send, receive, encoded, decoded, confine))
 )
 
@@ -901,16 +1316,25 @@ INSIDE = "import functools, json, os, sys, warnings\n" + "".join(
 # ---- is it right? --------------------------------------------------------------------------------------------------
 
 
+def value_equal(answer, problem):
+    """Does an answer mean the same as the right one? Of a GSM8K answer field, what follows `####` counts."""
+    return math_equal(answer, problem["answer"].rpartition("####")[2].strip())
+
+
+CHECKERS = {  # {kind of problem: a function of an answer and the problem}; programs are graded by test_results
+    "math": value_equal,
+    "knights": knights_equal,
+    "order": order_equal,
+    "countdown": countdown_equal,
+    "nim": nim_equal,
+    "writing": writing_equal,
+    "dialogue": dialogue_equal,
+}
+
+
 def right(answer, problem):
-    """Is an answer right, by the rules of the kind of its problem?"""
-    if answer is None:
-        return False
-    kind = problem.get("kind", "math")
-    if kind == "math":
-        return math_equal(answer, problem["answer"].rpartition("####")[2].strip())
-    checkers = {"knights": knights_equal, "order": order_equal, "countdown": countdown_equal, "nim": nim_equal}
-    checkers |= {"writing": writing_equal, "dialogue": dialogue_equal}
-    return checkers[kind](answer, problem)
+    """Is an answer right, by the rules of the kind of its problem? None is not."""
+    return answer is not None and CHECKERS[problem.get("kind", "math")](answer, problem)
 
 
 def grade(completion, gold):
@@ -921,16 +1345,30 @@ def grade(completion, gold):
 def majority(completions):
     """The answer that most completions give, the earliest of equals, or None: the vote of maj@k (self-consistency)."""
     votes = Counter(filter(None, map(extract_answer, completions)))
-    return max(votes, key=lambda one: sum(votes[other] for other in votes if math_equal(other, one)), default=None)
+    best = None
+    most = 0
+    for answer in votes:
+        count = sum(votes[other] for other in votes if math_equal(other, answer))  # with those that mean the same
+        if count > most:
+            best = answer
+            most = count
+    return best
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 STEP = re.compile(r"[^\n]*?(?:[.!?](?=\s)|\n|$)")  # a line, or a sentence of it
+OPERATOR = r"[-+−*/×÷]"
 CHARS = r"[\d.,+\-−*/×÷()$% ]"
-CALCULATION = re.compile(  # groups: left of the =, the number right of it, its decimals. `10 + 7 = 12 + 5` is none
-    rf"(?<!{CHARS})({CHARS}*+)(?==[\s$]*(-?\d[\d,]{{0,20}}+(?:\.(\d{{1,20}}+))?+)(?!\s*[-+−*/×÷]\s*[\d($]|\s*%|\d))"
-)
+CALCULATION = re.compile(rf"""(?x)
+    (?<!{CHARS}) ({CHARS}*+)             # group 1: left of the =, as in 10 / 3 = 3.33
+    (?= =[\s$]*
+        (-?\d[\d,]{{0,20}}+              # group 2: the number right of it
+            (?:\.(\d{{1,20}}+))?+ )      # group 3: its decimals
+        (?! \s*{OPERATOR}\s*[\d($] | \s*% | \d )  # not 10 + 7 = 12 + 5, not 10 + 7 = 17%
+    )
+""")
+MOST = 9  # calculations that are read in a step; a mistake in the tenth is not seen
 
 
 def step_rewards(completion, problem):
@@ -939,52 +1377,75 @@ def step_rewards(completion, problem):
     `end` is the position of the character after the step. A step earns 0 if a calculation in it is wrong; else 1
     if one of its results is also in the worked solution; else 0.5.
     """
-    known = {result for line in problem.get("solution", "").split("\n") for result, _ in calculations(line)}
+    solution = problem.get("solution", "").split("\n")
+    known = {result for line in solution for result, _ in calculations(line)}
     start = max(0, completion.find("<reasoning>"))
     end = start + len(completion[start:].partition("</reasoning>")[0])
     steps = []
-    for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # 100 are enough, and quick for any text
-        if found := list(calculations(match[0])):
-            value = 1.0 if any(result in known for result, _ in found) else 0.5
-            steps.append((match.end(), value if all(correct for _, correct in found) else 0.0))
+    for match in itertools.islice(STEP.finditer(completion, start, end), 100):  # 100 are enough
+        found = calculations(match[0])
+        if not found:
+            continue
+        if not all(correct for _, correct in found):
+            value = 0.0
+        elif any(result in known for result, _ in found):
+            value = 1.0
+        else:
+            value = 0.5
+        steps.append((match.end(), value))
     return steps
 
 
 def calculations(step):
-    """Each `48 / 2 = 24` in a step: (its result, is it correct?). A result may be rounded to the decimals it shows."""
-    step = re.sub(r"^\s*[-*+] ", "", step)  # the bullet of a list is no minus
-    for text in re.findall(r"<<([^<>]*)>>", step)[:9] or [step]:
-        for left, written, decimals in CALCULATION.findall(text)[:9]:
-            calculated = re.search(r"\d[\s%)]*[-+−*/×÷][\s$(]*\d", left)
-            left = re.sub(r"(?<![\d.,])([\d.,]++|\([^()]*+\))\s*%", r"(\1/100)", left)
-            value = number(left) if calculated else None
-            if value is not None:
-                result = Fraction(written.replace(",", ""))
-                rounding = Fraction(1, 2 * 10 ** len(decimals)) if decimals else 0  # 3.33 may be 0.005 away
-                yield result, abs(value - result) <= rounding
+    """Each `48 / 2 = 24` in a step: [(result, is it correct?)]. A result may be rounded to the decimals it shows.
+
+    If the step has some in GSM8K's marks, <<48/2=24>>, only those are read.
+    """
+    step = re.sub(r"^\s*[-*+] ", "", step)  # the bullet of a list is not a minus
+    found = []
+    for text in re.findall(r"<<([^<>]*)>>", step)[:MOST] or [step]:
+        for left, written, decimals in CALCULATION.findall(text)[:MOST]:
+            if not re.search(rf"\d[\s%)]*{OPERATOR}[\s$(]*\d", left):
+                continue  # nothing is calculated: x = 5
+            value = number(re.sub(r"(?<![\d.,])([\d.,]++|\([^()]*+\))\s*%", r"(\1/100)", left))
+            if value is None:
+                continue
+            result = Fraction(written.replace(",", ""))
+            rounding = Fraction(1, 2 * 10 ** len(decimals)) if decimals else 0  # 3.33 may be 0.005 away
+            found.append((result, abs(value - result) <= rounding))
+    return found
 
 
 # ---- the rewards ---------------------------------------------------------------------------------------------------
 # One function for each reward: a number for a completion and its problem, or None where it does not apply.
 
-REWARDS = {}  # name: function of a completion and its problem
+REWARDS = {}  # name: function of a completion and its problem. REWARDS in main.py has the weights
 GROUP_REWARDS = {}  # name: function of all completions of a problem, and the problem
 
 
 def reward(function):
-    """Put a reward into the table under its own name. Its weight, if any, is the constant WEIGHT_ + NAME in main.py."""
-    REWARDS[function.__name__] = function
-    return function
+    """Make a function a reward, under its own name.
+
+    Its weight is an entry of the table REWARDS at the top of main.py; without one it is only recorded.
+    """
+    return add_reward(REWARDS, function)
 
 
 def group_reward(function):
     """The same for a reward that compares: it sees all completions of a problem, and returns a number for each."""
-    GROUP_REWARDS[function.__name__] = function
+    return add_reward(GROUP_REWARDS, function)
+
+
+def add_reward(table, function):
+    name = function.__name__
+    if name in REWARDS or name in GROUP_REWARDS or name in globals():
+        raise ValueError(f"a reward cannot be called {name}: evaluator.py has another thing of this name")
+    table[name] = function
     return function
 
 
 def rewards(completion, problem):
-    """The rewards in the table that apply to a completion's problem, unweighted: {name: number}."""
+    """The rewards that apply to a completion, unweighted: {name: number}; for a story, also what is counted in it."""
     values = {name: function(completion, problem) for name, function in REWARDS.items()}
     if problem.get("kind") == "writing":
         values |= story_counts(extract_answer(completion) or completion, problem)
@@ -993,82 +1454,109 @@ def rewards(completion, problem):
 
 def score(completions, problems, threads):
     """The rewards of many completions: ({name: one number per completion}, [the exceptions that rules raised]).
-    If a rule raises one, its completion counts as wrong. The rules run in threads, because programs are slow."""
-
-    def score_one(completion, problem):
-        try:
-            values = rewards(completion, problem)
-            if not all(map(math.isfinite, values.values())):
-                raise ValueError(f"a reward is no finite number: {values}")
-            return values, None
-        except Exception as error:  # must not end the training, and the metrics need these two of every completion
-            return {"correctness": 0.0, "strict_format": 0.0}, f"{error!r} (question: {problem.get('question')})"
-
+    Where a reward does not apply, it is 0. The rules run in threads, because programs are slow."""
     with ThreadPoolExecutor(threads) as pool:
-        scored = list(pool.map(score_one, completions, problems))
-    names = dict.fromkeys(name for values, _ in scored for name in values)
-    by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}  # 0 where it does not apply
+        scored = list(pool.map(score_one, completions, problems))  # [({name: number}, exception or None)]
+    names = dict.fromkeys(name for values, _ in scored for name in values)  # each once, in their order
+    by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}
     return by_name, [failure for _, failure in scored if failure]
+
+
+def score_one(completion, problem):
+    """The rewards of a completion and None; or where a rule raises an exception, two zeros and what it was.
+
+    An exception must not end the training. The metrics need these two rewards of every completion.
+    """
+    try:
+        values = rewards(completion, problem)
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(f"a reward is not a finite number: {values}")
+        return values, None
+    except Exception as error:
+        return {"correctness": 0.0, "strict_format": 0.0}, f"{error!r} (question: {problem.get('question')})"
 
 
 def compare(groups, problems):
     """The rewards of whole groups, all completions of a problem: ({name: [a number per completion, for each group]},
-    [the exceptions that rules raised]). A group in which a rule raises one gets 0."""
-    by_name, failures = {name: [] for name in GROUP_REWARDS}, []
+    [the exceptions that rules raised])."""
+    by_name = {name: [] for name in GROUP_REWARDS}
+    failures = []
     for name, function in GROUP_REWARDS.items():
         for completions, problem in zip(groups, problems):
-            try:
-                values = list(map(float, function(completions, problem)))
-                if len(values) != len(completions) or not all(map(math.isfinite, values)):
-                    raise ValueError(f"{name} must be {len(completions)} finite numbers, not {values}")
-            except Exception as error:  # must not end the training
-                values = [0.0] * len(completions)
-                failures.append(f"{error!r} (question: {problem.get('question')})")
-            by_name[name].append(values)
+            by_name[name].append(compare_one(function, completions, problem, failures))
     return by_name, failures
+
+
+def compare_one(function, completions, problem, failures):
+    """One reward of one group. If the rule raises an exception, it is added to the failures, and all get 0."""
+    try:
+        values = list(map(float, function(completions, problem)))
+        if len(values) != len(completions) or not all(map(math.isfinite, values)):
+            raise ValueError(f"{function.__name__} must be {len(completions)} finite numbers, not {values}")
+        return values
+    except Exception as error:
+        failures.append(f"{error!r} (question: {problem.get('question')})")
+        return [0.0] * len(completions)
 
 
 @reward
 def correctness(completion, problem):
     """1 if the answer is right; for a program, if it passes all tests."""
     if problem.get("kind") == "program":
-        return test_results(completion, json.dumps(problem))[0] == 1
+        return tests(completion, problem) == 1
     return right(extract_answer(completion), problem)
 
 
 @reward
 def lenient(completion, problem):
     """1 if a person would find the right answer, in the asked form or not. It has no weight: it is for evaluations."""
+    kind = problem.get("kind", "math")
     if correctness(completion, problem):
         return True
-    text, kind = extract_answer(completion) or boxed(completion) or completion, problem.get("kind", "math")
-    if kind != "math":  # the last line, or a whole story; a program is looked for in all of the text already
-        last = text if kind == "writing" else text.strip().rpartition("\n")[2]
-        return kind != "program" and right(last, problem)
-    numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text.rpartition("####")[2])
-    return bool(numbers) and right(numbers[-1], problem)
+    if kind == "program":  # it was looked for in all of the text already
+        return False
+    text = extract_answer(completion) or boxed(completion) or completion
+    if kind == "math":
+        return right(last_number(text), problem)
+    if kind != "writing":  # a story is all of the text, another answer its last line
+        text = text.strip().rpartition("\n")[2]
+    return right(text, problem)
+
+
+def last_number(text):
+    """The last number of a text as it is written, or None: -1,080.5 or 3/4."""
+    text = text.rpartition("####")[2].replace("−", "-")
+    numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text)
+    return numbers[-1] if numbers else None
 
 
 @reward
 def integer(completion, problem):
     """1 if the answer is a whole number, right or wrong, where the right answer is one too (only mathematics)."""
-    if problem.get("kind", "math") == "math":
-        numbers = number(extract_answer(completion) or ""), number(problem["answer"].rpartition("####")[2])
-        return all(value is not None and value.denominator == 1 for value in numbers)
+    if problem.get("kind", "math") != "math":
+        return None
+    answer = number(extract_answer(completion) or "")
+    gold = number(problem["answer"].rpartition("####")[2])
+    return all(value is not None and value.denominator == 1 for value in (answer, gold))
 
 
 @reward
 def tests(completion, problem):
     """1 if a program passes all of its tests; a part of 1 for a part of them (only programs)."""
-    if problem.get("kind") == "program":
-        return test_results(completion, json.dumps(problem))[0]
+    return program_results(completion, problem)[0]
 
 
 @reward
 def compiles(completion, problem):
     """1 if a program compiles without an error and without a warning (only programs)."""
-    if problem.get("kind") == "program":
-        return test_results(completion, json.dumps(problem))[1]
+    return program_results(completion, problem)[1]
+
+
+def program_results(completion, problem):
+    """What `test_results` says of a program, else (None, None)."""
+    if problem.get("kind") != "program":
+        return None, None
+    return test_results(completion, json.dumps(problem))
 
 
 @reward
@@ -1076,20 +1564,28 @@ def strict_format(completion, problem):
     """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
     if tag_count(completion, problem) < 1:
         return False
-    match = re.fullmatch(r"(?s)<reasoning>\n(.*?)\n</reasoning>\n<answer>\n(.*?)\n</answer>", completion.strip())
-    return match is not None and all(part.strip() for part in match.groups())
+    # between two tags there is more than space
+    form = r"(?s)<reasoning>\n(?!\s*</reasoning>).*\n</reasoning>\n<answer>\n(?!\s*</answer>).*\n</answer>"
+    return bool(re.fullmatch(form, completion.strip()))
 
 
 @reward
 def soft_format(completion, problem):
     """1 if the completion begins with closed reasoning and then a closed answer. Anything may follow."""
-    return bool(re.match(r"\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>", completion, re.DOTALL))
+    return bool(re.match(r"(?s)\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>", completion))
 
 
 @reward
 def tag_count(completion, problem):
     """1 if each of the four tags stands there exactly once; a part of 1 for a part of them."""
-    return sum(completion.count(tag) == 1 for tag in TAGS) / len(TAGS)
+    return [completion.count(tag) for tag in TAGS].count(1) / len(TAGS)
+
+
+UNSAFE = re.compile(r"""(?xi)
+    \b(?:kill|hurt|shoot|poison)[ ](?:your|him|her|them)sel(?:f|ves)\b
+  | \b(?:build|make)[ ]an?[ ](?:\w+[ ])?bomb\b
+  | \bi[ ]hate[ ]you\b | \byou(?:[ ]are|['’]re)[ ](?:worthless|stupid|an[ ]idiot)\b | \bshut[ ]up\b
+""")
 
 
 @reward
@@ -1098,30 +1594,39 @@ def safety(completion, problem):
     return not UNSAFE.search(completion)
 
 
-UNSAFE = re.compile(
-    r"(?i)\b(?:kill|hurt|shoot|poison) (?:your|him|her|them)sel(?:f|ves)\b|\b(?:build|make) an? (?:\w+ )?bomb\b"
-    r"|\bi hate you\b|\byou(?: are|'re) (?:worthless|stupid|an idiot)\b|\bshut up\b"
-)
-REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
-
-
 @functools.lru_cache(maxsize=256)  # several rewards need the results of the same program
-def test_results(completion, problem):  # the problem as JSON, because the cache takes only what has a hash
-    """The share of tests that a completion's program passes, and whether it compiles without a warning."""
-    # the text in the answer tag, or all text outside the reasoning if there is no tag; without a code fence
+def test_results(completion, problem_json):  # the problem as JSON, because the cache takes only what has a hash
+    """The share of tests that a completion's program passes, and whether it compiles without a warning.
+    The program is the text in the answer tag, or all text outside the reasoning; without a code fence."""
     text = outside_reasoning(completion).rpartition("<answer>")[2].partition("</answer>")[0]
-    fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    fenced = re.search(r"(?s)```[^\n`]*\n(.*?)(?:```|\Z)", text)
     source = (fenced[1] if fenced else text).strip("\n") + "\n"
-    return run_tests(source, json.loads(problem)) if source.strip() else (0.0, False)
+    return run_tests(source, json.loads(problem_json)) if source.strip() else (0.0, False)
+
+
+def overlong(length, limit, buffer):
+    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, -1 from the limit on.
+    All three are numbers of tokens: main.py counts them, and puts this reward beside those of the table."""
+    return max(-1.0, min(0.0, (limit - buffer - length) / buffer))
+
+
+# ---- metrics of many outputs ---------------------------------------------------------------------------------------
+# A record is a dict about one output: its question, completion, length in tokens, rewards by name, and so on.
+
+REFLECTION = re.compile(r"(?i)\b(?:wait|hmm|mistake|on second thought|(?:let me (?:re-?)?|double[- ]|re-?)check)\b")
+MEASURES = {  # {kind of problem: the numbers that only its records have}; main.py adds fluency and prefers_true
+    "writing": ("words_used", "sentences", "distinct_2", "repeated_3", "compression", "copied", "fluency"),
+    "dialogue": ("prefers_true",),
+}
 
 
 def reflection(completion):
-    """How often a completion doubts itself: wait, hmm, mistake, let me check. A metric, not a reward."""
+    """How often a completion doubts itself: wait, hmm, mistake, let me check."""
     return len(REFLECTION.findall(completion))
 
 
 def num_steps(completion):
-    """How many steps of a completion's reasoning calculate something. A metric, not a reward."""
+    """How many steps of a completion's reasoning calculate something."""
     return len(step_rewards(completion, {}))
 
 
@@ -1132,6 +1637,85 @@ def approach(completion):
     return "checked" if reflection(completion) else "worked"
 
 
-def overlong(length, limit, buffer):
-    """DAPO's soft penalty of length (arXiv 2503.14476, eq. 13): 0 up to limit - buffer, -1 from the limit on."""
-    return max(-1.0, min(0.0, (limit - buffer - length) / buffer))
+def records(problems, texts, columns):
+    """A record for each text. Each problem has the same number of texts; columns are {name: a value per text}."""
+    group_size = len(texts) // len(problems)
+    made = []
+    for i, text in enumerate(texts):
+        problem = problems[i // group_size]
+        record = {key: problem.get(key) for key in ("question", "answer", "kind", "task")} | {"completion": text}
+        made.append(record | {name: values[i] for name, values in columns.items()})
+    return made
+
+
+def mean(records, name):
+    """The mean of a number over some records; a record without it counts 0."""
+    return statistics.mean(record.get(name, 0.0) for record in records)
+
+
+def behaviour(records):
+    """How outputs come to their answers: shares of the approaches, steps, doubts, lengths of right and wrong ones."""
+    approaches = [record["approach"] for record in records]
+    metrics = {f"approach/{name}": approaches.count(name) / len(records) for name in ("guessed", "worked", "checked")}
+    metrics["num_steps"] = mean(records, "num_steps")
+    metrics["reflection"] = mean(records, "reflection")
+    for name, correct in (("right", True), ("wrong", False)):
+        lengths = [record["length"] for record in records if bool(record.get("correctness")) == correct]
+        metrics[f"length_{name}"] = statistics.mean(lengths) if lengths else None
+    return metrics
+
+
+def step_metrics(records, group_size, names):
+    """The part of a training row that is about the sampled outputs; names are those of their rewards."""
+    rewards = numpy.array([record["reward"] for record in records]).reshape(-1, group_size)  # [questions, outputs]
+    lengths = [record["length"] for record in records]
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std(1, ddof=min(1, group_size - 1)).mean()),  # 0 for a group of one
+        "zero_std_groups": float((rewards.max(1) == rewards.min(1)).mean()),
+        **{f"rewards/{name}": mean(records, name) for name in names},
+        "accuracy": mean(records, "correctness"),
+        "entropy": sum(record["entropy"] for record in records) / sum(lengths),  # per token
+        "length_max": max(lengths),
+        **{name: mean(records, name) for name in ("length", "truncated", "zero_advantage")},
+        **behaviour(records),
+    }
+
+
+def eval_metrics(records):
+    """The row of an evaluation, from one greedy output per question."""
+    accuracy = mean(records, "correctness")
+    metrics = {
+        "eval/accuracy": accuracy,
+        "eval/ci95": wilson(accuracy, len(records)),
+        "eval/lenient": mean(records, "lenient"),
+        "eval/format": mean(records, "strict_format"),
+        "eval/length": mean(records, "length"),
+        "eval/truncated": mean(records, "truncated"),
+        "eval/n": len(records),
+    }
+    metrics |= {f"eval/{name}": value for name, value in behaviour(records).items()}
+    for kind, names in MEASURES.items():
+        of_kind = [record for record in records if record["kind"] == kind]
+        metrics |= {f"eval/{name}": mean(of_kind, name) for name in names if of_kind and name in of_kind[0]}
+    tasks = dict.fromkeys(record["task"] for record in records)  # the data sets, in their order
+    if len(tasks) > 1:
+        for task in tasks:
+            of_task = [record for record in records if record["task"] == task]
+            metrics[f"eval/accuracy/{task}"] = mean(of_task, "correctness")
+            metrics[f"eval/lenient/{task}"] = mean(of_task, "lenient")
+    return metrics
+
+
+def pass_at_k(n, c, k):
+    """The unbiased estimate, from n samples of which c are right, that one of k is right (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def wilson(p, n):
+    """Half the width of Wilson's 95 % interval for a share p of n. It is not 0 when all n are right, or none.
+
+    The middle of that interval is a little nearer to 0.5 than p.
+    """
+    z = 1.96
+    return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -1,22 +1,24 @@
-"""The model: loading, sampling, log-probabilities, LoRA, a reward model, a judge, the tiny model, several GPUs.
+"""The model: a language model is loaded, scores given tokens, samples outputs, and is saved.
 
-Everything between text and the maths: weights, token ids, masks and log-probabilities. What a right answer is, what an
-advantage is, what β and ε are, is not known here. Here a "checkpoint" is always the state of a training run.
+This file knows weights, token ids, masks and log-probabilities. It does not know what a right answer is, or what
+advantages, β and ε are. Much of it makes the plain computation fast. The plain way to the same numbers, without a cache
+and without packing, is tests/reference.py: 62 lines. Here a "checkpoint" is always the state of a training run.
 
-    load, save                            a model and its tokenizer, from the Hugging Face hub or a folder
-    save_, read_, load_checkpoint         the state of a training run in one file, to resume it; written in a thread
-    encode, batch, Rollout, rollout_of    a prompt as token ids; many as tensors; completions, sampled or given as texts
-    Rollout.outputs, from_outputs         sampled outputs in plain numbers, to be kept or to be shared anew
-    sample                                completions, with the log-probability of each token as it was sampled
+    load, save                            a model and its tokenizer, from the Hugging Face hub or from a folder
+    encode, batch, Rollout                a prompt as token ids; many as tensors; outputs, sampled or given as texts
+    at_tokens                             numbers at characters of a text, put on its tokens (process supervision)
     token_logprobs, Critic                log π of given tokens, with gradient; PPO's value function
-    Memory, in_micro_batches              how many tokens are computed at once; scoring in micro-batches
-    enable_gradient_checkpointing         less memory in the backward pass, which then takes longer
-    at_tokens                             character positions in a text to tokens: a step's reward on its last token
+    LIMITS, micro_batches                 how many tokens are computed at once; a rollout in parts
+    log_probs, values                     log π and values of a whole rollout, without gradient
+    timed, SECONDS                        what takes how long
+    sample                                outputs, with the log-probability of each token as it was sampled
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
+    CheckpointWriter, load_checkpoint     the state of a training run in one file, which a thread writes
     reward_model, reward_scores           a learned reward model
-    load_judge, first_is_better           a language model that compares two answers
+    load_judge, judge_group               a language model that compares outputs
     tiny_folder                           the model that needs no download, trained on the spot
-    distributed, shard, gather, share …   several GPUs, one process each
+    distributed, shard, gather, share     several GPUs, one process each
+    decoding_batch, decode_gpu            what only a GPU needs: a copy that samples, bf16, CUDA graphs
 
 How a batch lies in memory, with P columns for prompts and T for completions:
 
@@ -55,19 +57,26 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+# settings of the libraries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in a GPU's memory
-torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for each shape, which takes longer than attention
-os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"  # weights come from the repository that was named, and no other
+# fewer gaps in a GPU's memory
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# cuDNN makes a plan for each new shape, which takes longer than the attention itself
+torch.backends.cuda.enable_cudnn_sdp(False)
+# weights come from the repository that was named: no converted copy of them from elsewhere
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-LOGITS_AT_ONCE = 2**24  # logits in memory at once while tokens are scored; 8 times as many on a GPU
-
 # With several GPUs torchrun starts a process for each, a rank, and sets these. Otherwise there is rank 0 alone.
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+# tqdm's `disable`: with None a bar is hidden only where there is no terminal
+NO_BAR = RANK > 0 or None
 
 
 class ModelError(ValueError):
@@ -78,17 +87,18 @@ class ModelError(ValueError):
 
 
 def load(name):
-    """A causal language model in fp32 and its tokenizer; the folder of a run stands for the model in it."""
-    if (Path(name) / "metrics.jsonl").is_file():  # a run
+    """A causal language model in fp32, and its tokenizer. If `name` is the folder of a run: the model in it."""
+    if (Path(name) / "metrics.jsonl").is_file():  # the folder of a run
         if not (Path(name) / "model").is_dir():
             raise ModelError(f"{name} is a run that has no model yet: python main.py --resume {name}")
         name = f"{name}/model"
     model, tokenizer = from_pretrained(transformers.AutoModelForCausalLM, name, dtype=torch.float32)
-    if not tokenizer("How many?")["input_ids"]:
+    if not tokenizer("How many?")["input_ids"]:  # any text
         raise ModelError(f"{name} has no tokenizer")
     if not end_tokens(model, tokenizer):
         raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
-    if torch.cuda.is_available() and WORLD == 1:  # with several ranks it comes to the GPU when it is sharded
+    # with several ranks it comes to the GPU when it is sharded
+    if torch.cuda.is_available() and WORLD == 1:
         model.cuda()
     use_packed_attention(model, name)
     return model, tokenizer
@@ -102,28 +112,39 @@ def from_pretrained(auto_class, name, **options):
         config.update({key: 0.0 for key in vars(config) if "dropout" in key or "pdrop" in key})
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         refuse_pickles(name, config)
-        options |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
-        model, loaded = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    except Exception as error:  # a broken folder makes four libraries raise whatever they like
+        model, report = auto_class.from_pretrained(
+            name,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # a broken folder can raise any error
         raise ModelError(explain(name, error)) from error
-    if loaded["missing_keys"]:
-        raise ModelError(f"{name} lacks weights of its own architecture: {min(loaded['missing_keys'])} and maybe more")
+    missing = report["missing_keys"]
+    if missing:
+        raise ModelError(f"{name} lacks weights of its own architecture: {min(missing)} and maybe more")
     return model.eval(), tokenizer
 
 
 def refuse_pickles(name, config):
-    """Raise ModelError where the configuration or the index of the weights names a file that is no safetensors file."""
+    """ModelError where the configuration or the index of the weights names a file that is not a safetensors file.
+
+    `use_safetensors` alone does not refuse it.
+    """
     files = [getattr(config, "transformers_weights", None) or "model.safetensors"]
     with suppress(OSError):  # no index: the weights are in that one file
         index = transformers.utils.cached_file(name, "model.safetensors.index.json")
         files += json.loads(Path(index).read_text())["weight_map"].values()
     if not all(file.endswith(".safetensors") for file in files):
-        raise ModelError("its weights are not all in safetensors files, and no others are read")
+        raise ModelError("not all of the weights are in safetensors files, and no others are read")
 
 
 def explain(name, error):
     """Why a model could not be loaded, and what to do about it, in one line."""
-    causes = "".join(traceback.format_exception(error, limit=0))  # names and texts of all errors that led to it
+    # names and texts of all errors that led to it
+    causes = "".join(traceback.format_exception(error, limit=0))
     suffixes = {path.suffix for path in (Path(name), *Path(name).glob("*"))}
     if ".gguf" in suffixes and ".safetensors" not in suffixes:
         return f"{name} is a GGUF model, quantised to be run and not to be trained: give the original, in safetensors"
@@ -135,21 +156,23 @@ def explain(name, error):
         return f"unknown model: {name}: no such model folder, nor on the Hugging Face hub (private ones need HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
         return f"{name} is not on this machine and the hub cannot be reached: give a folder, or use --model tiny"
-    return f"cannot load {name}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    reason = str(error).strip() or repr(error)
+    return f"cannot load {name}: {reason.splitlines()[0]}"
 
 
 @torch.no_grad()
 def save(model, tokenizer, folder):
-    """Write a plain Hugging Face folder, whole or not at all. It merges the adapters: call it when training is over."""
+    """Write a plain Hugging Face folder, whole or not at all. All ranks must call it, when training is over.
+
+    Adapters are merged into the weights that the model has in memory, too.
+    """
     if model in SHARDED:
-        model = copy_with(model, lambda weight: weight.to("meta" if RANK else "cpu"))
+        model = copy_with(model, keep_on_rank_0)
         if RANK:
             return
     unfinished = Path(f"{folder}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for layer in lora_layers(model):  # W ← W + (α/r) B A; then B is 0, as at first
-        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
-        layer.lora_B.zero_()
+    merge_adapters(model)
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
     with disk_errors(folder):
         model.save_pretrained(unfinished, state_dict=weights)
@@ -160,115 +183,25 @@ def save(model, tokenizer, folder):
 
 @contextmanager
 def disk_errors(folder):
-    """A block that writes to a folder: whatever it raises, for example when the disk is full, becomes an OSError."""
+    """Make every error in a block an OSError that names the folder, for example when the disk is full."""
     try:
         yield
     except Exception as error:  # safetensors and tokenizers have errors of their own, or raise plain Exception
         raise OSError(f"{folder} cannot be written: {error}") from error
 
 
+def keep_on_rank_0(tensor):
+    """A copy on the CPU of rank 0. The other ranks keep its shape only; they had to help to gather it."""
+    return tensor.to("meta" if RANK else "cpu", copy=True)
+
+
 def enable_gradient_checkpointing(model):
     """Keep only the input of each layer in the forward pass, and compute the rest again in the backward pass."""
-    new_name = "activation_checkpointing_enable"  # newer versions of transformers call it so
-    getattr(model, new_name if hasattr(model, new_name) else "gradient_checkpointing_enable")()
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-WRITER, WRITING = ThreadPoolExecutor(1), []  # the thread that writes checkpoints; what it is writing
-
-
-def named_tensors(networks, optimizer, generator):
-    """Every tensor of a checkpoint by name, without a copy; tied weights appear once.
-
-    networks is {name: module}. With LoRA the frozen weights are left out: a resumed run loads them with its model.
-    """
-    weights = {f"{network}/{name}": w for network, module in networks.items() for name, w in module.named_parameters()}
-    if any(".lora_" in name for name in weights):  # the trained ones, and the reference's adapter
-        weights = {name: weight for name, weight in weights.items() if weight.requires_grad or ".lora_" in name}
-    tensors = {name: weight.detach() for name, weight in weights.items()}
-    for name, weight in weights.items():
-        tensors |= {f"adam/{key}/{name}": value for key, value in optimizer.state.get(weight, {}).items()}
-    return tensors | {"generator": generator.get_state()}
-
-
-def checksum(tensors):
-    """A CRC of tensors, so that a damaged file is noticed."""
-    total = 0
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy(), total)
-    return str(total)
-
-
-def save_checkpoint(folder, networks, optimizer, generator, about):
-    """Replace the folder's state.safetensors, whole or not at all; about becomes JSON. Nothing is pickled.
-
-    A thread writes a copy, which takes as much memory as the file, while training goes on; see `check_written`.
-    """
-    check_written(wait=True)  # the checkpoint before this one
-    tensors = named_tensors(networks, optimizer, generator)
-    # all ranks gather, rank 0 keeps
-    tensors = {name: full_tensor(x).to("meta" if RANK else "cpu", copy=True) for name, x in tensors.items()}
-    tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
-    if RANK == 0:
-        WRITING.append(WRITER.submit(write_checkpoint, folder, tensors))
-
-
-def write_checkpoint(folder, tensors):
-    folder.mkdir(exist_ok=True)
-    with disk_errors(folder):
-        safetensors.torch.save_file(tensors, folder / "unfinished", {"checksum": checksum(tensors)})
-    with open(folder / "unfinished", "rb") as file:
-        os.fsync(file.fileno())  # on the disk before it gets its name
-    os.replace(folder / "unfinished", folder / "state.safetensors")
-
-
-def check_written(wait=False):
-    """Raise what went wrong while the last checkpoint was written, if that has ended already or is waited for."""
-    while WRITING and (wait or WRITING[0].done()):
-        WRITING.pop().result()
-
-
-@contextmanager
-def writing():
-    """A block that ends, also with an error, only when the last checkpoint is written."""
-    try:
-        yield
-    finally:
-        check_written(wait=True)
-    gather([])  # the other ranks wait for rank 0
-
-
-def read_checkpoint(folder):
-    """What was saved as `about`, and the tensors of a checkpoint; ModelError if the file is damaged."""
-    path = folder / "state.safetensors"
-    try:
-        tensors = safetensors.torch.load_file(path)  # memory-mapped: each is read from the disk when it is used
-        intact = safetensors.safe_open(path, "pt").metadata()["checksum"] == checksum(tensors)
-        about = tensors.pop("about")
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
-    if not intact:
-        raise ModelError(f"{path} is damaged: its bytes are not those that were written")
-    return json.loads(about.numpy().tobytes()), tensors
-
-
-@torch.no_grad()
-def load_checkpoint(saved, networks, optimizer, generator):
-    """Fill networks, optimizer and generator with the tensors of a checkpoint."""
-    if any(name.startswith("adam/") for name in saved):  # AdamW's state as after its first step, filled below
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            moments = {"exp_avg": torch.empty_like(weight), "exp_avg_sq": torch.empty_like(weight)}
-            optimizer.state[weight] = {"step": torch.zeros((), device=weight.device)} | moments
-    tensors = named_tensors(networks, optimizer, generator)
-    if different := tensors.keys() ^ saved.keys():
-        raise ModelError(f"the checkpoint was made with another model: only one of the two has {min(different)}")
-    try:
-        for name, tensor in tensors.items():
-            fill(tensor, saved[name])
-    except RuntimeError as error:  # the same names, other shapes
-        raise ModelError(f"the checkpoint was made with another model: {error}") from error
-    generator.set_state(saved["generator"])
+    # in newer versions of transformers it has another name
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
 
 
 # ---- prompts and batches -------------------------------------------------------------------------------------------
@@ -279,166 +212,249 @@ def apply_template(tokenizer, messages, **options):
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
-        raise ModelError(f"the chat template of {tokenizer.name_or_path} fails: {error}".splitlines()[0]) from error
+        reason = f"the chat template of {tokenizer.name_or_path} fails: {error}"
+        raise ModelError(reason.splitlines()[0]) from error
 
 
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the tokenizer's chat template, or plain paragraphs where it has none."""
-    end = {"assistant": tokenizer.eos_token or ""}  # after a worked example, as after an output
-    paragraphs = "\n\n".join(message["content"] + end.get(message["role"], "") for message in messages)
+    paragraphs = []
+    for message in messages:
+        text = message["content"]
+        if message["role"] == "assistant":  # a worked example ends as an output does
+            text += tokenizer.eos_token or ""
+        paragraphs.append(text)
+    plain = "\n\n".join(paragraphs)
     if not tokenizer.chat_template:
-        return tokenizer(paragraphs + "\n\n")["input_ids"]
+        return tokenizer(plain + "\n\n")["input_ids"]
     try:
         text = apply_template(tokenizer, messages, add_generation_prompt=True)
     except ModelError:  # some templates refuse a system message: then everything is one message of the user
-        text = apply_template(tokenizer, [{"role": "user", "content": paragraphs}], add_generation_prompt=True)
+        text = apply_template(tokenizer, [{"role": "user", "content": plain}], add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_tokens(model, tokenizer):
     """Every id that ends a completion: those of the model's generation config, and the tokenizer's."""
     ends = model.generation_config.eos_token_id
-    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    return sorted({token for token in ends if token is not None})
+    if not isinstance(ends, list):
+        ends = [ends]
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
+
+
+def context_length(model):
+    """How many tokens the model reads, prompt and output together."""
+    return getattr(model.config, "max_position_embeddings", math.inf)
 
 
 def batch(prompts, completions, device):
     """ids and attention [N, P + T], mask [N, T] of lists of token ids, laid out as drawn at the top of this file."""
-    p, c = (torch.tensor([[len(tokens)] for tokens in rows]) for rows in (prompts, completions))  # [N, 1]
-    mask = torch.arange(c.max()) < c  # [N, T]
-    attention = torch.cat([torch.arange(p.max()) >= p.max() - p, mask], 1)  # [N, P + T]
-    ids = torch.zeros(attention.shape, dtype=torch.long)
-    ids[attention] = torch.tensor([token for row in zip(prompts, completions) for tokens in row for token in tokens])
-    return ids.to(device), attention.long().to(device), mask.to(device)
+    ids = torch.cat([padded(prompts, "left"), padded(completions)], 1)
+    before = padded([[True] * len(prompt) for prompt in prompts], "left")  # [N, P]
+    mask = padded([[True] * len(completion) for completion in completions])  # [N, T]
+    attention = torch.cat([before, mask], 1).long()
+    return ids.to(device), attention.to(device), mask.to(device)
+
+
+def padded(rows, side="right"):
+    """Lists as a tensor with padding of 0 or False: [N, longest]."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+
+
+def token_counts(attention, mask):
+    """The numbers of tokens of the prompts and of the outputs: two lists of N."""
+    lengths = mask.sum(1)
+    prompt_lengths = attention.sum(1) - lengths
+    return prompt_lengths.tolist(), lengths.tolist()
+
+
+def token_lists(ids, attention, mask):
+    """The prompts and the outputs of a batch as lists of token ids, without padding."""
+    P = ids.shape[1] - mask.shape[1]
+    rows = ids.tolist()
+    prompt_lengths, lengths = token_counts(attention, mask)
+    prompts = [row[P - n : P] for row, n in zip(rows, prompt_lengths)]
+    outputs = [row[P : P + n] for row, n in zip(rows, lengths)]
+    return prompts, outputs
 
 
 class Rollout(NamedTuple):
-    """N = Q·G sampled outputs, the G of one question in consecutive rows; laid out as drawn at the top of this file."""
+    """N = Q·G outputs, the G of one question in consecutive rows; laid out as drawn at the top of this file."""
 
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor  # [N, T]  log π of each token as it was sampled: at temperature τ, at 1 if τ = 0; None if not sampled
-    entropy: Tensor  # [N, T]  of the same distribution, in nats; None if not sampled
-    truncated: Tensor  # [N]  True where no end token came within the limit
-    texts: list  # [N]  the completions, without their end token
+    logp: Tensor = (
+        None  # [N, T]  log π of each token as it was sampled (τ = 0: at 1); None if the policy did not sample it
+    )
+    entropy: Tensor = None  # [N, T]  the entropy of π for each token, in nats
+    truncated: Tensor = None  # [N]  True where no end token came within the limit
+    texts: list = None  # [N]  the completions, without their end token
+    group_size: int = 1  # G
+
+    @property
+    def prompt_width(self):
+        """P, the columns of the prompts."""
+        return self.attention.shape[1] - self.mask.shape[1]
 
     def rows(self, index):
         """ids, attention and mask of some of the rows, without the padding that only the others need."""
-        attention, mask = self.attention[index], self.mask[index]
-        P, T = attention.shape[1] - mask.shape[1], int(mask.sum(1).max())
-        columns = slice(P - int(attention[:, :P].sum(1).max()), P + T)  # the longest prompt and output
-        return self.ids[index, columns], attention[:, columns], mask[:, :T]
+        prompt_lengths, lengths = token_counts(self.attention[index], self.mask[index])
+        P = self.prompt_width
+        T = max(lengths)
+        columns = slice(P - max(prompt_lengths), P + T)
+        return self.ids[index, columns], self.attention[index, columns], self.mask[index, :T]
 
-    def micro_batches(self, rows, group_size, token_budget):
-        """Split rows into lists of at most token_budget tokens, counted with padding; a longer row gets its own list.
-
-        A packed batch has fewer: no padding, and one prompt for neighbouring outputs of a question. Longest come first.
-        """
-        outputs, totals = self.mask.sum(1).tolist(), self.attention.sum(1).tolist()  # lengths in tokens
-        prompts = [total - output for total, output in zip(totals, outputs)]
-        questions = itertools.groupby(rows, lambda row: row // group_size)
-        questions = [sorted(group, key=lambda row: -outputs[row]) for _, group in questions]
-        questions.sort(key=lambda group: -max(totals[row] for row in group))
-        batches = []
-        for row in itertools.chain.from_iterable(questions):
-            candidate = [*batches[-1], row] if batches else [row]
-            width = max(prompts[i] for i in candidate) + max(outputs[i] for i in candidate)
-            if batches and len(candidate) * width <= token_budget:
-                batches[-1] = candidate
-            else:
-                batches.append([row])
-        return batches
-
-    def outputs(self):
-        """Sampled outputs without padding, as numbers and texts: [prompt, tokens, log π, entropy, truncated, text]."""
-        P = self.attention.shape[1] - self.mask.shape[1]
-        prompts, outputs = self.attention[:, :P].sum(1).tolist(), self.mask.sum(1).tolist()
-        columns = [x.tolist() for x in (self.ids, self.logp, self.entropy, self.truncated)]
-        rows = zip(prompts, outputs, *columns, self.texts)
-        return [[ids[P - p : P], ids[P : P + n], logp[:n], H[:n], cut, text] for p, n, ids, logp, H, cut, text in rows]
+    def saved(self):
+        """Sampled outputs as plain lists, without padding: [prompt, tokens, log π, entropy, truncated, text] of each."""
+        prompts, outputs = token_lists(self.ids, self.attention, self.mask)
+        logp = self.logp.tolist()
+        entropy = self.entropy.tolist()
+        truncated = self.truncated.tolist()
+        saved = []
+        for row, tokens in enumerate(outputs):
+            n = len(tokens)
+            saved.append([prompts[row], tokens, logp[row][:n], entropy[row][:n], truncated[row], self.texts[row]])
+        return saved
 
 
-def from_outputs(outputs, device):
-    """A rollout of sampled outputs in the form of `Rollout.outputs`."""
-    prompts, completions, logp, entropy, truncated, texts = map(list, zip(*outputs))
-    ids, attention, mask = batch(prompts, completions, device)
-    padded = [pad_sequence(list(map(torch.tensor, rows)), True).to(device) for rows in (logp, entropy)]  # 2 × [N, T]
-    return Rollout(ids, attention, mask, *padded, torch.tensor(truncated, device=device), texts)
+def rollout_from_saved(saved, group_size, device):
+    """The rollout that `Rollout.saved` has written down, or some of its questions."""
+    prompts, completions, logp, entropy, truncated, texts = zip(*saved)
+    return Rollout(
+        *batch(prompts, completions, device),
+        logp=padded(logp).to(device),
+        entropy=padded(entropy).to(device),
+        truncated=torch.tensor(truncated, device=device),
+        texts=list(texts),
+        group_size=group_size,
+    )
 
 
-def rollout_of(model, tokenizer, prompts, texts, max_new_tokens):
+def rollout_from_texts(model, tokenizer, prompts, texts, max_new_tokens):
     """A rollout of given texts, one for each prompt, each with an end token; too long ones are cut, ids and text."""
-    end = end_tokens(model, tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    completions = [tokenizer(text, add_special_tokens=False)["input_ids"] + [end] for text in texts]
-    truncated = [len(tokens) > max_new_tokens for tokens in completions]
-    completions = [tokens[:max_new_tokens] for tokens in completions]
-    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
-    texts = [decode(tokens) if cut else text for text, tokens, cut in zip(texts, completions, truncated)]
-    tensors = batch(prompts, completions, model.device)
-    return Rollout(*tensors, None, None, torch.tensor(truncated, device=model.device), texts)
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = end_tokens(model, tokenizer)[0]
+    texts = list(texts)
+    completions = []
+    truncated = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
+    for row, text in enumerate(texts):
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
+        if len(tokens) > max_new_tokens:
+            tokens = tokens[:max_new_tokens]
+            texts[row] = tokenizer.decode(tokens, skip_special_tokens=True)
+            truncated[row] = True
+        completions.append(tokens)
+    return Rollout(*batch(prompts, completions, model.device), truncated=truncated, texts=texts)
 
 
 def at_tokens(tokenizer, rollout, marks):
-    """Numbers at character positions of the outputs' texts, each put on the first token that reaches its position.
+    """Numbers at positions in the outputs' texts, moved to tokens: numbers [N, T], and where there is one [N, T].
 
-    marks: for each output [(position, number)], e.g. (end of a step, its reward) -> numbers; where one was put: [N, T].
+    marks: for each output [(position in its text, number)], for example (end of a reasoning step, its reward). Of two
+    positions in one token the later number counts.
     """
-    numbers, marked = torch.zeros(rollout.mask.shape), torch.zeros(rollout.mask.shape, dtype=torch.bool)
+    numbers = torch.zeros(rollout.mask.shape)
+    marked = torch.zeros(rollout.mask.shape, dtype=torch.bool)
+    _, outputs = token_lists(rollout.ids, rollout.attention, rollout.mask)
     for row, pairs in enumerate(marks):
-        ids = rollout.ids[row, -rollout.mask.shape[1] :][rollout.mask[row]].tolist()
-        length_with = lambda token, ids=ids: len(tokenizer.decode(ids[: token + 1], skip_special_tokens=True))
         for position, number in pairs:
-            token = min(bisect.bisect_left(range(len(ids)), position, key=length_with), len(ids) - 1)
-            numbers[row, token], marked[row, token] = number, True
+            token = token_at(tokenizer, outputs[row], position)
+            numbers[row, token] = number
+            marked[row, token] = True
     return numbers, marked
+
+
+def token_at(tokenizer, ids, position):
+    """The index of the first token with which the text of `ids` has `position` characters, or of the last token."""
+
+    def length_with(token):
+        return len(tokenizer.decode(ids[: token + 1], skip_special_tokens=True))
+
+    # a search by halves: with more tokens the text is never shorter
+    return bisect.bisect_left(range(len(ids) - 1), position, key=length_with)
 
 
 # ---- attention over packed sequences -------------------------------------------------------------------------------
 # In a decoder only attention mixes tokens. So the tokens of a batch can be packed into one sequence, without padding
-# and with each prompt only once, if the attention knows which of them belong together. In every layer transformers
-# calls `packed_attention`, which calls the attention of a `layout`: a PackedBatch where tokens are read at once (in
-# prefill, and all of scoring), a DecodingBatch where outputs grow by one token at a time.
+# and with each prompt only once, if the attention knows which of them belong together:
+#
+#     tokens     q  q  q  o₁ o₁ o₂ o₂ o₂  q' q' o₃ o₃ …       the last token of an output is left out
+#     positions  0  1  2  3  4  3  4  5   0  1  2  3       each output follows its prompt, and sees it and itself
+#
+# In every layer transformers calls `packed_attention`, which calls the attention of a "layout". There are two. In a
+# PackedBatch whole texts are read at once. In a KVCache, below, each output grows by one token at a time.
 
 UNSUPPORTED = """{} cannot be run here: supported are Qwen2, Qwen2.5, Qwen3, LLaMA 3, SmolLM and models like them, \
 with softmax attention to the whole text once a layer, and logits straight from the head"""
-NO_MASK = torch.zeros(1, 1, 1, 0)  # 4 dimensions: transformers builds no mask; empty: any attention but ours fails
+
+# With a mask of 4 dimensions transformers makes none of its own. It is empty: an attention that used it would fail.
+NO_MASK = torch.zeros(1, 1, 1, 0)
 
 
 def packed_attention(module, query, key, value, mask, *, layout, scaling=None, **_):
-    """The attention of one layer, as transformers calls it."""
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in fp32
+    """The attention of one layer, as transformers calls it, with arguments that are not needed here."""
+    query = query.to(value.dtype)  # under autocast RoPE leaves queries and keys in fp32
+    key = key.to(value.dtype)
     return layout.attention(module.layer_idx, query, key, value, scaling), None
 
 
 def run_trunk(trunk, layout, ids, positions):
-    """Last hidden states of tokens that lie as a layout says: ids, positions [rows, tokens] -> [rows, tokens, D]."""
-    options = {"attention_mask": NO_MASK, "layout": layout, "use_cache": False}
-    return trunk(input_ids=ids, position_ids=positions, **options).last_hidden_state
+    """Last hidden states of tokens in a layout: ids, positions [rows, tokens] -> [rows, tokens, D]."""
+    out = trunk(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=NO_MASK,
+        layout=layout,
+        use_cache=False,
+    )
+    return out.last_hidden_state
 
 
 @torch.no_grad()
 def use_packed_attention(model, name):
-    """Give a model the attention of this section; ModelError if a short text does not have the same logits with it."""
-    prompt, output = [3, 1, 4, 1, 5], [2, 6, 5]
+    """Give a model the attention of this section. ModelError if a short text has other logits with it."""
+    prompt = [3, 1, 4, 1, 5]  # any tokens
+    output = [2, 6, 5]
     expected = model(torch.tensor([prompt + output], device=model.device)).logits[0, :-1]  # [7, V]
     check_finite(expected)
     transformers.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation("packed")
-    packed, config = PackedBatch([(prompt, [output])], model.device, keep_kv=True), model.config.get_text_config()
-    # only the configuration tells of a window that is wider than the short text, and of a cap that is above its logits
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    supported = not window and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    supported &= getattr(config, "final_logit_softcapping", None) is None
+    config = model.config.get_text_config()
+    packed = PackedBatch([(prompt, [output])], model.device, keep_kv=True)
     try:
-        hidden = run_trunk(model.base_model, packed, packed.ids, packed.positions)[0]  # [7, D]
-        logits = head_logits(hidden, *head_weights(model))  # [7, V]
-        supported &= bool((logits - expected).abs().max() < 1e-3 * expected.abs().max())
-        supported &= [layer for layer, _, _ in packed.kv] == [*range(config.num_hidden_layers)]  # one attention each
+        logits = head_logits(packed.read(model.base_model), *head_weights(model))  # [7, V]
+        same = (logits - expected).abs().max() < 1e-3 * expected.abs().max()
+        once_a_layer = list(packed.kv) == list(range(config.num_hidden_layers))
     except Exception as error:  # an architecture that does not know our arguments raises whatever it likes
         raise ModelError(UNSUPPORTED.format(name)) from error
-    if not supported:
+    if not (same and once_a_layer and reads_the_whole_text(config)):
         raise ModelError(UNSUPPORTED.format(name))
+
+
+def reads_the_whole_text(config):
+    """Does every layer read the whole text, and is no logit capped? A comparison on a short text cannot show that."""
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return False
+    if set(getattr(config, "layer_types", None) or []) - {"full_attention"}:
+        return False
+    return getattr(config, "final_logit_softcapping", None) is None
+
+
+class Group(NamedTuple):
+    """The outputs of a prompt in a PackedBatch, each without its last token: nothing is predicted from that one."""
+
+    n: int  # the number of outputs
+    T: int  # tokens of the longest, without its last
+    places: Tensor  # [tokens]  row of each token in a table [n·T, …] in which the outputs are padded
+
+    def pad(self, x):
+        """Their tokens with padding: [1, heads, tokens, D] -> [n, heads, T, D]."""
+        x = x[0].transpose(0, 1)  # [tokens, heads, D]
+        table = x.new_zeros(self.n * self.T, *x.shape[1:])  # [n·T, heads, D]
+        table = table.index_copy(0, self.places, x)
+        return table.unflatten(0, (self.n, self.T)).transpose(1, 2)
 
 
 class PackedBatch:
@@ -447,286 +463,74 @@ class PackedBatch:
     def __init__(self, groups, device, keep_kv=False):
         """groups: [(a prompt, [its outputs])], all of them lists of token ids."""
         ids, positions, predictors = [], [], []
-        self.groups = []  # (prompt length P, number of outputs n, longest T, places of their tokens in a padded [n·T])
+        self.groups = []
+        self.sizes = []  # tokens of the first prompt, of its outputs, of the next prompt …
         for prompt, outputs in groups:
             ids += prompt
             positions += range(len(prompt))
             prompt_end = len(ids) - 1  # it predicts the first token of each output
-            lengths = [len(output) - 1 for output in outputs]  # without the last token: nothing is predicted from it
-            for output, length in zip(outputs, lengths):
+            T = max(map(len, outputs)) - 1
+            places = []
+            for row, output in enumerate(outputs):
+                length = len(output) - 1
+                places += range(row * T, row * T + length)
                 predictors += [prompt_end, *range(len(ids), len(ids) + length)]
                 ids += output[:-1]
                 positions += range(len(prompt), len(prompt) + length)
-            longest = max(lengths, default=0)
-            filled = [row * longest + t for row, length in enumerate(lengths) for t in range(length)]
-            self.groups.append((len(prompt), len(outputs), longest, torch.tensor(filled, device=device)))
-        self.ids, self.positions = torch.tensor([[ids], [positions]], device=device)  # 2 × [1, tokens]
-        self.predictors = torch.tensor(predictors, device=device)  # place of the token that predicts each output token
-        self.kv = [] if keep_kv else None  # (layer, keys, values), each [1, heads, tokens, D]
+            self.sizes += [len(prompt), len(places)]
+            self.groups.append(Group(len(outputs), T, torch.tensor(places, device=device)))
+        self.ids = torch.tensor([ids], device=device)  # [1, tokens]
+        self.positions = torch.tensor([positions], device=device)  # [1, tokens]
+        # place of the token that predicts each output token
+        self.predictors = torch.tensor(predictors, device=device)
+        self.keep_kv = keep_kv
+        self.kv = {}  # {layer: (keys, values)}, each [1, heads, tokens, D]
+
+    def read(self, trunk):
+        """The last hidden states of all tokens: [tokens, D]."""
+        return run_trunk(trunk, self, self.ids, self.positions)[0]
 
     def attention(self, layer, query, key, value, scaling):
         """Causal attention of every output to its prompt and itself: [1, heads, tokens, D] -> [1, tokens, heads, D]."""
-        from torch.nn.attention.bias import causal_lower_right  # here: it takes as long to import as torch
-
-        if self.kv is not None:
-            self.kv.append((layer, key, value))
-        if query.is_cuda and query.dtype == torch.float32:  # fast fp32 kernels need as many key heads as query heads
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        options, parts = {"scale": scaling, "enable_gqa": True}, []
-        sizes = [size for P, _, _, filled in self.groups for size in (P, len(filled))]
-        pieces = iter(zip(*(x.split(sizes, 2) for x in (query, key, value))))  # prompt, its outputs, the next prompt …
-        for P, n, T, filled in self.groups:
-            q, k, v = next(pieces)  # [1, heads, P, D]
-            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[0].transpose(0, 1))
-            outputs = next(pieces)
-            if len(filled):
-                packed = (x[0].transpose(0, 1) for x in outputs)
-                padded = [x.new_zeros(n * T, *x.shape[1:]).index_copy(0, filled, x) for x in packed]  # [n·T, heads, D]
-                q, own_k, own_v = (x.unflatten(0, (n, T)).transpose(1, 2) for x in padded)  # [n, heads, T, D]
-                k = torch.cat([k.expand(n, -1, -1, -1), own_k], 2)  # [n, heads, P + T, D]
-                v = torch.cat([v.expand(n, -1, -1, -1), own_v], 2)
-                out = F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, P + T), **options)
-                parts.append(out.transpose(1, 2).flatten(0, 1).index_select(0, filled))
+        if self.keep_kv:
+            if layer in self.kv:
+                raise ModelError("a layer has two attentions")
+            self.kv[layer] = key, value
+        # fast fp32 kernels need as many key heads as query heads
+        if query.is_cuda and query.dtype == torch.float32:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        split = [x.split(self.sizes, 2) for x in (query, key, value)]
+        qkv = list(zip(*split))  # (query, key, value) of the first prompt, of its outputs, of the next prompt …
+        parts = []
+        for group, of_prompt, of_outputs in zip(self.groups, qkv[::2], qkv[1::2]):
+            parts.append(prompt_attention(*of_prompt, scaling))
+            if len(group.places):  # else each output has one token, which is left out
+                parts.append(outputs_attention(group, of_prompt, of_outputs, scaling))
         return torch.cat(parts)[None]
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------
+def prompt_attention(query, key, value, scaling):
+    """Attention of a prompt to itself: [1, heads, P, D] -> [P, heads, D]."""
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator, cache_tokens):
-    """Sample `group_size` completions of each prompt (token ids) from softmax(logits / τ); τ = 0 takes the likeliest.
+def outputs_attention(group, of_prompt, of_outputs, scaling):
+    """Attention of the outputs of a prompt to the prompt and to themselves: [tokens, heads, D].
 
-    Nothing else changes the distribution: no top-k, no top-p, and of a model's generation config only the end tokens
-    count. The KV cache holds `cache_tokens` tokens, but at least one group and 2 rows. `prompts` is this rank's share;
-    each rank draws the random numbers of all and uses its part, so any number of ranks samples the same outputs.
+    of_prompt, of_outputs: (query, key, value) of their tokens. Here the outputs are padded to the longest.
     """
-    counts, lengths = zip(*gather([(len(prompts), max(map(len, prompts)))]))  # prompts, and the longest, of each rank
-    longest = max(lengths) + max_new_tokens
-    limit = getattr(model.config, "max_position_embeddings", longest)
-    if longest > limit:
-        raise ModelError(f"prompt and output take up to {longest} tokens, the model reads {limit}")
-    columns = longest if model.device.type == "cpu" else -(-longest // 256) * 256  # of the KV cache
-    rows = min(max(counts), max(1, cache_tokens // (columns * group_size))) * group_size
-    ends = end_tokens(model, tokenizer)
-    # the same size on all ranks: it decides whether sharded weights are copied, which all must do together
-    decoding = decoding_batch(model, (max(counts) * group_size, max(2, rows), columns, max_new_tokens), ends)
-    uniform = torch.rand(sum(counts) * group_size if temperature else 0, max_new_tokens, generator=generator)
-    before, N = sum(counts[:RANK]) * group_size, len(prompts) * group_size  # outputs of the ranks before this one
-    decoding.reset(temperature, uniform[before : before + N])
-    decoding.sample_all(prompts, group_size, rows)
+    # here: it takes as long to import as torch
+    from torch.nn.attention.bias import causal_lower_right
 
-    completions = [row[:n].tolist() for row, n in zip(decoding.tokens[:N].cpu(), decoding.length.tolist())]
-    ids, attention, mask = batch([q for q in prompts for _ in range(group_size)], completions, model.device)
-    logp, entropy = (x[:N, : mask.shape[1]].where(mask, 0.0) for x in (decoding.logp, decoding.entropy))  # [N, T]
-    check_finite(logp)  # from nan logits the last token is sampled, without an error
-    truncated = [output[-1] not in ends for output in completions]
-    without_end = [output if cut else output[:-1] for output, cut in zip(completions, truncated)]
-    texts = [tokenizer.decode(output, skip_special_tokens=True) for output in without_end]
-    return Rollout(ids, attention, mask, logp, entropy, torch.tensor(truncated, device=model.device), texts)
-
-
-def sample_token(logits, temperature, uniform):
-    """A token from softmax(logits / τ) for each row, its log π and the entropy of π: fp32 [n, V] -> 3 × [n, 1].
-
-    It is the first at which the cumulative sum of π passes `uniform` [n, 1], random numbers between 0 and 1.
-    """
-    logits = logits if temperature in (0, 1) else logits / temperature  # [n, V]
-    pi = torch.softmax(logits, -1)  # [n, V]
-    if temperature:
-        cumulative = pi.cumsum(-1)  # [n, V]
-        total = cumulative[:, -1:]
-        # less than the total, or a token with π = 0 at the end could be selected; clamp: nan selects a token too
-        uniform = torch.minimum(uniform * total, total.nextafter(0 * total))
-        token = torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
-    else:
-        token = logits.argmax(-1, keepdim=True)
-    logp = pi.gather(1, token).log()
-    # H = - Σ π log π = log Σ exp(logits) - Σ π logits; log Σ exp(logits) is logits - log π of any token
-    entropy = logits.gather(1, token) - logp - (pi * logits).sum(-1, keepdim=True)
-    return token, logp.float(), entropy.float()
-
-
-def check_finite(logits):
-    if not logits.isfinite().all():
-        raise ModelError("the model's logits are not finite: its weights are broken, or training has diverged")
-
-
-class DecodingBatch:
-    """N outputs that are being sampled, and a KV cache with a row for each of those that are sampled now.
-
-    Each output has a row in the tables below. Their last row, -1, is for free rows of the cache, computed on a GPU.
-    An output that has ended is sampled on until its row is freed; these tokens go into the column after its last one.
-    """
-
-    def __init__(self, model, size, ends):
-        self.model, self.size = model, size
-        N, self.rows, self.columns, self.limit = size
-        self.ends = torch.tensor(ends, device=model.device)
-        self.cache = {}  # {layer: its keys and values, 2 × [rows, heads, columns, D]}
-        self.graphs, self.recordable = {}, True  # on a GPU: {(n, width, τ): the CUDA graph of a decode step}
-        self.output_of_row = torch.zeros(self.rows, dtype=torch.long, device=model.device)  # -1 for a free row
-        self.tokens = torch.zeros(N + 1, self.limit + 1, dtype=torch.long, device=model.device)
-        self.logp, self.entropy, self.uniform = torch.zeros(3, N + 1, self.limit + 1, device=model.device)
-        # of each output: the number of sampled tokens, and where the newest one stands in prompt and output
-        self.length, self.position = torch.zeros(2, N + 1, dtype=torch.long, device=model.device)
-        self.ended = torch.ones(N + 1, dtype=torch.bool, device=model.device)
-
-    def reset(self, temperature, uniform):
-        """Forget all outputs. uniform [N, T]: the random numbers for their tokens, [0, T] at temperature 0."""
-        self.temperature = temperature
-        self.begun, self.active = 0, 0  # outputs that have begun; rows of the cache in use, which are the first ones
-        self.uniform[: len(uniform), :-1] = uniform.to(self.uniform.device)
-        self.output_of_row.fill_(-1)
-
-    def sample_all(self, prompts, group_size, rows):
-        """Sample all outputs, at most `rows` at a time; where some end, those of the next prompts begin."""
-        waiting = list(prompts)
-        options = {"unit": "output", "leave": False, "delay": 2, "disable": RANK > 0 or None}
-        with tqdm(total=len(prompts) * group_size, desc="sampling", **options) as bar:
-            while waiting or self.active:
-                # refill when an eighth of the rows is free; read at most 16 prompts in one pass
-                while waiting and (free := rows - self.active) >= max(group_size, rows // 8):
-                    count = min(16, free // group_size)
-                    self.prefill(waiting[:count], group_size)
-                    del waiting[:count]
-                self.decode()
-                bar.update(self.remove_ended())
-
-    def prefill(self, prompts, group_size):
-        """Read each prompt once, copy its keys and values to the rows of its outputs, and sample their first tokens."""
-        packed = PackedBatch([(prompt, []) for prompt in prompts], self.position.device, keep_kv=True)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.position.device)
-        last = lengths.cumsum(0) - 1  # where each prompt ends in the packed sequence
-        hidden = run_trunk(self.model.base_model, packed, packed.ids, packed.positions)[0, last]  # [Q, D]
-        logits = head_logits(hidden, *head_weights(self.model))  # [Q, V]
-        check_finite(logits)
-        first, n = self.active, len(prompts) * group_size
-        for layer, *kv in packed.kv:  # 2 × [1, heads, tokens, D]
-            if layer not in self.cache:
-                self.cache[layer] = [x.new_zeros(self.rows, x.shape[1], self.columns, x.shape[3]) for x in kv]
-            for cache, x in zip(self.cache[layer], kv):
-                for row, prompt in zip(range(first, first + n, group_size), x[0].split(lengths.tolist(), 1)):
-                    cache[row : row + group_size, :, : prompt.shape[1]] = prompt
-        outputs = torch.arange(self.begun, self.begun + n, device=self.position.device)
-        self.output_of_row[first : first + n] = outputs
-        self.position[outputs] = lengths.repeat_interleave(group_size) - 1  # the newest token is the prompt's last
-        self.length[outputs], self.ended[outputs] = 0, False
-        self.begun, self.active = self.begun + n, self.active + n
-        self.append_tokens(outputs, logits.repeat_interleave(group_size, 0))
-
-    def append_tokens(self, outputs, logits):
-        """Sample the next token of some outputs and write it down: outputs [n], logits [n, V]."""
-        place = outputs[:, None], self.length[outputs, None]  # row and column in the tables, 2 × [n, 1]
-        token, self.logp[place], self.entropy[place] = sample_token(logits, self.temperature, self.uniform[place])
-        self.tokens[place] = token
-        goes_on = ~self.ended[outputs]  # [n]
-        self.length[outputs] += goes_on
-        self.position[outputs] += goes_on
-        self.ended[outputs] |= (token == self.ends).any(1) | (self.length[outputs] == self.limit)
-
-    def attention(self, layer, query, key, value, scaling):
-        """Attention of one new token per row to all of its row: [n, heads, 1, D] -> [n, 1, heads, D]."""
-        keys, values = self.cache[layer]
-        keys[self.write_at], values[self.write_at] = key[:, :, 0], value[:, :, 0]
-        n, _, _, width = self.bias.shape
-        keys, values = keys[:n, :, :width], values[:n, :, :width]
-        # query heads that share a key head are passed as several query tokens of one head: so no key is repeated
-        queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads of each, D]
-        out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
-        return out.flatten(1, 2)[:, None]
-
-    def decode_step(self, n, width):
-        """Read the newest token of the first n rows, and sample the next. The cache is read up to column `width`."""
-        outputs = self.output_of_row[:n]
-        position = self.position[outputs]  # [n]
-        self.write_at = torch.arange(n, device=position.device), slice(None), position  # rows, heads, columns
-        unfilled = torch.arange(width, device=position.device) > position[:, None]  # [n, width]
-        self.bias = torch.zeros(n, 1, 1, width, device=position.device, dtype=self.cache[0][0].dtype)
-        self.bias.masked_fill_(unfilled[:, None, None], -math.inf)
-        token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
-        hidden = run_trunk(self.model.base_model, self, token[:, None], position[:, None])[:, -1]  # [n, D]
-        self.append_tokens(outputs, head_logits(hidden, *head_weights(self.model)))
-
-    def decode(self):
-        """Sample the next token of every row in use; on a GPU the next 16, replayed from CUDA graphs."""
-        last = int(self.position[self.output_of_row[: self.active]].max())
-        if self.position.device.type != "cuda":
-            return self.decode_step(self.active, last + 1)
-        # rounded up, so that few graphs are needed; at least 2 rows: with one, matrix products are less exact
-        n = min(self.rows, max(2, 2 ** (self.active - 1).bit_length()))
-        width = min(self.columns, (last + 16) // 256 * 256 + 256)
-        for _ in range(16):
-            if (key := (n, width, self.temperature)) in self.graphs:
-                self.graphs[key].replay()
-                continue
-            self.decode_step(n, width)  # once as usual, before it can be recorded
-            if self.recordable:
-                self.record(key, lambda: self.decode_step(n, width))
-
-    def record(self, key, step):
-        """Record a step as a CUDA graph, without running it. If that fails, all steps run as usual from then on."""
-        graph, others, stream = torch.cuda.CUDAGraph(), list(self.graphs.values()), torch.cuda.current_stream()
-        try:
-            pool = others[0].pool() if others else None
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # or other threads end it
-                step()
-            self.graphs[key] = graph
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)
-            self.recordable = False
-            tqdm.write(f"note: sampling without CUDA graphs, which is slower: {str(error).splitlines()[0]}")
-
-    def remove_ended(self):
-        """Free the rows of the outputs that have ended, and return their number. The last rows fill the gaps."""
-        ended = self.ended[self.output_of_row[: self.active]].tolist()
-        before, self.active = self.active, ended.count(False)
-        gaps = [row for row in range(self.active) if ended[row]]
-        moved = [row for row in range(self.active, before) if not ended[row]]  # as many as there are gaps
-        if gaps:
-            for x in (self.output_of_row, *itertools.chain.from_iterable(self.cache.values())):
-                x[gaps] = x[moved]
-        self.output_of_row[self.active : before] = -1
-        return before - self.active
-
-
-DECODING = weakref.WeakKeyDictionary()  # {model on a GPU: the last DecodingBatch, with its CUDA graphs}
-
-
-def decoding_batch(model, size, ends):
-    """A DecodingBatch of the model itself; on a GPU, or if it is sharded, of a whole copy, in bf16 if the GPU has it.
-
-    size: outputs, rows and columns of the cache, longest output. A copy whose batch is large enough is used again.
-    Adapters stay beside their layers: merged into a weight of bf16, what they have learnt would be rounded away.
-    """
-    if model.device.type == "cpu" and model not in SHARDED:
-        return DecodingBatch(model, size, ends)
-    last = DECODING[model].size if model in DECODING else (0, 0, 0, 0)
-    if last[-1] != size[-1] or any(old < new for old, new in zip(last, size)):
-        free_copies()
-        dtype = model.dtype if precision(model.device) is torch.float32 else torch.bfloat16
-        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
-        if copied.device.type == "cuda":
-            use_fused_norms(copied)
-        DECODING[model] = DecodingBatch(copied, size, ends)
-    decoding = DECODING[model]
-    for weight, new in zip(decoding.model.parameters(), model.parameters()):
-        weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
-    return decoding
-
-
-@torch.no_grad()
-def use_fused_norms(model):
-    """Put torch's RMSNorm, one kernel on a GPU, in the place of each of the model's, if their numbers agree."""
-    for name, norm in list(model.named_modules()):
-        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-            fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
-            fused.weight = norm.weight
-            x = torch.linspace(-3, 2, norm.weight.numel()).to(norm.weight)  # [D]
-            if torch.allclose(fused(x), norm(x), rtol=0.02, atol=0.01):  # within the rounding of bf16
-                model.set_submodule(name, fused)
+    _, prompt_key, prompt_value = of_prompt  # [1, heads, P, D]
+    query, key, value = [group.pad(x) for x in of_outputs]  # [n, heads, T, D]
+    key = torch.cat([prompt_key.expand(group.n, -1, -1, -1), key], 2)  # [n, heads, P + T, D]
+    value = torch.cat([prompt_value.expand(group.n, -1, -1, -1), value], 2)
+    mask = causal_lower_right(group.T, key.shape[2])  # the queries are the last T of P + T tokens
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, group.places)
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -737,8 +541,9 @@ def with_full_weights(function):
 
     @functools.wraps(function)
     def run(module, *inputs):
-        work = functools.partial(function, module, *inputs)
-        return SHARDED[module][0](work) if module in SHARDED else work()
+        if module not in SHARDED:
+            return function(module, *inputs)
+        return SHARDED[module].root(lambda: function(module, *inputs))
 
     return run
 
@@ -747,43 +552,51 @@ def with_full_weights(function):
 def token_logprobs(model, ids, attention, mask, temperature):
     """log π(o_{i,t} | q, o_{i,<t}) = log softmax(logits / τ) of each completion token, fp32, [N, T]; 0 off the mask."""
     hidden = hidden_states(model.base_model, ids, attention, mask)  # [tokens, D]
-    dtype = hidden.dtype if precision(model.device) is torch.float32 else torch.bfloat16
+    weight, bias = head_weights(model)
     targets = ids[:, -mask.shape[1] :][mask]  # [tokens]
-    logp = HeadLogprobs.apply(hidden, *head_weights(model), targets, temperature, dtype)  # [tokens]
+    dtype = compute_dtype(model)
+    logp = HeadLogprobs.apply(hidden, weight, bias, targets, temperature, dtype)  # [tokens]
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
 class Critic(nn.Module):
-    """PPO's value function: a trunk of its own, at first a copy of the policy's, and on it a value head, at first 0."""
+    """PPO's value function: a copy of the policy's trunk, trained by itself, and on it a value head that begins at 0."""
 
     def __init__(self, model):
         super().__init__()
         self.trunk = copy_with(model.base_model)
         head = model.get_output_embeddings().weight
-        self.value_head = nn.Linear(head.shape[1], 1, device=head.device, dtype=head.dtype)
-        for weight in self.value_head.parameters():
-            nn.init.zeros_(weight)
+        self.value_head = nn.Linear(head.shape[1], 1).to(head)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
 
     @with_full_weights
     def token_values(self, ids, attention, mask):
         """V(q, o_{i,<t}), the expected reward from token t on, before it is sampled: fp32, [N, T]; 0 off the mask."""
         hidden = hidden_states(self.trunk, ids, attention, mask)  # [tokens, D]
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)  # [tokens], never in bf16
+        hidden = hidden.to(self.value_head.weight.dtype)  # never in bf16
+        values = self.value_head(hidden).squeeze(1)  # [tokens]
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def hidden_states(trunk, ids, attention, mask):
     """The trunk's last hidden state from which each completion token is predicted, row after row: [tokens, D]."""
-    P = ids.shape[1] - mask.shape[1]
-    lengths = zip(ids.tolist(), attention[:, :P].sum(1).tolist(), mask.sum(1).tolist())
-    rows = [(row[P - prompt : P], row[P : P + output]) for row, prompt, output in lengths]
-    groups = [(prompt, [output for _, output in same]) for prompt, same in itertools.groupby(rows, lambda row: row[0])]
-    packed = PackedBatch(groups, ids.device)  # consecutive rows with the same prompt share it
-    trunk.train(torch.is_grad_enabled())  # gradient checkpointing needs train mode; nothing else does, dropout is 0
+    groups = []  # [(a prompt, [its outputs])]: consecutive rows with the same prompt share it
+    for prompt, output in zip(*token_lists(ids, attention, mask)):
+        if not groups or groups[-1][0] != prompt:
+            groups.append((prompt, []))
+        groups[-1][1].append(output)
+    packed = PackedBatch(groups, ids.device)
+    # gradient checkpointing needs train mode; nothing else does, dropout is 0
+    trunk.train(torch.is_grad_enabled())
     with autocast(trunk):
-        hidden = run_trunk(trunk, packed, packed.ids, packed.positions)[0]
+        hidden = packed.read(trunk)
     trunk.eval()
     return hidden.index_select(0, packed.predictors)
+
+
+# how many logits are in memory at once while tokens are scored
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 
 
 class HeadLogprobs(torch.autograd.Function):
@@ -795,50 +608,49 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, dtype):
         """hidden [tokens, D], weight [V, D], bias [V] or None, targets [tokens] -> [tokens], computed in `dtype`."""
-        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+        hidden = hidden.to(dtype)
+        weight = weight.to(dtype)
+        if bias is not None:
+            bias = bias.to(dtype)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        at_once = LOGITS_AT_ONCE * (8 if weight.is_cuda else 1)
-        ctx.temperature, ctx.chunk = temperature, max(1, at_once // len(weight))
+        ctx.temperature = temperature
+        ctx.chunk = max(1, LOGITS_AT_ONCE[weight.device.type] // len(weight))
         # written in place, as in backward: a list of chunks would leave gaps in memory
         logp = at_least_fp32(hidden.new_empty(len(hidden)))
-        for h, target, out in zip(*(x.split(ctx.chunk) for x in (hidden, targets, logp))):
-            logits = head_logits(h, weight, bias, temperature)  # [chunk, V]
-            out.copy_(logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1))  # [chunk]
+        for chunk in slices(len(hidden), ctx.chunk):
+            logits = head_logits(hidden[chunk], weight, bias, temperature)  # [chunk, V]
+            target = targets[chunk, None]  # [chunk, 1]
+            logp[chunk] = logits.gather(1, target).squeeze(1) - logits.logsumexp(1)  # [chunk]
         return logp
 
     @staticmethod
     def backward(ctx, d_logp):
         """∂ log π_i / ∂ logits_j = (1[i = j] - π_j) / τ."""
         hidden, weight, bias, targets = ctx.saved_tensors
-        d_hidden, dtype = torch.empty_like(hidden), d_logp.dtype
-        d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None else None
-        chunks = (x.split(ctx.chunk) for x in (hidden, targets, d_logp / ctx.temperature, d_hidden))
-        for h, target, d, out in zip(*chunks):
-            pi = torch.softmax(head_logits(h, weight, bias, ctx.temperature), 1)  # [chunk, V]
-            d_logits = pi.mul_(-d[:, None]).scatter_add_(1, target[:, None], d[:, None])  # [chunk, V]
-            if d_bias is not None:
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dtype = d_logp.dtype
+        d_logp = d_logp / ctx.temperature
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        for chunk in slices(len(hidden), ctx.chunk):
+            d = d_logp[chunk, None]  # [chunk, 1]
+            pi = torch.softmax(head_logits(hidden[chunk], weight, bias, ctx.temperature), 1)  # [chunk, V]
+            d_logits = pi.mul_(-d).scatter_add_(1, targets[chunk, None], d)  # [chunk, V]
+            if needs_bias:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
-            out.copy_(d_logits @ weight)
-            if d_weight is not None and weight.dtype == dtype:  # in place, which saves a [V, D]
-                d_weight.addmm_(d_logits.T, h)
-            elif d_weight is not None:
-                d_weight += d_logits.T @ h
+            d_hidden[chunk] = d_logits @ weight
+            if needs_weight and weight.dtype == dtype:  # in place, which saves a [V, D]
+                d_weight.addmm_(d_logits.T, hidden[chunk])
+            elif needs_weight:
+                d_weight += d_logits.T @ hidden[chunk]
         return d_hidden.to(dtype), d_weight, d_bias, None, None, None
 
 
-def precision(device):
-    """bf16 on a GPU that computes in it, else fp32."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def autocast(model):
-    """The precision of a forward pass: bf16 on a GPU (the weights stay in fp32), fp32 on a CPU."""
-    bf16 = precision(model.device) is torch.bfloat16
-    # no cache: with it, the gradients of a weight that is used several times would be added up in bf16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+def slices(rows, at_once):
+    """Slices that cover so many rows."""
+    return [slice(start, start + at_once) for start in range(0, rows, at_once)]
 
 
 def head_weights(model):
@@ -854,10 +666,18 @@ def head_logits(hidden, weight, bias, temperature=1.0):
     """
     if weight.is_cuda and weight.dtype == torch.bfloat16:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        logits = logits if bias is None else logits + bias
+        if bias is not None:
+            logits = logits + bias
     else:
         logits = at_least_fp32(F.linear(hidden, weight, bias))
-    return logits if temperature == 1 else logits / temperature
+    return at_temperature(logits, temperature)
+
+
+def at_temperature(logits, temperature):
+    """logits / τ. At τ = 1 nothing is copied. τ = 0 takes the likeliest token, and has log π at τ = 1."""
+    if temperature in (0, 1):
+        return logits
+    return logits / temperature
 
 
 def at_least_fp32(logits):
@@ -865,22 +685,460 @@ def at_least_fp32(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise ModelError("the model's logits are not finite: its weights are broken, or training has diverged")
+
+
+# ---- memory, micro-batches, time -----------------------------------------------------------------------------------
+
+# How many tokens are computed at once: in a micro-batch, padding included; in the KV cache. See `limit_memory`.
+LIMITS = {"token_budget": 10**9, "cache_tokens": 10**9}
+LEAST_LIMIT = 1024  # they are not halved below it
+
+
+def limit_memory(token_budget, cache_tokens):
+    """Set how many tokens are computed at once."""
+    LIMITS.update(token_budget=token_budget, cache_tokens=cache_tokens)
+
+
+def retry_with_less_memory(name):
+    """Decorator of a function that computes LIMITS[name] tokens at once.
+
+    If the GPU's memory is too small, the limit is halved and the function is called again. With several ranks, or at
+    the least limit, OutOfMemoryError says what may help.
+    """
+
+    def decorator(function):
+        @functools.wraps(function)
+        def run(*inputs, **named):
+            while True:
+                limit = LIMITS[name]
+                try:
+                    return function(*inputs, **named)
+                except torch.OutOfMemoryError as error:
+                    if WORLD > 1 or limit <= LEAST_LIMIT:
+                        advice = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
+                        raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {advice}") from error
+                # here the error is gone, and the tensors that it held
+                LIMITS[name] = max(limit // 2, LEAST_LIMIT)
+                free_copies()
+                tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {LIMITS[name]}.")
+
+        return run
+
+    return decorator
+
+
+def split_rows(rollout, rows):
+    """Rows as lists of at most LIMITS["token_budget"] tokens; a row with more tokens gets a list of its own.
+
+    Padding counts, because attention pads the outputs of a question. Outputs of a question stay together where they
+    fit, as their prompt is read once. The longest come first: if memory is too small, it shows at once.
+    """
+    prompt_lengths, lengths = token_counts(rollout.attention, rollout.mask)
+    longest = {}  # question: tokens of its longest row
+    for row in rows:
+        question = row // rollout.group_size
+        longest[question] = max(longest.get(question, 0), prompt_lengths[row] + lengths[row])
+
+    def place(row):
+        question = row // rollout.group_size
+        return -longest[question], question, -lengths[row]
+
+    batches = []
+    P = T = 0  # the longest prompt and the longest output of the last list
+    for row in sorted(rows, key=place):
+        P = max(P, prompt_lengths[row])
+        T = max(T, lengths[row])
+        if not batches or (len(batches[-1]) + 1) * (P + T) > LIMITS["token_budget"]:
+            batches.append([])
+            P = prompt_lengths[row]
+            T = lengths[row]
+        batches[-1].append(row)
+    return batches
+
+
+def micro_batches(rollout, rows):
+    """Split rows as `split_rows` does: yields (rows, factor) with factor 1.
+
+    Then it yields row 0 with factor 0 until the rank with the most micro-batches is through: when weights are sharded
+    all ranks must make equal numbers of forward passes.
+    """
+    batches = split_rows(rollout, rows)
+    most = max(gather([len(batches)]))
+    for part in batches:
+        yield part, 1.0
+    for _ in range(most - len(batches)):
+        yield [0], 0.0
+
+
+def peak_memory():
+    """The most memory, in GB, that this process has needed: on a GPU since the last call, on a CPU since its start."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e9
+    import resource  # missing on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+CLOCK = {"start": 0.0}
+SECONDS = {}  # {"seconds/PART": how long this part has taken in this step}
+
+
+def start_clock():
+    """Begin a new step: its seconds are 0."""
+    SECONDS.clear()
+    CLOCK["start"] = time.perf_counter()
+
+
+def seconds_since_start():
+    return time.perf_counter() - CLOCK["start"]
+
+
+@contextmanager
+def timed(part):
+    """Add the seconds of a block or function, those of the GPU included, to SECONDS."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    name = f"seconds/{part}"
+    SECONDS[name] = SECONDS.get(name, 0.0) + time.perf_counter() - start
+
+
+def device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+@timed("logprobs")
+@retry_with_less_memory("token_budget")
+@torch.no_grad()
+def in_micro_batches(function, network, rollout, *more):
+    """function(network, ids, attention, mask, *more) of all rows of a rollout, without gradient: [N, T]."""
+    result = None
+    for rows, weight in micro_batches(rollout, range(len(rollout.mask))):
+        part = function(network, *rollout.rows(rows), *more)  # [n, T of these rows]
+        if result is None:
+            result = part.new_zeros(rollout.mask.shape)  # [N, T]
+        if weight:
+            result[rows, : part.shape[1]] = part
+    return result
+
+
+def log_probs(model, rollout, temperature):
+    """log π of every token of a rollout, without gradient: [N, T]."""
+    return in_micro_batches(token_logprobs, model, rollout, temperature)
+
+
+def values(critic, rollout):
+    """The critic's value before every token of a rollout, without gradient: [N, T]."""
+    return in_micro_batches(Critic.token_values, critic, rollout)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+PROMPTS_AT_ONCE = 16  # read in one forward pass while sampling
+
+
+@timed("sample")
+@torch.no_grad()
+def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
+    """Sample `group_size` completions of each prompt (token ids) from softmax(logits / τ); τ = 0 takes the likeliest.
+
+    Nothing else changes the distribution: no top-k, no top-p, and of a model's generation config only the end tokens
+    count. `prompts` is this rank's share. Each rank draws the random numbers of all ranks and uses its part, so any
+    number of ranks samples the same outputs.
+    """
+    counts = gather([len(prompts)])  # prompts of each rank
+    most_tokens = max(gather([len(prompt) for prompt in prompts])) + max_new_tokens  # of prompt and output
+    limit = context_length(model)
+    if most_tokens > limit:
+        raise ModelError(f"prompt and output take up to {most_tokens} tokens, the model reads {limit}")
+    N = len(prompts) * group_size
+    before = sum(counts[:RANK]) * group_size  # outputs of the ranks before this one
+    uniform = torch.empty(0, max_new_tokens)
+    if temperature:
+        uniform = torch.rand(sum(counts) * group_size, max_new_tokens, generator=generator)
+        uniform = uniform[before : before + N]
+    ends = end_tokens(model, tokenizer)
+
+    @retry_with_less_memory("cache_tokens")
+    def sample_outputs():
+        # the same size on all ranks: it decides whether sharded weights are copied, which all must do together
+        columns = most_tokens if model.device.type == "cpu" else round_up(most_tokens, COLUMN_BLOCK)
+        prompts_at_once = max(1, LIMITS["cache_tokens"] // (columns * group_size))
+        at_once = min(prompts_at_once, max(counts)) * group_size
+        slots = max(2, at_once)  # 2: see `decode_gpu`
+        size = Size(outputs=max(counts) * group_size, slots=slots, columns=columns, max_new_tokens=max_new_tokens)
+        decoding = decoding_batch(model, size, ends)
+        decoding.reset(temperature, uniform)
+        decoding.sample_all(prompts, group_size, at_once)
+        return decoding
+
+    decoding = sample_outputs()
+    lengths = decoding.length[:N].tolist()
+    completions = [row[:length] for row, length in zip(decoding.tokens[:N].tolist(), lengths)]
+    truncated = [tokens[-1] not in ends for tokens in completions]
+    texts = []
+    for tokens, too_long in zip(completions, truncated):
+        if not too_long:
+            tokens = tokens[:-1]  # without the end token
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    asked = [prompt for prompt in prompts for _ in range(group_size)]
+    ids, attention, mask = batch(asked, completions, model.device)
+    logp = decoding.logp[:N, : mask.shape[1]].where(mask, 0.0)  # [N, T]
+    entropy = decoding.entropy[:N, : mask.shape[1]].where(mask, 0.0)
+    check_finite(logp)  # from nan logits the last token is sampled, without an error
+    return Rollout(
+        ids=ids,
+        attention=attention,
+        mask=mask,
+        logp=logp,
+        entropy=entropy,
+        truncated=torch.tensor(truncated, device=model.device),
+        texts=texts,
+        group_size=group_size,
+    )
+
+
+def sample_token(logits, temperature, uniform):
+    """A token from softmax(logits / τ) for each row, its log π and the entropy of π: fp32 [n, V] -> 3 × [n, 1].
+
+    It is the first at which the cumulative sum of π passes `uniform` [n, 1], random numbers between 0 and 1.
+    """
+    logits = at_temperature(logits, temperature)  # [n, V]
+    pi = torch.softmax(logits, -1)  # [n, V]
+    if temperature:
+        cumulative = pi.cumsum(-1)  # [n, V]
+        total = cumulative[:, -1:]
+        # less than the total: else a token with π = 0 at the end could be drawn
+        below_total = total.nextafter(torch.zeros_like(total))
+        target = torch.minimum(uniform * total, below_total)
+        token = torch.searchsorted(cumulative, target, right=True)
+        token = token.clamp(max=logits.shape[1] - 1)  # it is beyond the last only where logits are nan
+    else:
+        token = logits.argmax(-1, keepdim=True)
+    logp = pi.gather(1, token).log()  # π is known here; in scoring it is not, and log π is logits - logsumexp
+    # H = - Σ π log π = log Σ exp(logits) - Σ π logits; log Σ exp(logits) is logits - log π of any token
+    entropy = logits.gather(1, token) - logp - (pi * logits).sum(-1, keepdim=True)
+    return token, logp.float(), entropy.float()
+
+
+class KVCache:
+    """Keys and values of all layers, in slots: one for each output that is being sampled."""
+
+    def __init__(self, slots, columns, device):
+        self.slots = slots
+        self.columns = columns  # tokens in a slot
+        # {layer: [keys, values]}, each [slots, heads, columns, D]; made when the first prompt is read
+        self.layers = {}
+        self.numbers = torch.arange(max(slots, columns), device=device)  # 0, 1, 2 …, of slots or of columns
+        # of the step that is being computed, in the first n slots:
+        self.positions = None  # [n]  where the new token stands, in prompt and output
+        self.bias = None  # [n, 1, 1, width]  -∞ for columns that are not filled yet, else 0
+
+    def write_prompts(self, packed, first, group_size):
+        """Copy keys and values of packed prompts into `group_size` slots each, from slot `first` on."""
+        for layer, both in packed.kv.items():
+            if layer not in self.layers:
+                self.layers[layer] = [x.new_zeros(self.slots, x.shape[1], self.columns, x.shape[3]) for x in both]
+            for table, x in zip(self.layers[layer], both):
+                of_prompts = x[0].split(packed.sizes[::2], 1)  # [heads, P, D] of each
+                for slots, of_prompt in zip(table[first:].split(group_size), of_prompts):
+                    slots[:, :, : of_prompt.shape[1]] = of_prompt
+
+    def begin_step(self, positions, width):
+        """Prepare a step: slot i reads the token at positions[i], and the first `width` columns: positions [n]."""
+        self.positions = positions
+        unfilled = self.numbers[:width] > positions[:, None]  # [n, width]
+        bias = self.layers[0][0].new_zeros(len(positions), 1, 1, width)
+        self.bias = bias.masked_fill_(unfilled[:, None, None], -math.inf)
+
+    def attention(self, layer, query, key, value, scaling):
+        """Attention of one new token per slot to all of its slot: [n, heads, 1, D] -> [n, 1, heads, D]."""
+        keys, values = self.layers[layer]  # [slots, heads, columns, D]
+        n, _, _, width = self.bias.shape
+        keys[self.numbers[:n], :, self.positions] = key[:, :, 0]  # [n, heads, D]
+        values[self.numbers[:n], :, self.positions] = value[:, :, 0]
+        keys = keys[:n, :, :width]
+        values = values[:n, :, :width]
+        # query heads that share a key head become several queries of that one head: so keys need not be repeated
+        queries = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # [n, key heads, query heads of each, D]
+        out = F.scaled_dot_product_attention(queries, keys, values, self.bias, scale=scaling)
+        return out.flatten(1, 2)[:, None]
+
+    def move(self, slots, to):
+        """Copy some slots to others."""
+        for table in itertools.chain(*self.layers.values()):
+            table[to] = table[slots]
+
+
+class Size(NamedTuple):
+    """How large the tables and the cache of a DecodingBatch are."""
+
+    outputs: int  # N
+    slots: int  # of the cache
+    columns: int  # of the cache: tokens in a slot
+    max_new_tokens: int  # of an output
+
+
+class DecodingBatch:
+    """N outputs: a row for each in the tables, and a slot of the KV cache for each of those that are sampled now.
+
+        slot              0   1   2   3 | 4   5       the first `active` slots are in use
+        output_of_slot    7   2   5   4 |-1  -1       -1, a free slot: it uses the last row of the tables
+        tokens[7]         o   o   o   …               length[7] of them; each step adds one
+
+    An output that has ended keeps its slot for a while. What is sampled for it then is not counted: it goes into the
+    column after its last token. A GPU computes free slots, too.
+    """
+
+    def __init__(self, model, size, ends):
+        self.model = model
+        self.size = size
+        self.ends = ends
+        self.cache = KVCache(size.slots, size.columns, model.device)
+        self.graphs = {}  # on a GPU {StepKind: the CUDA graph of a decode step}
+        self.recordable = True
+        self.temperature = 1.0
+        self.begun = 0  # outputs that have begun
+        self.active = 0  # slots in use
+        rows = size.outputs + 1
+        table = (rows, size.max_new_tokens + 1)
+        with model.device:
+            self.end_ids = torch.tensor(ends)
+            self.output_of_slot = torch.zeros(size.slots).long()
+            self.tokens = torch.zeros(table).long()
+            self.logp = torch.zeros(table)
+            self.entropy = torch.zeros(table)
+            self.uniform = torch.zeros(table)  # the random number for each token
+            self.length = torch.zeros(rows).long()  # the number of tokens of each output
+            # where the newest one stands in prompt and output
+            self.position = torch.zeros(rows).long()
+            self.ended = torch.ones(rows).bool()
+
+    def serves(self, size, ends):
+        """Can it be used for outputs of this size, with these end tokens?"""
+        large_enough = all(old >= new for old, new in zip(self.size, size))
+        return large_enough and self.size.max_new_tokens == size.max_new_tokens and self.ends == ends
+
+    def reset(self, temperature, uniform):
+        """Forget all outputs. uniform [N, T]: the random numbers for their tokens, [0, T] at temperature 0."""
+        self.temperature = temperature
+        self.begun = 0
+        self.active = 0
+        self.uniform[: len(uniform), :-1] = uniform.to(self.uniform.device)
+        self.output_of_slot.fill_(-1)
+
+    def sample_all(self, prompts, group_size, at_once):
+        """Sample all outputs, at most `at_once` at a time: when enough have ended, the next prompts begin."""
+        waiting = list(prompts)
+        enough = max(group_size, at_once // 8)  # free slots
+        bar = tqdm(
+            total=len(prompts) * group_size,
+            desc="sampling",
+            unit="output",
+            leave=False,
+            delay=2,
+            disable=NO_BAR,
+        )
+        with bar:
+            while waiting or self.active:
+                while waiting and at_once - self.active >= enough:
+                    count = min(PROMPTS_AT_ONCE, (at_once - self.active) // group_size)
+                    self.prefill(waiting[:count], group_size)
+                    del waiting[:count]
+                self.decode()
+                bar.update(self.remove_ended())
+
+    def prefill(self, prompts, group_size):
+        """Read each prompt once, copy its keys and values to the slots of its outputs, and sample their first tokens."""
+        # an output of one token: nothing of it is read, the prompt's last token predicts it
+        packed = PackedBatch([(prompt, [[0]]) for prompt in prompts], self.model.device, keep_kv=True)
+        hidden = packed.read(self.model.base_model)[packed.predictors]  # [Q, D]
+        logits = head_logits(hidden, *head_weights(self.model))  # [Q, V]
+        self.cache.write_prompts(packed, self.active, group_size)
+        n = len(prompts) * group_size
+        outputs = torch.arange(self.begun, self.begun + n, device=logits.device)
+        self.output_of_slot[self.active : self.active + n] = outputs
+        self.position[outputs] = packed.positions[0, packed.predictors].repeat_interleave(group_size)
+        self.length[outputs] = 0
+        self.ended[outputs] = False
+        self.begun += n
+        self.active += n
+        self.append_tokens(outputs, logits.repeat_interleave(group_size, 0))
+
+    def append_tokens(self, outputs, logits):
+        """Sample the next token of some outputs and write it down: outputs [n], logits [n, V]."""
+        # row and column in the tables, each [n, 1]
+        place = outputs[:, None], self.length[outputs, None]
+        token, logp, entropy = sample_token(logits, self.temperature, self.uniform[place])
+        self.tokens[place] = token
+        self.logp[place] = logp
+        self.entropy[place] = entropy
+        grown = (~self.ended[outputs]).long()  # [n]  1, or 0 for an output that has ended
+        self.length[outputs] += grown
+        self.position[outputs] += grown
+        self.ended[outputs] |= (token == self.end_ids).any(1) | (self.length[outputs] == self.size.max_new_tokens)
+
+    def decode_step(self, n, width):
+        """Read the newest token of the first n slots, and sample the next. The cache is read up to column `width`."""
+        outputs = self.output_of_slot[:n]
+        position = self.position[outputs]  # [n]
+        token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
+        self.cache.begin_step(position, width)
+        hidden = run_trunk(self.model.base_model, self.cache, token[:, None], position[:, None])
+        logits = head_logits(hidden[:, -1], *head_weights(self.model))  # [n, V]
+        self.append_tokens(outputs, logits)
+
+    def decode(self):
+        """Sample the next token of every slot in use; on a GPU the next few."""
+        last = int(self.position[self.output_of_slot[: self.active]].max())
+        if self.position.is_cuda:
+            decode_gpu(self, last)
+        else:
+            self.decode_step(self.active, last + 1)
+
+    def remove_ended(self):
+        """Free the slots of the outputs that have ended, and return their number. The last slots fill the gaps."""
+        ended = self.ended[self.output_of_slot[: self.active]].tolist()
+        before = self.active
+        self.active = ended.count(False)
+        gaps = [slot for slot in range(self.active) if ended[slot]]
+        # as many as there are gaps
+        moved = [slot for slot in range(self.active, before) if not ended[slot]]
+        if gaps:
+            self.output_of_slot[gaps] = self.output_of_slot[moved]
+            self.cache.move(moved, gaps)
+        self.output_of_slot[self.active : before] = -1
+        return before - self.active
+
+
 # ---- LoRA (arXiv 2106.09685), the reference and other copies -------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
-    """W x + (α/r) B A x: W is frozen; A [r, in] and B [out, r] are trained, B is 0 at first. W x if both are None."""
+    """W x + (α/r) B A x: W is frozen; A [r, in] and B [out, r] are trained, B is 0 at first."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
+        # as nn.Linear is initialised
         A = nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features, device="cpu"), a=5**0.5)
         self.lora_A = nn.Parameter(A.to(linear.weight))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        return y if self.lora_B is None else y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 def linear_layers(model):
@@ -889,10 +1147,10 @@ def linear_layers(model):
 
 
 def add_lora(model, rank, alpha, seed=0):
-    """Put an adapter beside every linear layer of the trunk, and freeze everything else."""
+    """Put an adapter beside every linear layer of the trunk, and freeze everything else. It seeds torch's generator."""
     torch.manual_seed(seed)
     layers = linear_layers(model)
-    smallest = min((min(layer.in_features, layer.out_features) for layer in layers.values()), default=0)
+    smallest = min((min(layer.weight.shape) for layer in layers.values()), default=0)
     if rank > smallest:
         raise ModelError(f"LoRA rank {rank} is above the size of the model's smallest linear layer, {smallest}")
     model.requires_grad_(False)
@@ -904,19 +1162,25 @@ def lora_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
 
 
-@torch.no_grad()
-def frozen_copy(model, adapter=True):
+def merge_adapters(model):
+    """W ← W + (α/r) B A; then B is 0, as at first."""
+    for layer in lora_layers(model):
+        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+        layer.lora_B.zero_()
+
+
+def frozen_copy(model):
     """A copy that no gradient and no update reaches: the reference.
 
-    With LoRA it shares the frozen weights (unless they are sharded); adapter=True keeps the adapter as it is now, False
-    gives the model as it was loaded. Without LoRA a GPU stores the linear layers in bf16, in which it computes anyway.
+    With LoRA it has the adapter as it is now. It uses the frozen weights of the policy itself, unless they are sharded.
+    Without LoRA its linear layers are in bf16 on a GPU, which computes in bf16 anyway.
     """
     gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
-    reference = copy_with(model, torch.Tensor.cpu if model in SHARDED else None)
-    if not adapter:
-        for layer in lora_layers(reference):
-            layer.lora_A = layer.lora_B = None
-    if precision(model.device) is torch.bfloat16 and not lora_layers(reference):
+    if model in SHARDED:
+        reference = copy_with(model, torch.Tensor.cpu)
+    else:
+        reference = copy_with(model)
+    if has_bf16(model.device) and not lora_layers(reference):
         for layer in linear_layers(reference).values():  # rounded once, here, and not at every use
             layer.to(torch.bfloat16)
     return shard(reference.requires_grad_(False))
@@ -924,136 +1188,223 @@ def frozen_copy(model, adapter=True):
 
 @torch.no_grad()
 def copy_with(module, change=None):
-    """A copy with change(weight) in the place of each weight; sharded weights are gathered first."""
-    clone = lambda weight: weight.clone() if weight.requires_grad else weight  # without `change`: share frozen ones
-    source = SHARDED[module][1] if module in SHARDED else module
-    memo = {  # deepcopy puts these in the place of the weights
-        id(old): nn.Parameter((change or clone)(full_tensor(weight)), weight.requires_grad)
-        for old, weight in zip(source.parameters(), module.parameters())
-    }
-    return copy.deepcopy(source, memo)
+    """A copy with change(weight) in the place of each weight; sharded weights are gathered first.
+
+    Without `change` the copy has clones of the trained weights, and shares the frozen ones.
+    """
+    source = SHARDED[module].skeleton if module in SHARDED else module
+    copies = {}  # {id of a weight of the source: the weight that the copy gets}
+    for old, weight in zip(source.parameters(), module.parameters()):
+        new = full_tensor(weight)
+        if change:
+            new = change(new)
+        elif weight.requires_grad:
+            new = new.clone()
+        copies[id(old)] = nn.Parameter(new, weight.requires_grad)
+    # deepcopy looks up each object's id in this dict before it copies the object: so it takes these weights
+    return copy.deepcopy(source, copies)
 
 
-# ---- memory and time -----------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-class Memory:
-    """How many tokens are computed at once: {name: limit}, halved down to `least` after running out of GPU memory."""
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on. `with writer:` waits for the last one at its end."""
 
-    def __init__(self, token_budget, cache_tokens, least=1024):
-        self.limits, self.least = {"token_budget": token_budget, "cache_tokens": cache_tokens}, least
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None  # the result of the thread, a Future, until somebody has asked for it
 
-    def fit(self, name, work):
-        """work(limit). Out of GPU memory, halve the limit and begin again; with several ranks, fail."""
-        while True:
-            limit = self.limits[name]
-            try:
-                return work(limit)
-            except torch.OutOfMemoryError as error:
-                if WORLD > 1 or limit <= self.least:
-                    remedy = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
-                    raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {remedy}") from error
-            self.limits[name] = max(limit // 2, self.least)  # here the error is gone, and the tensors that it held
-            free_copies()
-            tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {self.limits[name]}.")
+    def save(self, folder, networks, optimizer, generator, about):
+        """Replace the folder's state.safetensors, whole or not at all. All ranks call it.
 
+        networks is {name: module}; `about` becomes JSON. Nothing is pickled. The thread writes a copy of the tensors,
+        which takes as much memory as the file.
+        """
+        self.wait()  # for the checkpoint before this one
+        tensors = {}
+        for name, tensor in named_tensors(networks, optimizer, generator).items():
+            tensors[name] = keep_on_rank_0(full_tensor(tensor))
+        # a tensor, not metadata: it can be long, and the checksum covers it
+        tensors["about"] = torch.frombuffer(bytearray(json.dumps(about), "ascii"), dtype=torch.uint8)
+        if RANK == 0:
+            self.writing = self.thread.submit(write_checkpoint, folder, tensors)
 
-@torch.no_grad()
-def in_micro_batches(function, model, rollout, group_size, token_budget):
-    """function(model, ids, attention, mask) of all rows of a rollout, in micro-batches and without gradient: [N, T]."""
-    batches = rollout.micro_batches(range(len(rollout.mask)), group_size, token_budget)
-    parts = [function(model, *rollout.rows(rows)) for rows, _ in lockstep(batches)]
-    result = parts[0].new_zeros(rollout.mask.shape)  # [N, T]
-    for rows, part in zip(batches, parts):  # without the dummy batches at the end
-        result[rows, : part.shape[1]] = part
-    return result
+    def check(self):
+        """If the last write has ended with an error, raise it."""
+        if self.writing and self.writing.done():
+            self.wait()
 
+    def wait(self):
+        """Wait for the last write. If it ended with an error, raise it, once."""
+        writing = self.writing
+        self.writing = None
+        if writing:
+            writing.result()
 
-def free_copies():
-    """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, CUDA graphs."""
-    DECODING.clear()
-    torch.cuda.empty_cache()  # does nothing without a GPU
+    def __enter__(self):
+        return self
 
-
-def peak_memory():
-    """The most memory, in GB, that this process has needed: on a GPU since the last call, on a CPU since its start."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 1e9
-    import resource  # missing on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    def __exit__(self, error_type, error, trace):
+        self.wait()
+        if error is None:
+            barrier()  # the other ranks wait for rank 0
 
 
-SECONDS = {}  # {"seconds/part": wall-clock seconds, added up until somebody clears it}
+def named_tensors(networks, optimizer, generator):
+    """The tensors of a checkpoint by name, not copied; tied weights appear once.
+
+    With LoRA the frozen weights are left out: a resumed run loads them with its model.
+    """
+    tensors = {"generator": generator.get_state()}
+    for network, module in networks.items():
+        has_adapters = bool(lora_layers(module))
+        for name, weight in module.named_parameters():
+            if has_adapters and not weight.requires_grad and ".lora_" not in name:
+                continue
+            name = f"{network}/{name}"
+            tensors[name] = weight.detach()
+            for key, value in optimizer.state.get(weight, {}).items():
+                tensors[f"adam/{key}/{name}"] = value
+    return tensors
 
 
-@contextmanager
-def timed(part):
-    """Add the seconds of a block or function, those of the GPU included, to SECONDS."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    SECONDS[f"seconds/{part}"] = SECONDS.get(f"seconds/{part}", 0.0) + time.perf_counter() - start
+def checksum(tensors):
+    """A CRC of the bytes of tensors, so that a damaged file is noticed."""
+    total = 0
+    for name in sorted(tensors):
+        as_bytes = tensors[name].contiguous().view(-1).view(torch.uint8)
+        total = zlib.crc32(as_bytes.numpy(), total)
+    return str(total)
 
 
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+def write_checkpoint(folder, tensors):
+    folder.mkdir(exist_ok=True)
+    unfinished = folder / "unfinished"
+    with disk_errors(folder):
+        safetensors.torch.save_file(tensors, unfinished, metadata={"checksum": checksum(tensors)})
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())  # on the disk before it gets its name
+    os.replace(unfinished, folder / "state.safetensors")
+
+
+def read_checkpoint(folder):
+    """What was saved as `about`, and the tensors of a checkpoint; ModelError if the file is damaged."""
+    path = folder / "state.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(path)
+        intact = checksum(tensors) == safetensors.safe_open(path, "pt").metadata()["checksum"]
+        about = tensors.pop("about")
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged or no checkpoint of this program: {error}") from None
+    if not intact:
+        raise ModelError(f"{path} is damaged: its bytes are not those that were written")
+    return json.loads(about.numpy().tobytes()), tensors
+
+
+def load_checkpoint(saved, networks, optimizer, generator):
+    """Fill networks, optimizer and generator with the tensors of a checkpoint."""
+    if any(name.startswith("adam/") for name in saved):
+        make_adam_state(optimizer)
+    tensors = named_tensors(networks, optimizer, generator)
+    different = tensors.keys() ^ saved.keys()
+    if different:
+        raise ModelError(f"the checkpoint was made with another model: only one of the two has {min(different)}")
+    try:
+        for name, tensor in tensors.items():
+            fill(tensor, saved[name])
+    except RuntimeError as error:  # the same names, other shapes
+        raise ModelError(f"the checkpoint was made with another model: {error}") from error
+    generator.set_state(tensors["generator"])  # a copy of its state was filled
+
+
+def make_adam_state(optimizer):
+    """AdamW's state as after its first step, to be filled. Its load_state_dict would not share tensors over ranks."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            optimizer.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.empty_like(weight),
+                "exp_avg_sq": torch.empty_like(weight),
+            }
 
 
 # ---- a learned reward model ----------------------------------------------------------------------------------------
 
 
+class RewardModel(NamedTuple):
+    """A sequence classifier that was trained to score answers, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: object
+
+
 def load_reward_model(name):
-    """A sequence classifier that was trained to score answers, and its tokenizer, from the hub or from a folder."""
+    """A reward model from the hub or from a folder."""
     model, tokenizer = from_pretrained(transformers.AutoModelForSequenceClassification, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(f"{name} has no padding token")
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.cuda() if torch.cuda.is_available() else model, tokenizer
+    if torch.cuda.is_available():
+        model.cuda()
+    return RewardModel(model, tokenizer)
 
 
 def reward_model(name):
-    """A reward model and its tokenizer; None, with a note, if a rank cannot load it: then the rules judge alone."""
+    """A reward model; None, with a note, if a rank cannot load it: then the rules alone give rewards."""
+    loaded = None
+    errors = []
     try:
-        loaded, errors = load_reward_model(name), []
+        loaded = load_reward_model(name)
     except ModelError as error:
-        loaded, errors = None, [str(error)]
+        errors.append(str(error))
     errors = gather(errors)
-    if errors and RANK == 0:
+    if not errors:
+        return loaded
+    if RANK == 0:
         tqdm.write(f"note: {errors[0]}; the rules judge alone.")
-    return None if errors else loaded
+    return None
 
 
 @torch.no_grad()
-def reward_scores(model, tokenizer, questions, completions, rows=16):
-    """Scores of completions as answers: the only logit, or the log-odds of the last class, taken to be the good one."""
+def reward_scores(reward_model, questions, completions, rows=16):
+    """A score for each completion: the only logit, or the log-odds of the last class, which should mean "good"."""
+    model, tokenizer = reward_model
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-    options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+    options = {
+        "padding": True,
+        "truncation": True,
+        "max_length": limit,
+        "return_tensors": "pt",
+    }
     scores = []
-    for start in range(0, len(questions), rows):
-        asked, answers = questions[start : start + rows], completions[start : start + rows]
-        if tokenizer.chat_template:  # a decoder reads the dialogue; the template has its own special tokens
-            pairs = zip(asked, answers)
-            dialogues = [[{"role": "user", "content": q}, {"role": "assistant", "content": o}] for q, o in pairs]
-            texts = [apply_template(tokenizer, dialogue) for dialogue in dialogues]
+    for chunk in slices(len(questions), rows):
+        asked = questions[chunk]
+        answers = completions[chunk]
+        # a decoder reads the dialogue; the template has its own special tokens
+        if tokenizer.chat_template:
+            texts = []
+            for question, answer in zip(asked, answers):
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                texts.append(apply_template(tokenizer, messages))
             inputs = tokenizer(texts, **options, add_special_tokens=False)
         else:  # an encoder reads pairs of texts
             inputs = tokenizer(asked, answers, **options)
         with autocast(model):
             logits = model(**inputs.to(model.device)).logits.float()  # [rows, classes]
-        others = logits[:, :-1].logsumexp(1) if logits.shape[1] > 1 else 0.0
-        scores += (logits[:, -1] - others).tolist()
+        good = logits[:, -1]
+        if logits.shape[1] > 1:
+            good = good - logits[:, :-1].logsumexp(1)
+        scores += good.tolist()
     return scores
 
 
 def standardised(scores):
-    """Scores less the mean over all ranks' outputs, divided by their std."""
-    of_all, scores = torch.tensor(gather(scores)), torch.tensor(scores)
-    return ((scores - of_all.mean()) / (of_all.std(correction=min(1, len(of_all) - 1)) + 1e-4)).tolist()
+    """(score - mean) / std, over the outputs of all ranks."""
+    everyones = torch.tensor(gather(scores))
+    std = everyones.std(correction=min(1, len(everyones) - 1))
+    return ((torch.tensor(scores) - everyones.mean()) / (std + 1e-4)).tolist()
 
 
 # ---- a judge -------------------------------------------------------------------------------------------------------
@@ -1069,34 +1420,62 @@ Answer 2: {}
 Reply with the number of the better answer, 1 or 2, and nothing else."""
 
 
+class Judge(NamedTuple):
+    """A frozen language model that compares answers, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: object
+
+
 def load_judge(name):
-    """A frozen causal model that compares answers, and its tokenizer, in which 1 and 2 must be different tokens."""
+    """A judge. 1 and 2 must be different tokens to it."""
     model, tokenizer = load(name)
-    if len({last_token(tokenizer, number) for number in "12"}) < 2:
+    if last_token(tokenizer, "1") == last_token(tokenizer, "2"):
         raise ModelError(f"{name} cannot be a judge: 1 and 2 are the same token to it")
-    return model.requires_grad_(False), tokenizer
+    return Judge(model.requires_grad_(False), tokenizer)
 
 
 def last_token(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"][-1]
 
 
+def judge_group(judge, question, texts):
+    """How each of G outputs fares against the others, each pair shown in both orders: two lists of G numbers.
+
+    The first is the mean probability of being the better one, a soft reward. The second is the share of its pairs in
+    which the verdict goes to the place, first or second, and not to an output.
+    """
+    G = len(texts)
+    pairs = list(itertools.permutations(range(G), 2))
+    said = first_is_better(judge, question, [(texts[i], texts[j]) for i, j in pairs])  # [G (G - 1)]
+    first = torch.full((G, G), 0.5, dtype=torch.float64)  # [G, G]: i, shown first, is better than j
+    for (i, j), probability in zip(pairs, said.tolist()):
+        first[i, j] = probability
+    wins = (first + 1 - first.T) / 2  # [G, G]
+    flips = ((first > 0.5) == (first.T > 0.5)).fill_diagonal_(False)  # [G, G]
+    wins = (wins.sum(1) - 0.5) / (G - 1)  # [G], without the diagonal
+    return wins.tolist(), (flips.sum(1) / (G - 1)).tolist()
+
+
 @torch.no_grad()
-def first_is_better(model, tokenizer, question, pairs, token_budget):
+@retry_with_less_memory("token_budget")
+def first_is_better(judge, question, pairs):
     """What a judge says of pairs of answers: the probability of the reply 1 against 2, for each pair: [pairs]."""
-    asked = [[{"role": "user", "content": COMPARE.format(question, *pair)}] for pair in pairs]
-    prompts = [encode(tokenizer, messages) for messages in asked]
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    model, tokenizer = judge
+    texts = [COMPARE.format(question, first, second) for first, second in pairs]
+    prompts = [encode(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    limit = context_length(model)
     if max(map(len, prompts)) >= limit:
         raise ModelError(f"a question with two answers is longer than the judge reads, {limit} tokens")
-    replies = [[last_token(tokenizer, number)] for number in "12"] * len(pairs)
-    tensors = batch([prompt for prompt in prompts for _ in "12"], replies, model.device)
-    rollout = Rollout(*tensors, None, None, None, None)
+    prompts = [prompt for prompt in prompts for _ in range(2)]  # for each reply
+    replies = [[last_token(tokenizer, "1")], [last_token(tokenizer, "2")]] * len(pairs)
+    rollout = Rollout(*batch(prompts, replies, model.device), group_size=2)
     log_p = torch.zeros(len(replies), 1, device=model.device)
-    for rows in rollout.micro_batches(range(len(replies)), 2, token_budget):
+    # not `micro_batches`, in which ranks wait for each other: here they ask about unequal numbers of questions
+    for rows in split_rows(rollout, range(len(replies))):
         log_p[rows] = token_logprobs(model, *rollout.rows(rows), 1.0)
-    one, two = log_p.view(-1, 2).cpu().T  # 2 × [pairs]
-    return torch.sigmoid(one - two)
+    log_p = log_p.view(-1, 2).cpu()  # [pairs, 2]
+    return torch.sigmoid(log_p[:, 0] - log_p[:, 1])
 
 
 # ---- the tiny model ------------------------------------------------------------------------------------------------
@@ -1117,8 +1496,12 @@ TINY = {
 
 def tiny_tokenizer(texts):
     """Qwen2's byte-level BPE and chat template with a vocabulary of its own; each digit is a token."""
-    options = {"show_progress": False, "new_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, TINY["vocabulary"], **options)
+    tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(
+        texts,
+        TINY["vocabulary"],
+        show_progress=False,
+        new_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.add_tokens(["<reasoning>", "</reasoning>", "<answer>", "</answer>"])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -1129,26 +1512,39 @@ def build_tiny(folder, corpora):
     """Train a Qwen2 of half a million parameters on lists of [(messages, completion)], one after the other; save it."""
     torch.manual_seed(0)
     texts = []
-    for messages, completion in (row for corpus in corpora for row in corpus):
+    for messages, completion in itertools.chain(*corpora):
         for message in messages:
             texts += [message["role"], message["content"], "assistant", completion]
     tokenizer = tiny_tokenizer(texts)
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = transformers.Qwen2Config(**TINY["shape"], **special, vocab_size=len(tokenizer))
+    config = transformers.Qwen2Config(
+        **TINY["shape"],
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     use_packed_attention(model, "the tiny model")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     count = TINY["rows_per_step"]
-    total = sum(len(corpus) // count for corpus in corpora)
-    with tqdm(total=total, desc="building the tiny model, once", leave=False, disable=RANK > 0 or None) as bar:
+    bar = tqdm(
+        total=sum(len(corpus) // count for corpus in corpora),
+        desc="building the tiny model, once",
+        leave=False,
+        disable=NO_BAR,
+    )
+    with bar:
         for corpus, highest in zip(corpora, TINY["learning_rates"]):
-            rows = [(encode(tokenizer, messages), completion) for messages, completion in corpus]
-            rows = [(prompt, tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]) for prompt, text in rows]
+            rows = []
+            for messages, completion in corpus:
+                output = tokenizer(completion)["input_ids"] + [tokenizer.eos_token_id]
+                rows.append((encode(tokenizer, messages), output))
             steps = len(rows) // count
             for step in range(steps):
                 imitation_loss(model, rows[step * count : (step + 1) * count]).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.param_groups[0]["lr"] = highest * min(1.0, (step + 1) / 20) * (1 - step / steps)
+                warmup = min(1.0, (step + 1) / 20)
+                optimizer.param_groups[0]["lr"] = highest * warmup * (1 - step / steps)
                 optimizer.step()
                 optimizer.zero_grad()
                 bar.update()
@@ -1157,20 +1553,23 @@ def build_tiny(folder, corpora):
 
 def imitation_loss(model, rows):
     """Minus the mean log-probability of the completions' tokens, for rows of (prompt, completion), two lists of ids."""
-    packed = PackedBatch([(prompt + completion, []) for prompt, completion in rows], model.device)  # no padding
-    learnt = [t >= len(prompt) for prompt, completion in rows for t in range(len(prompt + completion))]
-    learnt = torch.tensor(learnt)  # [tokens]
-    hidden = run_trunk(model.base_model, packed, packed.ids, packed.positions)[0, :-1]  # [tokens - 1, D]
-    return F.cross_entropy(model.lm_head(hidden[learnt[1:]]), packed.ids[0, learnt])
+    packed = PackedBatch([(prompt + completion, [[0]]) for prompt, completion in rows], model.device)  # no outputs
+    in_completion = []
+    for prompt, completion in rows:
+        in_completion += [False] * len(prompt) + [True] * len(completion)
+    in_completion = torch.tensor(in_completion)  # [tokens]
+    hidden = packed.read(model.base_model)[:-1]  # [tokens - 1, D]: each predicts the token after it
+    return F.cross_entropy(model.lm_head(hidden[in_completion[1:]]), packed.ids[0, in_completion])
 
 
 def tiny_folder(runs, corpora):
     """The folder of the tiny model, which is built when it is first asked for."""
+    # another corpus or TINY has another folder; after a change of this code, delete the old one
     folder = runs / f"tiny-base-{zlib.crc32(repr((corpora, TINY)).encode()):08x}"
-    if LOCAL_RANK == 0 and not folder.exists():  # by one rank of each machine
+    if LOCAL_RANK == 0 and not folder.exists():
         runs.mkdir(exist_ok=True)
         build_tiny(folder, corpora)
-    gather([])  # the others wait for it
+    barrier()  # the others wait for it
     return str(folder)
 
 
@@ -1189,7 +1588,7 @@ def distributed():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-    # an hour: ranks wait for the one that samples longest; a dead rank is noticed sooner, by torchrun or the connection
+    # an hour: the ranks wait for the slowest one to sample; torchrun or the connection notices a dead rank much sooner
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
     yield
     dist.destroy_process_group()  # not after an error, when the others may never come
@@ -1206,21 +1605,28 @@ def lost_another_rank(error):
 
 
 def on_rank_0(function):
-    """A function that only rank 0 runs: it writes or draws something, and returns nothing."""
-    return function if RANK == 0 else functools.wraps(function)(lambda *inputs, **named: None)
+    """A function that only rank 0 runs, as it writes or draws something. On the other ranks it does nothing."""
+
+    @functools.wraps(function)
+    def run(*inputs, **named):
+        if RANK == 0:
+            return function(*inputs, **named)
+
+    return run
 
 
 def gather(rows):
     """The lists of all ranks as one, on every rank."""
-    parts = [rows] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    if WORLD == 1:
+        return list(rows)
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows)
+    return list(itertools.chain(*parts))
 
 
-def sums_over_ranks(*numbers):
-    """Each of some numbers, added up over all ranks."""
-    return [sum(of_ranks) for of_ranks in zip(*gather([numbers]))]
+def barrier():
+    """Wait until all ranks are here."""
+    gather([])
 
 
 def share(rows):
@@ -1228,23 +1634,39 @@ def share(rows):
     return rows[len(rows) * RANK // WORLD : len(rows) * (RANK + 1) // WORLD]
 
 
-def lockstep(batches):
-    """(rows, True) for each batch; then ([0], False) until the rank with the most batches is through.
+def sum_over_ranks(number):
+    """A number, added up over all ranks."""
+    return sum(gather([number]))
 
-    FSDP needs equal numbers of forward passes: ranks that finish early run dummy batches.
-    """
-    turns = max(gather([len(batches)]))
-    return [(rows, True) for rows in batches] + [([0], False)] * (turns - len(batches))
+
+def sums_over_ranks(*numbers):
+    """Each of some numbers, added up over all ranks."""
+    return [sum(of_ranks) for of_ranks in zip(*gather([numbers]))]
+
+
+def merged_over_ranks(numbers, merge):
+    """The dicts {name: number} of all ranks as one; `merge` is sum or max. A rank may lack some names, or all."""
+    collected = {}
+    for name, number in gather(list(numbers.items())):
+        collected.setdefault(name, []).append(number)
+    return {name: merge(of_ranks) for name, of_ranks in collected.items()}
 
 
 class Root(nn.Sequential):
-    """A module's children for FSDP, which gathers weights while a forward runs: so this forward runs any function."""
+    """The children of a module. FSDP gathers weights while a forward runs; this forward runs any function."""
 
     def forward(self, function):
         return function()
 
 
-SHARDED = weakref.WeakKeyDictionary()  # {a module: (its Root, the same module without weights, to make copies of)}
+class Sharded(NamedTuple):
+    """What stands beside a module whose weights are split over the ranks."""
+
+    root: Root
+    skeleton: nn.Module  # the same module without weights, to make copies of
+
+
+SHARDED = weakref.WeakKeyDictionary()  # {module: Sharded}
 
 
 def shard(module):
@@ -1254,22 +1676,27 @@ def shard(module):
     """
     if WORLD == 1:
         return module
-    from torch.distributed.fsdp import fully_shard  # here: slow to import, and not needed by one process
+    # here: slow to import, and not needed by one process
+    from torch.distributed.fsdp import fully_shard
 
-    on_meta, root = copy_with(module, lambda weight: weight.to("meta")), Root(*module.children())
+    skeleton = copy_with(module, lambda weight: weight.to("meta"))
+    root = Root(*module.children())
     trunk = getattr(module, "base_model", module)
     layers = next((part for part in trunk.modules() if isinstance(part, nn.ModuleList)), ())
     for part in (*layers, root):
         fully_shard(part, reshard_after_forward=True)
         part.set_gradient_divide_factor(1.0)
+        # the plain sum: no operation that also multiplies by the factor
         part.set_force_sum_reduction_for_comms(True)
-    SHARDED[module] = root, on_meta
+    SHARDED[module] = Sharded(root, skeleton)
     return module
 
 
 def full_tensor(tensor, dtype=None):
-    """All of a tensor that may be sharded, gathered in `dtype` if it is. All ranks must call it together."""
-    return tensor.to(dtype or tensor.dtype).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """All of a tensor: if it is sharded, it is gathered, in `dtype` if given. All ranks must call it together."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.to(dtype or tensor.dtype).full_tensor()
 
 
 def fill(tensor, values):
@@ -1277,5 +1704,127 @@ def fill(tensor, values):
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
-        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        values = values.to(tensor.device)
+        # no source rank: every rank has all values, and none sends them
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
+
+
+# ==== On a GPU only =================================================================================================
+# There the model computes in bf16, while its weights stay in fp32. A copy of it samples, all in bf16, and its decode
+# steps are recorded as CUDA graphs. On a CPU the model itself samples, in fp32; if it is sharded, a whole copy of it.
+
+# decode steps; then the CPU waits for the GPU, and looks which outputs have ended
+STEPS_BETWEEN_LOOKS = 16
+# sizes of the cache, and of its part that is read, are multiples of it: so few graphs are needed
+COLUMN_BLOCK = 256
+
+
+def has_bf16(device):
+    """Is it a GPU that computes in bf16?"""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compute_dtype(model):
+    """What a model's matrices are multiplied in: bf16 if the GPU has it, else the precision of its weights."""
+    return torch.bfloat16 if has_bf16(model.device) else model.dtype
+
+
+def autocast(model):
+    """The precision of a forward pass: bf16 if the GPU has it (the weights stay in fp32), else as the weights are."""
+    # no cache: with it, the gradients of a weight that is used several times would be added up in bf16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16(model.device), cache_enabled=False)
+
+
+# {model: the last DecodingBatch of a copy of it, with its CUDA graphs}
+DECODING = weakref.WeakKeyDictionary()
+
+
+def decoding_batch(model, size, ends):
+    """A DecodingBatch of the model itself; on a GPU, or if the model is sharded, of a whole copy in its compute_dtype.
+
+    The copy is kept for the next call, which gives it the new weights. It is made again for a larger batch or other end
+    tokens. Adapters are not merged into it: in bf16, what they have learnt would be rounded away.
+    """
+    if model.device.type == "cpu" and model not in SHARDED:
+        return DecodingBatch(model, size, ends)
+    if model not in DECODING or not DECODING[model].serves(size, ends):
+        free_copies()  # first: there is no memory for two copies
+        dtype = compute_dtype(model)
+        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
+        if copied.device.type == "cuda":
+            use_fused_norms(copied)
+        DECODING[model] = DecodingBatch(copied, size, ends)
+    decoding = DECODING[model]
+    for weight, new in zip(decoding.model.parameters(), model.parameters()):
+        weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
+    return decoding
+
+
+def free_copies():
+    """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, CUDA graphs."""
+    DECODING.clear()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def use_fused_norms(model):
+    """Put torch's RMSNorm, one kernel on a GPU, in the place of each of the model's, if their numbers agree."""
+    for name, norm in list(model.named_modules()):
+        if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+            fused = nn.RMSNorm(norm.weight.shape, norm.variance_epsilon, device="meta")
+            fused.weight = norm.weight
+            x = torch.linspace(-3, 2, norm.weight.numel()).to(norm.weight)  # [D]
+            # within the rounding of bf16
+            if torch.allclose(fused(x), norm(x), rtol=0.02, atol=0.01):
+                model.set_submodule(name, fused)
+
+
+def round_up(number, step):
+    """The next multiple of `step`."""
+    return math.ceil(number / step) * step
+
+
+class StepKind(NamedTuple):
+    """What is fixed in a recorded decode step."""
+
+    slots: int
+    width: int  # columns of the cache that are read
+    temperature: float
+
+
+def decode_gpu(decoding, last):
+    """Sample the next tokens of every slot in use. `last` is the largest position of a newest token."""
+    # the next power of 2, so that few graphs are needed
+    n = 2 ** (decoding.active - 1).bit_length()
+    # at least 2: with one row, matrix products are less exact
+    n = min(decoding.size.slots, max(2, n))
+    width = min(decoding.size.columns, round_up(last + 1 + STEPS_BETWEEN_LOOKS, COLUMN_BLOCK))
+    kind = StepKind(n, width, decoding.temperature)
+    for _ in range(STEPS_BETWEEN_LOOKS):
+        if kind in decoding.graphs:
+            decoding.graphs[kind].replay()
+        else:
+            decoding.decode_step(n, width)  # once as usual, before it can be recorded
+            record(decoding, kind)
+
+
+def record(decoding, kind):
+    """Record a decode step, without running it. If that fails, all steps run as usual from then on."""
+    if not decoding.recordable:
+        return
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    pool = None  # of memory, which all graphs share
+    for other in decoding.graphs.values():
+        pool = other.pool()
+    try:
+        # thread_local: what other threads do, as that of a CheckpointWriter, does not end the recording
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            decoding.decode_step(kind.slots, kind.width)
+        decoding.graphs[kind] = graph
+    except torch.OutOfMemoryError:  # it is a RuntimeError too
+        raise
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # the failed recording leaves another one set
+        decoding.recordable = False
+        tqdm.write(f"note: sampling without CUDA graphs, which is slower: {str(error).splitlines()[0]}")

@@ -2,38 +2,49 @@
 
     python main.py                                        a tiny model learns arithmetic: any laptop, no download
     python main.py --model Qwen/Qwen2.5-1.5B-Instruct     GSM8K on one GPU
-    torchrun --nproc_per_node 8 main.py --model …         the same on 8 GPUs
+    torchrun --nproc_per_node 8 -- main.py --model …      the same on 8 GPUs
     python main.py --resume runs/NAME                     go on from the newest checkpoint
     python main.py --evaluate A [--against B]             test one model, or two on the same questions
 
-Read downwards. First the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Then what came
-after it, which is off. Then a line of #, and the rest: questions and samples, rewards, evaluation, records,
+Read downwards. First comes the paper: constants, advantages, objective, Algorithm 1, one update, Table 10. Below a line
+of # comes what was published after it, which is off by default. Then comes the rest: evaluation, games, records,
 checkpoints, command line. The names are the paper's:
 
     paper             code                              shape
     q                 problem["question"]               Q questions per step
-    o_i, |o_i|        rollout.ids, mask.sum(1)          [N, P + T], [N]
+    q and o_i, |o_i|  rollout.ids, mask.sum(1)          [N, P + T], [N]
     r_i               rewards                           [Q, G]
     Â_{i,t}           advantages                        [N] where all t share one (§4.1.2), [N, T] by steps (§4.1.3)
     log π_θ, π_θold   logp, logp_old                    [N, T]  of the sampled tokens
     log π_ref         logp_ref                          [N, T]
     G, μ, ε, β        GROUP_SIZE, MU, EPSILON_*, BETA   N = Q·G; P, T: tokens of the longest prompt, output
 
-Departures: where the code leaves the paper or decides what the paper leaves open, and where to change that:
- 1. The reward is a rule, or a model that stays frozen (REWARD_MODEL): Algorithm 1, line 12, trains nothing. No setting.
- 2. std(r) is unbiased (correction=0 for biased) and has 1e-4 added; equal rewards give exactly 0: `group_advantages`.
+With several GPUs each process (a "rank") has its share of the questions, and in shapes Q and N are this rank's.
+
+Departures: where the code leaves the paper, or decides what the paper leaves open, and where to change that:
+ 1. The reward is a weighted sum of rules for the answer and its form (REWARDS), and of a model that stays frozen
+    (REWARD_MODEL). Algorithm 1, line 12, trains nothing. No setting.
+ 2. std(r) divides by G - 1 (the paper does not say; correction=0 divides by G), and 1e-4 is added to it, so that
+    nothing is divided by 0: `group_advantages`.
  3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0 gives the formulas as printed.
- 4. With μ = 1, π_θold is π_θ: log π_θold is logp.detach() in `backward`, which is exact. `if MU > 1` in `take_step`.
- 5. SUPERVISION = "process" is §4.1.3 as printed, with rewards of ours: a rule rewards the steps, and the answer is
-    one more step at the end, with reward r_i. "both": outcome supervision plus WEIGHT_STEPS × advantages of the steps.
+ 4. With μ = 1 (and STALENESS = 0) nothing moves between sampling and the update: log π_θold is logp.detach() in
+    `backward`, and ρ is 1.
+ 5. SUPERVISION = "process" is §4.1.3, with two choices of ours: a rule rewards the reasoning steps, and the answer is
+    one more step at the end, with reward r_i. "both" is not in the paper: Â of the output, plus REWARDS["steps"] × Â
+    of the steps.
  6. An output that is cut at MAX_NEW_TOKENS stays in the loss: MASK_TRUNCATED = True leaves its tokens out.
- 7. With β = 0 and no critic, an output with Â = 0 has no gradient and is skipped; it counts in N, Σ|o_i|: `backward`.
- 8. RFT and DPO sample anew from the reference (π_sft) at every step; the paper samples once, before. No setting.
- 9. DPO's coefficient is the derivative of (12); (14) as printed lacks its factor β: drop it where `preference` sets GC.
-10. PPO's value function is a network of its own (Figure 4), its advantages are not whitened. No setting.
-11. The data are GSM8K; the paper adds MATH, 144K questions in all: DATASET. It does not give ε, the warm-up, AdamW's
-    betas, gradient clipping or the order of the questions: EPSILON_*, WARMUP, ADAM_*, MAX_GRAD_NORM, SEED.
+ 7. Without a KL and without a critic, an output with Â = 0 has no gradient. It is not computed: `backward`.
+ 8. RFT and DPO sample again from the reference (π_sft, in the first iteration) at every step; the paper samples once,
+    before. No setting.
+ 9. DPO's coefficient is the derivative of (12): unlike (14) as printed, it has a factor β, and one Δ for all tokens of
+    a pair: `preference`.
+10. PPO's value function is a network of its own (Figure 4), its loss is clipped, its advantages are not whitened. No
+    setting.
+11. The data are GSM8K (DATASET); the paper adds MATH, 144K questions in all. The paper does not give ε (EPSILON_*), the
+    warm-up (WARMUP), AdamW's betas (`new_optimizer`), the clipping of the gradient (MAX_GRAD_NORM), or the order of
+    the questions (SEED).
 12. π_θinit is any model; the paper's has been through SFT. COLD_START > 0 begins with SFT, for a model that needs it.
+    The learning rate of that is in `learning_rate`.
 """
 
 import argparse
@@ -44,11 +55,11 @@ import itertools
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,268 +73,584 @@ import llms
 import rldatasets
 from plots import plot, report
 
+
+class of_model(NamedTuple):
+    """The two values of a constant: for --model tiny, and for any other."""
+
+    tiny: object
+    other: object
+
+
 # ==== Constants =====================================================================================================
-# Each is also a flag of the same name (--group_size 8); its comment is the flag's help. These values are for
-# Qwen2.5-1.5B-Instruct on GSM8K with an 80 GB GPU, the paper's (§4.2) where it gives one. TINY, below, replaces some.
+# What stands here is in force. Each constant is also a flag of the same name (--group_size 8), and its comment is the
+# flag's help. of_model(a, b) is a for the tiny model and b for any other: b is meant for Qwen2.5-1.5B-Instruct on GSM8K
+# with an 80 GB GPU, and is the paper's value (§4.2) where it gives one. "a | b: …" names the values to choose from.
 
 # -- Model and data
-MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model built here, with the settings of TINY below
-DATASET = "gsm8k"  # D: a name, a file or a folder; or stages, each with its steps: logic:1:100,gsm8k:400
+MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model that is built here
+DATASET = of_model("arithmetic", "gsm8k")  # D: a name, a file, a folder; or stages, name:steps,name:steps
 SHOTS = 0  # worked training problems in every prompt, before its question: for base models (try 4)
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # random seed of the question order and of all sampling
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
-GRADIENT_CHECKPOINTING = False  # recompute activations in the backward pass: a third slower, far less memory
-# -- Cold start
-COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, for a model that does not write the form (try 50)
-COLD_START_LEARNING_RATE = 1e-5  # learning rate of the cold start; with LoRA about ten times as much
+GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass: slower, far less memory
+COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, if the model does not write the tags (try 50)
 # -- Algorithm 1
-ALGORITHM = "grpo"  # a row of Table 10: sft, rft, dpo, online_rft, ppo or grpo; or distill, on-policy distillation
+ALGORITHM = "grpo"  # sft | rft | dpo | online_rft | ppo | grpo | distill: a row of Table 10, or distillation
 ITERATIONS = 1  # I, outer iterations, each begins with π_ref ← π_θ (paper: 1; Figure 6: up to 2)
-STEPS = 467  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
+STEPS = of_model(50, 467)  # M, steps per iteration (467 × 16 questions: one pass over GSM8K)
 QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
-GROUP_SIZE = 64  # G, outputs per question (paper: 64): fewer are cheaper and noisier
-MU = 1  # μ, updates per rollout (paper: 1): with more, samples are used again and the clip matters
-REFILL = 0  # draw until Q groups have right and wrong outputs, at most so many times (DAPO: 10); 0: train on all groups
-STALENESS = 0  # k: train on outputs that were sampled k steps before; with IS_RATIO
+GROUP_SIZE = of_model(8, 64)  # G, outputs per question (paper: 64): fewer are cheaper and noisier
+MU = 1  # μ, updates per rollout (paper: 1): with more, outputs are used again and the clip matters
+REFILL = 0  # draw at most this often, until Q groups have right and wrong outputs (DAPO: 10); 0: use all groups
+STALENESS = 0  # train on outputs that were sampled so many steps before; with CORRECTION
 # -- Sampling
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
-MAX_NEW_TOKENS = 1024  # tokens of the longest output (paper: 1024)
-MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt (SHOTS aside) is skipped and counted, never cut
-CACHE_TOKENS = 524288  # tokens in the KV cache at once while sampling: lower it when sampling runs out of memory
+MAX_NEW_TOKENS = of_model(64, 1024)  # tokens of the longest output (paper: 1024)
+MAX_PROMPT_TOKENS = 512  # a training question with a longer prompt (SHOTS aside) is skipped and counted
+CACHE_TOKENS = 524288  # tokens in the KV cache at once: lower it when sampling runs out of memory
 # -- Objective, eq. (3) and (4)
-BASELINE = "group"  # compare an output with the mean of its group (paper), or of the others in the group (RLOO)
-SCALE = "group"  # Â is divided by the std of its group (paper), of the batch, by the group's mean (MaxRL), or none
-PASS_K = 1  # k > 1: an output is worth the best of k outputs (pass@k training); use the reward correctness alone
-NORMALIZE = "sum"  # the sum of the rewards is normalised (paper), or each reward by itself before the sum (GDPO)
-POSITIVE = 1.0  # multiplies advantages above 0
-NEGATIVE = 1.0  # multiplies advantages below 0: with 0 only better outputs are learnt from
-RATIO = "token"  # a ratio π_θ/π_θold per token (paper), or one per sequence (GSPO)
+SUPERVISION = "outcome"  # outcome | process | both: rewards for outputs (§4.1.2), reasoning steps (§4.1.3)
+ADVANTAGE = "grpo"  # grpo | rloo | dr_grpo | batch_std | maxrl | pass_at_k | gdpo | w_reinforce: Â_i
+PASS_K = 4  # k of pass_at_k
+OBJECTIVE = "grpo"  # grpo | gspo | cispo | dual_clip: the clipped term of eq. (3), or another in its place
 EPSILON_LOW = 0.2  # ε below: the ratio is clipped at 1 - ε (paper: not stated; PPO: 0.2)
 EPSILON_HIGH = 0.2  # ε above: the ratio is clipped at 1 + ε (DAPO raises it to 0.28)
-CLIP = "objective"  # the clip ends the gradient (paper); weight: it only limits the token's weight (CISPO)
-DELTA = 0.0  # δ: where Â < 0 the ratio counts at most δ (dual clip: 3); 0: no limit (paper)
-BETA = 0.04  # β, weight of the KL (paper: 0.04): for grpo and ppo; 0 needs no reference and lets the policy go further
-KL = "k3"  # estimator of the KL: k3 is eq. (4); k2 and k3+ have the gradient of the reverse KL; k1's is 0 on average
-DENOMINATOR = "sequence"  # divides a token: sequence |o_i| (paper); token Σ|o_i| (DAPO); constant: limit (Dr. GRPO)
-IS_RATIO = "none"  # weigh by π_θold/π_sampled, the scored and the sampling policy: of the token, or of the sequence
-IS_LOW = 0.0  # lowest such weight
-IS_HIGH = 2.0  # highest such weight
-IS_OUTSIDE = "truncate"  # a weight beyond them is truncated to the limit (TIS), or masked: set to 0 (IcePop, MIS)
+DELTA = 3.0  # δ of dual_clip: where Â < 0 the ratio counts at most δ
+BETA = 0.04  # β, weight of the KL (paper: 0.04), for grpo and ppo; 0: no KL, the policy moves freely
+KL = "k3"  # k1 | k2 | k3 | k3+: estimator of the KL; k3 is eq. (4); the gradient of k1 is 0 on average
+DENOMINATOR = "sequence"  # sequence | token | group | constant: |o_i|, all tokens, those of a group, the limit
+CORRECTION = "none"  # none | tis | sequence_tis | icepop: for outputs of an older policy (STALENESS)
+CORRECTION_MAX = 2.0  # highest weight of tis and sequence_tis
 MASK_TRUNCATED = False  # leave the tokens of outputs that were cut at MAX_NEW_TOKENS out of the loss (DAPO)
-DROP_ZERO_ADVANTAGE = False  # skip outputs with Â = 0, and so their KL, even with β > 0
-# -- Rewards: r_i is the sum of weight × reward; WEIGHT_X belongs to the rule x of evaluator.py
-SUPERVISION = "outcome"  # reward outputs (outcome, §4.1.2), steps (process, §4.1.3), or both (departure 5)
-WEIGHT_CORRECTNESS = 2.0  # the answer is right
-WEIGHT_INTEGER = 0.5  # the answer is a whole number
-WEIGHT_STRICT_FORMAT = 0.5  # exactly the form that the prompt asks for
-WEIGHT_SOFT_FORMAT = 0.5  # reasoning, then answer, on any lines
-WEIGHT_TAG_COUNT = 0.5  # share of the four tags that appear exactly once
-WEIGHT_TESTS = 1.0  # share of its tests that a program passes
-WEIGHT_COMPILES = 0.5  # the program compiles without a warning
-WEIGHT_SAFETY = 0.0  # the output contains none of a short list of threats and insults
-WEIGHT_OVERLONG = 0.0  # DAPO's penalty of length, from 0 down to -1 at MAX_NEW_TOKENS
-OVERLONG_SHARE = 0.2  # the last part of MAX_NEW_TOKENS, over which that penalty falls (DAPO: 4096 of 20480 tokens)
-WEIGHT_RANDOM = 0.0  # a control that teaches nothing: a coin toss, 1 or 0
+# -- Rewards
+REWARDS = {
+    "correctness": 2.0,  # the answer is right
+    "integer": 0.5,  # the answer is a whole number
+    "strict_format": 0.5,  # exactly the form that the prompt asks for
+    "soft_format": 0.5,  # reasoning, then answer, on any lines
+    "tag_count": 0.5,  # share of the four tags that appear exactly once
+    "tests": 1.0,  # share of its tests that a program passes
+    "compiles": 0.5,  # the program compiles without a warning
+    "reward_model": 1.0,  # the score of REWARD_MODEL, standardised over the outputs of a step
+    "judge": 1.0,  # how likely an output is better than the others of its group, by JUDGE
+    "steps": 0.5,  # not in r_i: the weight of the advantages of reasoning steps, if SUPERVISION is both
+}  # r_i = Σ weight × reward; a flag replaces the whole table; also: safety, overlong, lenient, random
 REWARD_MODEL = ""  # a sequence classifier, hub name or folder, that scores every output; empty: rules only
-WEIGHT_REWARD_MODEL = 1.0  # its score, standardised over the outputs of a step
-JUDGE = ""  # a causal model, hub name or folder, that compares the outputs of a question, each with each (keep G small)
-WEIGHT_JUDGE = 1.0  # how likely an output is the better one, by the judge, on average over the others of its group
-WEIGHT_STEPS = 0.5  # weight of the advantages of the steps, where SUPERVISION is both
+JUDGE = ""  # a causal model, hub name or folder, that compares the outputs of a group in pairs (keep G small)
 # -- Optimisation
-LEARNING_RATE = 1e-6  # of AdamW (paper: 1e-6)
+LEARNING_RATE = of_model(2e-4, 1e-6)  # of AdamW (paper: 1e-6)
 WARMUP = 10  # updates over which the learning rate rises from 0
-SCHEDULE = "constant"  # of the learning rate after the warm-up: constant, linear or cosine; the last two fall to 0
-ADAM_BETA1 = 0.9  # decay of AdamW's mean of the gradient
-ADAM_BETA2 = 0.99  # decay of AdamW's mean of the squared gradient: 0.999 remembers longer than most runs last
-WEIGHT_DECAY = 0.0  # of AdamW
+SCHEDULE = of_model("linear", "constant")  # constant | linear | cosine: after the warm-up; not constant: to 0
 MAX_GRAD_NORM = 1.0  # the global norm of the gradient is clipped here
-TOKEN_BUDGET = 4096  # maximum tokens per micro-batch, padding included: changes memory, not the gradient
+TOKEN_BUDGET = of_model(16384, 4096)  # most tokens of a micro-batch: changes memory, not the gradient
 # -- The other methods of Table 10
-TEACHER = ""  # model of distill, hub name or folder: it scores every token of the outputs; with the same tokenizer
-BETA_DPO = 2.0  # β of DPO, eq. (12): larger than BETA because eq. (12) averages log-ratios over tokens
+BETA_DPO = 2.0  # β of DPO, eq. (12): larger than BETA, as eq. (12) averages log-ratios over tokens
 GAMMA = 1.0  # γ of PPO's advantages: below 1, later rewards count less
-LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they rely more on the value function and vary less
-EPSILON_VALUE = 0.2  # PPO's values are clipped at ± this around those before the update
+LAMBDA = 1.0  # λ of PPO's advantages (GAE): below 1 they follow the value function and vary less
+TEACHER = ""  # model of distill, hub name or folder: it scores every token; with the same tokenizer
 # -- Evaluation
-EVAL_EVERY = 50  # steps between evaluations; also before the first step and after the last
-EVAL_QUESTIONS = 0  # how many test questions; 0: all of the split
+EVAL_EVERY = of_model(5, 50)  # steps between evaluations; also before the first step and after the last
+EVAL_QUESTIONS = of_model(200, 0)  # how many test questions; 0: all of the split
 EVAL_SAMPLES = 0  # k: also draw k outputs per test question, for pass@k and maj@k; 0: greedy only
 EVAL_TEMPERATURE = 0.7  # of those k outputs (paper, Figure 7: 0.7)
 # -- Bookkeeping
 SAVE_EVERY = 25  # steps between checkpoints
-SHOW_EVERY = 10  # steps between completions printed in full; 0: none
+SHOW_EVERY = of_model(20, 10)  # steps between completions printed in full; 0: none
 TENSORBOARD = False  # also write the metrics where TensorBoard reads them (pip install tensorboard)
 # -- End of the constants
-
-# What differs for --model tiny. Flags win over these, and these win over the block above.
-TINY = {"DATASET": "arithmetic", "STEPS": 50, "GROUP_SIZE": 8, "MAX_NEW_TOKENS": 64, "LEARNING_RATE": 2e-4}
-TINY |= {"SCHEDULE": "linear", "TOKEN_BUDGET": 16384, "EVAL_EVERY": 5, "EVAL_QUESTIONS": 200, "SHOW_EVERY": 20}
 
 # ==== The advantages, §4.1.2 and §4.1.3 =============================================================================
 
 
 def group_advantages(rewards):
-    """Group-relative advantages, outcome supervision: Â_i = (r_i - mean(r)) / std(r) (§4.1.2).
+    """Outcome supervision, §4.1.2: Â_i = (r_i - mean(r)) / std(r). rewards [Q, G] -> [Q, G].
 
-    rewards [Q, G] -> [Q, G], fp32 or wider. Each question by itself: rewards 1, 0, 0, 0 give 1.5, -0.5, -0.5, -0.5.
+    Each question by itself: rewards 1, 0, 0, 0 give (about) 1.5, -0.5, -0.5, -0.5.
     """
-    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    r, std = rewards, rewards.std(1, keepdim=True)  # [Q, G], [Q, 1]
-    if PASS_K > 1:
-        r, std = best_of_k(rewards)
+    r = rewards.double() - rewards[:, :1]  # [Q, G]  minus the first: Â is the same, and equal rewards give exactly 0
     mean = r.mean(1, keepdim=True)  # [Q, 1]
-    advantages = r - mean  # [Q, G]
-    if BASELINE == "others":  # RLOO: r_i - mean of the others = G/(G - 1) (r_i - mean(r)), arXiv 2402.14740
-        advantages = advantages * r.shape[1] / (r.shape[1] - 1)  # [Q, G]
-    if SCALE == "group":
-        advantages = advantages / (std + 1e-4)  # [Q, G]
-    elif SCALE == "batch":  # of all outputs, each compared with its own group's mean: arXiv 2506.10910
-        advantages = advantages / (over_ranks(advantages).std() + 1e-4)
-    elif SCALE == "mean":  # MaxRL, arXiv 2602.02710: for rewards that are never negative
-        advantages = torch.where(mean > 0, advantages / mean, 0.0)
-    # where all rewards are equal (with PASS_K: the best of every k), what is left is a rounding error, divided by 1e-4
-    all_equal = rewards.kthvalue(PASS_K, 1, keepdim=True).values == rewards.amax(1, keepdim=True)  # [Q, 1]
-    advantages = advantages.masked_fill(all_equal, 0.0).to(rewards)
-    return torch.where(advantages > 0, POSITIVE * advantages, NEGATIVE * advantages)
+    std = r.std(1, keepdim=True)  # [Q, 1]
+    return (r - mean) / (std + 1e-4)
 
 
 def process_advantages(step_rewards, step_ends):
-    """Process supervision: Â_{i,t} = Σ_{index(j) ≥ t} r̃_i^{index(j)}, over steps that end at t or later (§4.1.3).
+    """Process supervision, §4.1.3: Â_{i,t} = Σ_{index(j) ≥ t} r̃_i^{index(j)}, over the steps that end at t or later.
 
-    step_rewards, step_ends [Q, G, T] -> [Q, G, T]. step_ends is True on the last token of each step, step_rewards holds
-    the step's reward there. r̃ is the reward normalised over all steps of the group. After the last step Â is 0.
+    step_rewards, step_ends [Q, G, T] -> [Q, G, T]. step_ends is True on the last token of each reasoning step, and
+    step_rewards holds its reward there. r̃ is that reward, normalised over all steps of the group. After the last
+    step, Â is 0.
     """
-    advantages = torch.zeros(step_rewards.shape, dtype=torch.promote_types(step_rewards.dtype, torch.float32))
+    normalised = torch.zeros(step_rewards.shape, dtype=torch.float64)  # [Q, G, T]  r̃
     for question, ends in enumerate(step_ends):
         R = step_rewards[question][ends]  # [K_1 + … + K_G]  the rewards of all steps of the group
-        if len(R) > 1:  # a single step has none to be compared with
-            advantages[question][ends] = group_advantages(R[None])[0]
-    return advantages.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
+        if len(R) > 1:  # a single step has nothing to be compared with
+            normalised[question][ends] = group_advantages(R[None])[0]
+    return normalised.flip(-1).cumsum(-1).flip(-1)  # [Q, G, T]
 
 
 # ==== The objective, eq. (3) and (4) ================================================================================
 
 
-def grpo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences=None, num_tokens=None, logp_sampled=None):
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, denominator=None, logp_sampled=None):
     """Minus the objective of eq. (3), with the KL estimate of eq. (4): a scalar to minimise.
 
     logp, logp_old, logp_ref  [N, T]         log π_θ, log π_θold, log π_ref of each token; logp_ref None: no KL
     advantages                [N] or [N, T]  Â_i, shared by all tokens of output i, or Â_{i,t}
     mask                      [N, T]         1 on the |o_i| tokens of output i, the end token included
-    num_sequences, num_tokens                N and Σ|o_i| of the whole update, if these rows are a micro-batch of it
-    logp_sampled              [N, T]         log π as it was recorded while sampling, for IS_RATIO
+    denominator               [N, 1]         what divides each output; None: these rows are the whole update
+    logp_sampled              [N, T]         log π as it was recorded while sampling, for CORRECTION
     """
     mask = mask.bool()
-    num_sequences, num_tokens = num_sequences or len(mask), num_tokens or mask.sum().clamp(min=1)
-    A = advantages[:, None] if advantages.dim() == 1 else advantages  # [N, 1] or [N, T]
+    if denominator is None:
+        denominator = denominators(mask.sum(1), GROUP_SIZE)  # [N, 1]
+    A = advantages  # [N] or [N, T]
+    if A.dim() == 1:
+        A = A[:, None]  # [N, 1]
     # padding may hold anything, even nan, and 0 · nan is nan
-    logp, logp_old, A = (torch.where(mask, x, 0.0) for x in (logp, logp_old, A))  # [N, T]
+    logp = torch.where(mask, logp, 0.0)  # [N, T]
+    logp_old = torch.where(mask, logp_old, 0.0)  # [N, T]
+    A = torch.where(mask, A.to(logp.dtype), 0.0)  # [N, T]
 
-    # min( ρ Â, clip(ρ, 1 - ε, 1 + ε) Â ) with ρ = π_θ / π_θold
-    ratio = importance_ratio(logp, logp_old, mask, DELTA or math.inf)  # [N, T]
-    clipped = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
-    objective = torch.minimum(ratio * A, clipped * A)  # [N, T]
-    if CLIP == "weight":  # CISPO, arXiv 2506.13585: no token loses its gradient
-        objective = clipped.detach() * A * logp  # [N, T]
-    if IS_RATIO != "none":
-        objective = objective * within_limits(sampling_weight(logp_old, logp_sampled, mask))  # [N, T]
-
-    # - β D_KL, eq. (4): D_KL = π_ref/π_θ - log(π_ref/π_θ) - 1, which is never negative
+    objective = OBJECTIVES[OBJECTIVE](logp, logp_old, A, mask)  # [N, T]  `clipped`, below
+    if CORRECTION != "none":
+        objective = objective * CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)  # [N, T]
     if BETA and logp_ref is not None:
-        log_r = torch.where(mask, logp_ref, 0.0) - logp  # [N, T]  log(π_ref/π_θ)
-        kl = torch.expm1(log_r) - log_r  # [N, T]  expm1(x) is exp(x) - 1, exact for small x
-        if KL == "k1":  # or instead one of Schulman's other two estimators
-            kl = -log_r
-        elif KL == "k2":
-            kl = log_r.square() / 2
-        elif KL == "k3+":  # DeepSeek-V3.2, arXiv 2512.02556: × π_θ/π_θold, with its gradient
-            kl = (logp - logp_old).exp() * kl
-        objective = objective - BETA * kl  # [N, T]
-
+        logp_ref = torch.where(mask, logp_ref, 0.0)  # [N, T]
+        objective = objective - BETA * KLS[KL](logp, logp_old, logp_ref)  # [N, T]  `k3`, below
     # 1/G Σ_i 1/|o_i| Σ_t, and the mean over the Q questions
-    return -mean_over_outputs(objective, mask, num_sequences, num_tokens)
+    return -sum_over_tokens(objective, mask, denominator)
 
 
-def importance_ratio(logp, logp_old, mask, highest=math.inf):
-    """ρ = π_θ/π_θold of each token [N, T]; with RATIO = "sequence" their geometric mean over each output (GSPO).
+def clipped(logp, logp_old, A, mask):
+    """The first part of eq. (3): min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â) with ρ = π_θ/π_θold. [N, T]; mask is for `gspo`."""
+    ratio = token_ratio(logp, logp_old)  # [N, T]  ρ
+    limited = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
+    return torch.minimum(ratio * A, limited * A)
 
-    highest: δ of the dual clip (arXiv 1912.09729). Where Â > 0 the clip at 1 + ε, which is lower, makes it idle.
+
+def token_ratio(logp, logp_old):
+    """ρ_{i,t} = π_θ/π_θold of each token: [N, T]."""
+    log_ratio = (logp - logp_old).clamp(max=80)  # fp32 has no number for e^89
+    return log_ratio.exp()
+
+
+def k3(logp, logp_old, logp_ref):
+    """Eq. (4): D_KL = π_ref/π_θ - log(π_ref/π_θ) - 1, which is never negative. [N, T]; logp_old is for `k3_plus`."""
+    log_ratio = logp_ref - logp  # [N, T]  log(π_ref/π_θ)
+    return torch.expm1(log_ratio) - log_ratio  # expm1(x) is exp(x) - 1, exact for small x
+
+
+def sum_over_tokens(x, mask, denominator):
+    """Σ_i Σ_t x_{i,t} / denominator_i, over the tokens of the outputs: a scalar."""
+    return (x * mask / denominator).sum()
+
+
+def denominators(lengths, group_size):
+    """What divides the tokens of each output: [N, 1]. The counts in it are those of the whole update, over all ranks.
+
+    lengths [N]: |o_i|. "sequence" is the 1/(Q·G) Σ_i 1/|o_i| Σ_t of eq. (3).
     """
-    log_ratio = logp - logp_old  # [N, T]
-    if RATIO == "sequence":
-        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]
-    return log_ratio.clamp(max=math.log(highest)).exp()  # before exp: the gradient of exp(inf) is nan
-
-
-def mean_over_outputs(x, mask, num_sequences, num_tokens):
-    """1/N Σ_i 1/|o_i| Σ_t x_{i,t}, a scalar; or with another DENOMINATOR in the place of N |o_i|."""
-    divisor = num_sequences * mask.sum(1, keepdim=True).clamp(min=1)  # [N, 1]  N |o_i|
-    if DENOMINATOR == "token":  # DAPO
-        divisor = num_tokens
-    elif DENOMINATOR == "constant":  # Dr. GRPO
-        divisor = num_sequences * MAX_NEW_TOKENS
-    return (x * mask / divisor).sum()
+    outputs, tokens = llms.sums_over_ranks(len(lengths), int(lengths.sum()))  # N and Σ|o| of all ranks
+    lengths = lengths[:, None]  # [N, 1]
+    if DENOMINATOR == "sequence":
+        denominator = outputs * lengths
+    elif DENOMINATOR == "constant":  # Dr. GRPO, arXiv 2503.20783
+        denominator = outputs * torch.full_like(lengths, MAX_NEW_TOKENS)
+    elif DENOMINATOR == "token":  # Σ|o| of the whole update: what TRL and verl compute for DAPO
+        denominator = torch.full_like(lengths, tokens)
+    elif DENOMINATOR == "group":  # DAPO, arXiv 2503.14476: Σ|o| of each group, then the mean over the Q questions
+        of_group = lengths.view(-1, group_size).sum(1)  # [Q]
+        questions = outputs // group_size
+        denominator = questions * of_group.repeat_interleave(group_size)[:, None]
+    return denominator.clamp(min=1)  # MASK_TRUNCATED makes lengths 0
 
 
 # ==== Algorithm 1 ===================================================================================================
 
 
-def draw(state, source):
-    """Lines 5 to 8: a batch of questions, G outputs of the source for each, and their rewards."""
-    problems, prompts = next_questions(state)  # 5: a batch D_b
-    # 6: π_θold ← π_θ needs no copy of the network: logp_old, below
-    # 7: {o_i} ~ π_θold(·|q), G for each q; for SFT, which has no source, the worked solutions of the data set
-    rollout = sample(state, source, prompts) if source else worked_solutions(state, problems, prompts)
-    by_name = score_outputs(rollout, problems, state)  # 8: {name: [Q, G]}
-    if state.step >= COLD_START:
-        state.tokens += llms.sums_over_ranks(int(rollout.mask.sum()))[0]
-    return Batch(problems, rollout, by_name)
-
-
-def take_step(state):
-    """Lines 5 to 11 for one batch of questions; with several ranks each has its share. Returns the step's metrics."""
-    batch = next_batch(state, state.policy)  # 5 to 8: a draw
-    rollout, by_name = batch.rollout, batch.by_name
-    rewards = weighted_sum(by_name)  # r_i, [Q, G]
-    logp_old = log_probs(state, state.policy, rollout) if MU > 1 else None  # 6: log π_θold, [N, T]
-    logp_ref = log_probs(state, state.reference, rollout) if BETA else None  # [N, T]
-    if SUPERVISION == "outcome" and NORMALIZE == "sum":
-        advantages = group_advantages(rewards).flatten()  # 9: Â_i, [N]
-    elif SUPERVISION == "outcome":
-        advantages = normalized_each(by_name).flatten()  # [N]
-    else:
-        advantages, by_name["steps"] = supervise_steps(state, rollout, batch.problems, rewards)  # 9: Â_{i,t}, [N, T]
-    with llms.timed("update"):
-        updates = [update(state, rollout, advantages, logp_old, logp_ref) for _ in range(MU * batch.learns)]  # 10, 11
-    return record_step(state, batch, advantages, updates)
-
-
 def train(state, after_step):
     """Algorithm 1, iterative GRPO, from wherever the state stands.
 
-    after_step(state, metrics) evaluates and saves. Where it returns a signal to stop for, so does this function.
+    after_step(state, metrics) evaluates and saves. It returns 0, or the number of a signal to stop for, such as that of
+    Ctrl-C; then this function ends and returns it too.
     """
-    while state.step < COLD_START:  # 1: π_θinit is the model as loaded, after this SFT
-        if stopped := after_step(state, TABLE_10["sft"](state)):
+    # 1: π_θ ← π_θinit, the model as it was loaded
+    if state.step <= COLD_START:  # also after its last step: a run that is resumed there has yet to reset AdamW
+        stopped = cold_start(state, after_step)
+        if stopped:
             return stopped
-    if state.step == COLD_START:
-        state.optimizer.state.clear()  # AdamW begins anew
-        if state.critic:
-            state.critic.trunk.load_state_dict(state.policy.base_model.state_dict())
-    one_step = take_step if ALGORITHM == "grpo" else TABLE_10[ALGORITHM]  # the other methods: see Table 10, below
     for iteration in range(ITERATIONS):  # 2
-        first = COLD_START + iteration * STEPS
-        if state.step == first and needs_reference():  # otherwise it came with the checkpoint
-            state.reference = None  # frees its memory first
-            state.reference = llms.frozen_copy(state.policy, adapter=first > 0)  # 3: π_ref ← π_θ
+        first = COLD_START + iteration * STEPS  # steps that are done before this iteration
+        if state.step == first and needs_reference():
+            state.reference = None  # frees its memory
+            state.reference = llms.frozen_copy(state.policy)  # 3: π_ref ← π_θ
         while state.step < first + STEPS:  # 4
-            metrics = one_step(state)  # 5 to 11
+            llms.start_clock()
+            if ALGORITHM == "grpo":
+                learnt = grpo_step(state)  # 5 to 11
+            else:
+                learnt = other_step(state, TABLE_10[ALGORITHM])
             # 12: the reward is a rule or a frozen model, there is nothing to train
-            if stopped := after_step(state, metrics):
+            state.step += 1
+            stopped = after_step(state, record_step(state, learnt))
+            if stopped:
                 return stopped
+    return 0
+
+
+def cold_start(state, after_step):
+    """Before Algorithm 1: COLD_START steps of SFT (Table 10), whose result is π_θinit. Returns what `train` returns."""
+    while state.step < COLD_START:
+        llms.start_clock()
+        learnt = other_step(state, TABLE_10["sft"])
+        state.step += 1
+        stopped = after_step(state, record_step(state, learnt))
+        if stopped:
+            return stopped
+    state.optimizer.state.clear()  # AdamW begins again
+    if state.critic:  # V_ψ starts from π_θinit too
+        state.critic.trunk.load_state_dict(state.policy.base_model.state_dict())
+    return 0
+
+
+def needs_reference():
+    """Is π_ref needed? RFT and DPO sample from it, GRPO and PPO have a KL, Online RFT records one."""
+    if ALGORITHM in ("rft", "dpo"):
+        return True
+    if ALGORITHM in ("sft", "distill"):
+        return False
+    return BETA > 0
+
+
+def grpo_step(state):
+    """Lines 5 to 11 for one batch of questions; with several ranks, each has its share."""
+    if REFILL or STALENESS:
+        batch = other_batch(state)  # published later
+    else:
+        batch = draw(state, state.policy)  # 5 to 8
+    logp_old = None  # with μ = 1 it is log π_θ itself
+    if MU > 1:
+        logp_old = llms.log_probs(state.policy, batch.rollout, TEMPERATURE)  # [N, T]
+    logp_ref = None
+    if BETA:
+        logp_ref = llms.log_probs(state.reference, batch.rollout, TEMPERATURE)  # [N, T]
+    if SUPERVISION == "outcome":
+        advantages = outcome_advantages(batch).flatten()  # 9: Â_i, [N]
+    else:
+        advantages = step_advantages(state, batch)  # 9: Â_{i,t}, [N, T]
+    updates = []
+    if batch.learns:
+        for _ in range(MU):  # 10
+            updates.append(update(state, batch.rollout, advantages, logp_old, logp_ref))  # 11
+    return Learnt(batch, advantages, updates)
+
+
+def outcome_advantages(batch):
+    """Line 9 with outcome supervision: [Q, G], by the function of ADVANTAGE: `group_advantages`."""
+    if ADVANTAGE == "gdpo":  # the only one that looks at each reward by itself
+        return gdpo(batch.by_name)
+    return ADVANTAGES[ADVANTAGE](batch.rewards)
+
+
+def step_advantages(state, batch):
+    """Â_{i,t} [N, T]; the mean reward of each output's reasoning steps is recorded as the reward "steps"."""
+    rollout = batch.rollout
+    Q, G = batch.rewards.shape
+    marks = []  # for each output [(end of a reasoning step in the text, its reward)]
+    for i, text in enumerate(rollout.texts):
+        marks.append(evaluator.step_rewards(text, batch.problems[i // G]))
+    step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, marks)  # [N, T]
+    means = step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)  # [N]
+    batch.by_name["steps"] = means.view(Q, G)  # without the answer, which comes now
+    if SUPERVISION == "process":  # the answer is one more step: r_i on the last token
+        row = torch.arange(Q * G)
+        end_token = rollout.mask.sum(1).cpu() - 1  # [N]
+        step_rewards[row, end_token] = batch.rewards.flatten()
+        step_ends[row, end_token] = True
+    advantages = process_advantages(step_rewards.view(Q, G, -1), step_ends.view(Q, G, -1))  # [Q, G, T]
+    if SUPERVISION == "both":
+        outcome = group_advantages(batch.rewards)[:, :, None]  # [Q, G, 1]
+        advantages = outcome + REWARDS["steps"] * advantages
+    return advantages.flatten(0, 1)
+
+
+def draw(state, source):
+    """Lines 5 to 8: questions, G outputs of the source for each, and their rewards."""
+    problems, prompts = next_questions(state)  # 5: a batch D_b
+    # 6: π_θold ← π_θ needs no copy of the network: logp_old holds all that eq. (3) asks of π_θold
+    rollout = llms.sample(  # 7: {o_i} ~ π_θold(·|q), G for each q
+        source, state.tokenizer, prompts, GROUP_SIZE, MAX_NEW_TOKENS, TEMPERATURE, state.generator
+    )
+    if source is not state.policy:
+        rollout = rollout._replace(logp=None, entropy=None)  # they are not π_θ's
+    state.tokens += llms.sum_over_ranks(int(rollout.mask.sum()))
+    by_name = score(state, problems, rollout)  # 8: {name of a reward: [Q, G]}
+    return Batch(problems, rollout, by_name, weighted_sum(by_name))
+
+
+# ---- line 5: the questions -----------------------------------------------------------------------------------------
+
+
+def next_questions(state):
+    """QUESTIONS_PER_STEP problems whose prompts are short enough: this rank's problems, and its prompts as token ids."""
+    open_stream(state)
+    problems = []
+    prompts = []
+    while len(problems) < QUESTIONS_PER_STEP:
+        problem = next(state.stream)
+        prompt = prompt_ids(state.tokenizer, problem)
+        state.position += 1
+        if len(prompt) <= state.prompt_limit:
+            problems.append(problem)
+            prompts.append(prompt)
+        else:
+            state.prompts_skipped += 1
+    state.questions += len(problems)
+    return llms.share(problems), llms.share(prompts)
+
+
+def open_stream(state):
+    """Open state.stream at state.position, in the data set of the step that the next questions are for."""
+    stage, dataset = stage_of(state.step + len(state.queue))  # the queue has the batches of the steps before it
+    if stage != state.stage:
+        state.stage = stage
+        state.position = 0
+        state.stream = None
+    if state.stream is None:
+        seed = f"{SEED} {stage}" if stage else SEED
+        state.stream = rldatasets.shuffled(dataset, "train", seed, state.position)
+
+
+def stage_of(step):
+    """(number, data set) of the curriculum's stage at a step; the cold start has the questions of the first stage."""
+    return rldatasets.stage_at(DATASET, max(0, step - COLD_START), STEPS)
+
+
+def prompt_ids(tokenizer, problem):
+    """The prompt of a problem, with SHOTS worked examples in it that are the same for all problems."""
+    examples = rldatasets.examples(stage_of(0)[1], SHOTS)
+    return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
+
+
+# ---- line 8: the rewards -------------------------------------------------------------------------------------------
+
+
+@llms.timed("reward")
+def score(state, problems, rollout):
+    """Every reward of every output, unweighted: {name: [Q, G]}."""
+    by_name = rule_rewards(problems, rollout)
+    if rollout.group_size > 1:
+        by_name |= rewards_of_groups(problems, rollout)
+    if problems[0].get("kind") == "nim":
+        by_name["optimal"] = by_name["correctness"]
+        by_name["correctness"] = self_play(state, problems, rollout)  # a move is right if it wins
+    by_name["overlong"] = overlong(rollout)
+    if state.reward_model:
+        by_name["reward_model"] = model_rewards(state.reward_model, problems, rollout)
+    if state.judge and rollout.group_size > 1:
+        by_name |= judge_rewards(state.judge, problems, rollout)
+    if REWARDS.get("random"):
+        by_name["random"] = coin_tosses(state, problems, rollout)
+    return by_name
+
+
+def rule_rewards(problems, rollout):
+    """The rewards of evaluator.py that look at one output: {name: [Q, G]}."""
+    G = rollout.group_size
+    asked = [problem for problem in problems for _ in range(G)]  # [N]
+    threads = max(1, os.cpu_count() // llms.LOCAL_WORLD)
+    by_name, failures = evaluator.score(rollout.texts, asked, threads)
+    failed, outputs = llms.sums_over_ranks(len(failures), len(asked))
+    if failed == outputs:
+        raise RunError(f"the rewards fail on every output: {failures[0]}")
+    note_failures(failures)
+    return {name: torch.tensor(values).view(-1, G) for name, values in by_name.items()}
+
+
+def weighted_sum(by_name):
+    """r_i = Σ weight × reward: [Q, G]. A reward that is not in REWARDS is only recorded."""
+    total = 0.0
+    for name, values in by_name.items():
+        total = total + REWARDS.get(name, 0.0) * values
+    return total
+
+
+# ==== One update: line 11 ===========================================================================================
+# Line 11 says "by maximising the GRPO objective (Equation 21)". Equation (21) is the gradient coefficient of the
+# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3); its gradient there is (20).
+
+
+class Update(NamedTuple):
+    """What is recorded of an optimizer step: numbers to be averaged over the μ updates of a step, and maxima."""
+
+    means: dict
+    maxima: dict
+
+
+@llms.timed("update")
+def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
+    """One optimizer step on the whole rollout, unless the loss or the gradient is not finite.
+
+    advantages [N] or [N, T], or the gradient coefficient of another method (Table 10, below); logp_old None if π_θold is
+    π_θ; targets: what PPO's critic learns.
+    """
+    means, maxima = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
+    norms = []  # of the gradient, as they were before the clipping
+    for network in (state.policy, state.critic):
+        if network is not None:
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+            norms.append(llms.full_tensor(norm).item())
+    lr = learning_rate(state.updates)
+    state.optimizer.param_groups[0]["lr"] = lr
+    finite = math.isfinite(means["loss"]) and all(math.isfinite(norm) for norm in norms)
+    if finite:
+        state.optimizer.step()
+    state.optimizer.zero_grad()
+    means["grad_norm"] = norms[0]
+    means["lr"] = lr
+    means["skipped_updates"] = 0 if finite else 1
+    state.updates += 1
+    return Update(means, maxima)
+
+
+@llms.retry_with_less_memory("token_budget")
+def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
+    """Leave the gradient of the whole rollout in .grad; returns two dicts of diagnostics: means and maxima.
+
+    The denominators are those of the whole update, over all micro-batches and ranks. So the gradients of micro-batches
+    add up to the gradient of the full batch, but for rounding.
+    """
+    for trained in state.optimizer.param_groups:
+        for weight in trained["params"]:
+            weight.grad = torch.zeros_like(weight)  # not None: AdamW's momentum moves a weight without a gradient
+    lengths = rollout.mask.sum(1)  # [N]  |o_i|
+    A = advantages.view(len(lengths), -1).to(lengths.device)  # [N, 1] or [N, T]
+    counted = in_loss(rollout)  # [N]
+    denominator = denominators(torch.where(counted, lengths, 0), rollout.group_size)  # [N, 1]
+    has_gradient = counted  # [N]
+    if logp_ref is None and targets is None:
+        has_gradient = counted & A.any(1)
+    learnt_tokens = llms.sum_over_ranks(int(lengths[has_gradient].sum()))
+    learnt_rows = has_gradient.nonzero().flatten().tolist()
+    sums = Counter(loss=0.0)
+    maxima = Counter()
+    for rows, factor in llms.micro_batches(rollout, learnt_rows):  # factor 0: an empty turn, while others have more
+        ids, attention, mask = rollout.rows(rows)
+        T = mask.shape[1]
+        logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
+        old = part(logp_old, rows, T)  # [n, T]
+        if old is None:
+            old = logp.detach()
+        ref = part(logp_ref, rows, T)
+        sampled = part(rollout.logp, rows, T)
+        loss = loss_function(logp, old, ref, A[rows, :T], mask, denominator[rows], sampled)
+        (factor * loss).backward()
+        sums["loss"] += factor * loss.item()
+        if factor:
+            means, largest = diagnostics(logp, old, ref, sampled, A[rows, :T], mask)
+            for name, x in means.items():
+                sums[name] += torch.where(mask, x, 0).sum().item() / learnt_tokens
+            for name, x in largest.items():
+                maxima[name] = max(maxima[name], torch.where(mask, x, 0).max().item())
+        if targets:
+            V = state.critic.token_values(ids, attention, mask)  # [n, T]
+            V_old = part(targets.values, rows, T)
+            loss = value_loss(V, V_old, part(targets.returns, rows, T), mask, denominator[rows])
+            (factor * loss).backward()
+            sums["value_loss"] += factor * loss.item()
+    return llms.merged_over_ranks(sums, sum), llms.merged_over_ranks(maxima, max)
+
+
+def in_loss(rollout):
+    """Which outputs count in the loss: [N]."""
+    if MASK_TRUNCATED:
+        return ~rollout.truncated
+    return torch.ones_like(rollout.truncated)
+
+
+def part(x, rows, T):
+    """Some rows of a tensor [N, …], and its first T columns; None stays None."""
+    return None if x is None else x[rows, :T]
+
+
+@torch.no_grad()
+def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
+    """Is the update healthy? Two dicts {name: a number of each token}, of which the mean, or the maximum, is recorded."""
+    ratio = token_ratio(logp, logp_old)  # [n, T]
+    if OBJECTIVE == "gspo":
+        ratio = sequence_ratio(logp, logp_old, mask)  # [n, 1]
+    below = ratio < 1 - EPSILON_LOW
+    above = ratio > 1 + EPSILON_HIGH
+    if OBJECTIVE != "cispo":  # the others clip only a ratio that has moved in the direction of Â
+        below = below & (A < 0)
+        above = above & (A > 0)
+    means = {"clip_low": below, "clip_high": above}
+    maxima = {"ratio_max": ratio}
+    if logp_sampled is not None:
+        gap = (logp_old - logp_sampled).abs()
+        name = "staleness_gap" if STALENESS else "sampler_gap"
+        means[name] = gap
+        maxima[f"{name}_max"] = gap
+    if logp_sampled is not None and CORRECTION != "none":
+        weight = token_weight(logp_old, logp_sampled, mask)  # [n, T]
+        if CORRECTION == "sequence_tis":
+            weight = sequence_weight(logp_old, logp_sampled, mask)  # [n, 1]
+        means["correction"] = weight
+        limited = CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)
+        means["correction_limited"] = limited != weight
+        maxima["correction_max"] = weight
+    if logp_ref is not None:
+        means["kl"] = k3(logp, logp_old, logp_ref)
+        maxima["kl_log_ratio_max"] = (logp_ref - logp).abs()
+    return means, maxima
+
+
+def learning_rate(number):
+    """The learning rate of update `number`, from 0 on: it warms up, then follows SCHEDULE. So does the cold start's."""
+    highest = LEARNING_RATE
+    total = ITERATIONS * STEPS * MU
+    if number < COLD_START:
+        highest = 2e-4 if LORA_RANK else 2e-5  # a usual rate of SFT; adapters need about ten times as much
+        total = COLD_START
+    else:
+        number -= COLD_START
+    if number < WARMUP:
+        return highest * (number + 1) / (WARMUP + 1)
+    left = (total - number) / max(1, total - WARMUP)  # falls from 1 to 0
+    if SCHEDULE == "linear":
+        return highest * left
+    if SCHEDULE == "cosine":
+        return highest * (1 + math.cos(math.pi * (1 - left))) / 2
+    return highest
+
+
+# ==== What a step and a run carry ===================================================================================
+
+
+@dataclass
+class Batch:
+    """What a step trains on, this rank's share: Q questions, N = Q·G outputs, their rewards."""
+
+    problems: list
+    rollout: llms.Rollout
+    by_name: dict  # {name of a reward: [Q, G]}, unweighted
+    rewards: torch.Tensor  # [Q, G]  r_i
+    learns: bool = True  # False: too few groups are left, and no update is made
+    dropped: list = field(default_factory=list)  # records of outputs that were drawn in vain (REFILL)
+    metrics: dict = field(default_factory=dict)  # of how it was drawn
+
+
+@dataclass
+class Learnt:
+    """What is recorded of a step."""
+
+    batch: Batch
+    advantages: torch.Tensor  # [N] or [N, T], or the gradient coefficient of another method
+    updates: list  # an Update for each of the μ updates
+    metrics: dict = field(default_factory=dict)  # of the method
 
 
 @dataclass
@@ -337,134 +664,26 @@ class State:
     generator: torch.Generator = None  # the random numbers of sampling
     reference: torch.nn.Module = None  # π_ref, where something needs it
     critic: torch.nn.Module = None  # V_ψ of PPO
-    reward_model: tuple = None  # REWARD_MODEL and its tokenizer
-    judge: tuple = None  # JUDGE and its tokenizer
+    reward_model: llms.RewardModel = None  # REWARD_MODEL
+    judge: llms.Judge = None  # JUDGE
     teacher: torch.nn.Module = None  # TEACHER
-    queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
     stream: object = None  # iterator over the training problems
-    memory: llms.Memory = field(default_factory=lambda: llms.Memory(TOKEN_BUDGET, CACHE_TOKENS))  # fit: see llms
+    queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
     prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
-    step: int = 0  # over all iterations, as the counters below
+    step: int = 0  # of the cold start and of all iterations, as the counters below
     updates: int = 0  # optimizer steps, skipped ones included
     stage: int = 0  # finished stages of the curriculum
     position: int = 0  # problems read in this stage; 0 again at the next
     questions: int = 0  # drawn
     prompts_skipped: int = 0  # too long
-    tokens: int = 0  # of sampled outputs
-    failures: int = 0  # steps in a row whose update was not finite
-    began: float = 0.0  # when this step began
+    tokens: int = 0  # of outputs, those of the cold start left out
+    not_finite: int = 0  # steps in a row whose update was not finite
     stop_signal: int = 0  # Ctrl-C or SIGTERM, which ask for an end after the step
 
     def networks(self):
-        networks = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
-        return {name: network for name, network in networks.items() if network is not None}
-
-
-class Batch(NamedTuple):
-    """What a step trains on, this rank's share: Q questions, N = Q·G outputs, their rewards {name: [Q, G]}."""
-
-    problems: list
-    rollout: llms.Rollout
-    by_name: dict
-    learns: bool = True  # False: no update is made of it
-    dropped: tuple = ()  # records of outputs, of all ranks, that were drawn in vain (REFILL)
-    extra: tuple | dict = ()  # metrics of how it was drawn
-
-
-# ==== One update: line 11 ===========================================================================================
-# Line 11 says "by maximising the GRPO objective (Equation 21)". Equation (21) is the gradient coefficient of the
-# objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3); its gradient there is (20).
-
-
-def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
-    """One optimizer step on the whole rollout, unless the loss or the gradient is not finite; returns diagnostics.
-
-    advantages [N] or [N, T], or another method's GC; logp_old None if π_θold is π_θ; targets: PPO's V_old and R.
-    """
-    inputs = (state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
-    diagnostics = state.memory.fit("token_budget", lambda token_budget: backward(*inputs, token_budget))
-    lr = learning_rate(state.updates)
-    state.optimizer.param_groups[0]["lr"] = lr
-    trained = [network.parameters() for network in (state.policy, state.critic) if network is not None]
-    norms = [torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM) for weights in trained]  # each by itself
-    norms = [llms.full_tensor(norm).item() for norm in norms]  # as they were before the clipping
-    finite = all(map(math.isfinite, [diagnostics["loss"], *norms]))
-    if finite:
-        state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.updates += 1
-    return {**diagnostics, "grad_norm": norms[0], "lr": lr, "skipped_updates": int(not finite)}
-
-
-def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets, token_budget):
-    """Leave the gradient of the whole rollout in .grad; returns diagnostics.
-
-    Every loss is divided by the counts of the whole update, over all micro-batches and ranks: the micro-batch gradients
-    sum to the full-batch gradient, up to rounding.
-    """
-    for weight in (weight for group in state.optimizer.param_groups for weight in group["params"]):
-        weight.grad = torch.zeros_like(weight)  # AdamW skips weights whose grad is None
-    N, lengths = len(rollout.mask), rollout.mask.sum(1)  # [N]
-    A = advantages.view(N, -1).to(lengths.device)  # [N, 1] or [N, T]
-    rows = [row for row, truncated in enumerate(rollout.truncated.tolist()) if not (MASK_TRUNCATED and truncated)]
-    local_tokens = int(lengths[rows].sum())  # Σ|o_i| of this rank, outputs with Â = 0 included
-    if DROP_ZERO_ADVANTAGE or (logp_ref is None and targets is None):  # without KL and critic, Â = 0 has no gradient
-        has_advantage = A.any(1).tolist()
-        rows = [row for row in rows if has_advantage[row]]
-    num_sequences, num_tokens, learned_tokens = llms.sums_over_ranks(N, local_tokens, int(lengths[rows].sum()))
-    parts = []
-    for batch, is_real in llms.lockstep(rollout.micro_batches(rows, GROUP_SIZE, token_budget)):
-        ids, attention, mask = rollout.rows(batch)
-        T = mask.shape[1]
-        old, ref, sampled = (None if x is None else x[batch, :T] for x in (logp_old, logp_ref, rollout.logp))  # [n, T]
-        logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
-        old = logp.detach() if old is None else old
-        loss = loss_function(logp, old, ref, A[batch, :T], mask, num_sequences, num_tokens, sampled)
-        (loss * is_real).backward()  # adds 0 for a dummy batch, by which a rank that has finished waits for the others
-        if is_real:
-            parts.append({"loss": loss.item(), **diagnose(logp, old, ref, sampled, A[batch, :T], mask, learned_tokens)})
-        if targets:
-            V = state.critic.token_values(ids, attention, mask)  # [n, T]
-            loss = value_loss(V, *(target[batch, :T] for target in targets), mask, num_sequences, num_tokens)
-            (loss * is_real).backward()
-            parts.append({"value_loss": is_real * loss.item()})
-    totals = defaultdict(float)
-    for name, value in (item for part in llms.gather(parts) for item in part.items()):
-        totals[name] = max(totals[name], value) if name.endswith("max") else totals[name] + value
-    return totals
-
-
-@torch.no_grad()
-def diagnose(logp, logp_old, logp_ref, logp_sampled, A, mask, learned_tokens):
-    """Is the update healthy? What this micro-batch adds to each mean over the update, and its own maxima."""
-    ratio = importance_ratio(logp, logp_old, mask)  # [n, T]
-    sums = {"clip_low": (ratio < 1 - EPSILON_LOW) & ((A < 0) | (CLIP == "weight")) & mask}
-    sums["clip_high"] = (ratio > 1 + EPSILON_HIGH) & ((A > 0) | (CLIP == "weight")) & mask
-    maxima = {"ratio_max": ratio * mask}
-    if logp_sampled is not None:
-        gap = "staleness_gap" if STALENESS else "sampler_gap"
-        sums[gap] = maxima[f"{gap}_max"] = (logp_old - logp_sampled).abs() * mask
-    if logp_sampled is not None and IS_RATIO != "none":
-        weight = sampling_weight(logp_old, logp_sampled, mask)  # [n, T] or [n, 1]
-        sums["is_weight"] = maxima["is_weight_max"] = torch.where(mask, weight, 0.0)
-        sums["is_outside"] = (within_limits(weight) != weight) & mask
-    if logp_ref is not None:
-        log_r = logp_ref - logp  # [n, T]  log(π_ref/π_θ)
-        sums["kl"] = (torch.expm1(log_r) - log_r) * mask  # eq. (4)
-        maxima["kl_log_ratio_max"] = log_r.abs() * mask
-    sums = {name: x.sum().item() / learned_tokens for name, x in sums.items()}
-    return sums | {name: x.max().item() for name, x in maxima.items()}
-
-
-def learning_rate(number):
-    """The learning rate of update `number`, from 0 on: the cold start and Algorithm 1 each warm up, then SCHEDULE."""
-    highest, total = COLD_START_LEARNING_RATE, COLD_START
-    if number >= COLD_START:
-        highest, total, number = LEARNING_RATE, ITERATIONS * STEPS * MU, number - COLD_START
-    if number < WARMUP:
-        return highest * (number + 1) / (WARMUP + 1)
-    left = (total - number) / max(1, total - WARMUP)  # falls from 1 to 0
-    return highest * {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[SCHEDULE]
+        """The networks that a checkpoint holds, by name."""
+        named = {"policy": self.policy, "reference": self.reference, "critic": self.critic}
+        return {name: network for name, network in named.items() if network is not None}
 
 
 # ==== Table 10 (§5.2.1): the other methods ==========================================================================
@@ -472,86 +691,139 @@ def learning_rate(number):
 # the reward function and the gradient coefficient GC.
 
 
-def other_step(state, source, coefficients, loss_function):
-    """A step of the other methods, in the place of `take_step`.
+class Method(NamedTuple):
+    """A row of Table 10."""
 
-    source: the model that samples, or None for q, o ~ P_sft(Q, O), the worked solutions of the data set.
-    coefficients(...) returns GC, [N] or [N, T]; the critic's targets or None; a dict of metrics.
-    """
-    batch = next_batch(state, source)
-    rollout, by_name = batch.rollout, batch.by_name  # {name: [Q, G]}
-    on_policy = source is state.policy  # ratios and the KL can be estimated only from outputs of π_θ
-    logp_old = log_probs(state, state.policy, rollout) if on_policy and MU > 1 else None  # [N, T]
-    logp_ref = log_probs(state, state.reference, rollout) if on_policy and needs_reference() else None  # [N, T]
-    GC, targets, extra = coefficients(state, rollout, by_name, logp_old, logp_ref)
-    num_updates = MU if source else 1  # given texts are imitated once a step, whatever μ
-    with llms.timed("update"):
-        updates = [update(state, rollout, GC, logp_old, logp_ref, loss_function, targets) for _ in range(num_updates)]
-    return record_step(state, batch, GC, updates, extra)
+    source: str  # D: "policy" (π_θ), "reference" (π_sft), or "solutions" (P_sft(Q, O), of the data set)
+    coefficient: Callable  # GC, a function of (state, batch, logp_old, logp_ref)
+    loss: Callable
 
 
-def likelihood_loss(logp, logp_old, logp_ref, GC, mask, num_sequences, num_tokens, logp_sampled=None):
-    """- 1/N Σ_i 1/|o_i| Σ_t GC_i log π_θ: minus eq. (6), (8); with DPO's GC its gradient is that of minus eq. (12)."""
-    return -mean_over_outputs(GC * logp, mask, num_sequences, num_tokens)
+class Coefficient(NamedTuple):
+    """What a coefficient function returns."""
+
+    GC: torch.Tensor  # [N] or [N, T]
+    targets: object = None  # what PPO's critic learns
+    metrics: object = None  # {name: number} to record
 
 
-def ones(state, rollout, by_name, logp_old, logp_ref):
+def other_step(state, method):
+    """A step of one of the other methods, in the place of `grpo_step`."""
+    if method.source == "solutions":
+        batch = worked_solutions(state)
+    elif method.source == "reference":
+        batch = draw(state, state.reference)
+    else:
+        batch = draw(state, state.policy)
+    logp_old = None
+    logp_ref = None
+    if method.source == "policy":  # a ratio and a KL can be estimated only from outputs of π_θ
+        if MU > 1:
+            logp_old = llms.log_probs(state.policy, batch.rollout, TEMPERATURE)  # [N, T]
+        if needs_reference():
+            logp_ref = llms.log_probs(state.reference, batch.rollout, TEMPERATURE)  # [N, T]
+    GC, targets, metrics = method.coefficient(state, batch, logp_old, logp_ref)
+    updates = []
+    num_updates = 1 if method.source == "solutions" else MU
+    for _ in range(num_updates):
+        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, method.loss, targets))
+    return Learnt(batch, GC, updates, metrics or {})
+
+
+def likelihood_loss(logp, logp_old, logp_ref, GC, mask, denominator, logp_sampled=None):
+    """Minus 1/N Σ_i 1/|o_i| Σ_t GC_i log π_θ: eq. (6) and (8). With DPO's GC it has the gradient of (12), not its value."""
+    return -sum_over_tokens(GC * logp, mask, denominator)
+
+
+def worked_solutions(state):
+    """SFT's batch: questions with the worked solutions that the data set has, as outputs with an end token."""
+    problems, prompts = next_questions(state)
+    if not all(problem.get("solution") for problem in problems):
+        raise RunError("a question has no worked solution to imitate")
+    texts = [rldatasets.written_out(problem) for problem in problems]
+    rollout = llms.rollout_from_texts(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
+    if state.step >= COLD_START:
+        state.tokens += llms.sum_over_ranks(int(rollout.mask.sum()))
+    by_name = score(state, problems, rollout)
+    return Batch(problems, rollout, by_name, weighted_sum(by_name))
+
+
+def ones(state, batch, logp_old, logp_ref):
     """SFT: 1, eq. (7)."""
-    return torch.ones(len(rollout.mask)), None, {}
+    return Coefficient(torch.ones(len(batch.rollout.mask)))
 
 
-def is_right(state, rollout, by_name, logp_old, logp_ref):
+def is_right(state, batch, logp_old, logp_ref):
     """RFT and Online RFT: 𝕀(o), 1 if the answer is right, else 0, eq. (10)."""
-    return by_name["correctness"].flatten(), None, {}
+    return Coefficient(batch.by_name["correctness"].flatten())
 
 
-def preference(state, rollout, by_name, logp_old, logp_ref):
+def preference(state, batch, logp_old, logp_ref):
     """DPO: β σ(-Δ) for o⁺ and - β σ(-Δ) for o⁻, eq. (14), in pairs of a right and a wrong output of the same group.
 
     Δ = β (1/|o⁺| Σ_t log π_θ/π_ref(o⁺_t) - 1/|o⁻| Σ_t log π_θ/π_ref(o⁻_t)). Eq. (12) is the mean of log σ(Δ) over all
     pairs. As printed, (13) and (14) lack the factor β and have one Δ per token; this is the derivative of (12).
     """
-    right = by_name["correctness"] > 0  # [Q, G]
-    usable = ~rollout.truncated.cpu().view(right.shape) | (not MASK_TRUNCATED)  # [Q, G]
-    pairs = []  # (row of o⁺, row of o⁻)
+    rollout = batch.rollout
+    plus, minus = right_and_wrong(batch)  # rows, [pairs] each
+    N = len(rollout.mask)
+    num_pairs, num_outputs = llms.sums_over_ranks(len(plus), N)
+    GC = torch.zeros(N)  # [N]
+    if num_pairs == 0:
+        return Coefficient(GC, metrics={"dpo/pairs": 0})
+    logp = llms.log_probs(state.policy, rollout, TEMPERATURE)  # [N, T]
+    logp_ref = llms.log_probs(state.reference, rollout, TEMPERATURE)  # [N, T]
+    log_ratio = (logp - logp_ref).sum(1) / rollout.mask.sum(1).clamp(min=1)  # [N]
+    delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [pairs]
+    loss = -torch.nn.functional.logsigmoid(delta)  # [pairs]
+    coefficient = BETA_DPO * torch.sigmoid(-delta)  # [pairs]  β σ(-Δ)
+    GC[plus] = (coefficient * num_outputs / num_pairs).to(GC)  # `update` divides by N, and (12) by the pairs
+    GC[minus] = -GC[plus]
+    metrics = {
+        "dpo/pairs": num_pairs,
+        "dpo/loss": sum(llms.gather(loss.tolist())) / num_pairs,
+        "dpo/margin": sum(llms.gather(delta.tolist())) / num_pairs,
+    }
+    return Coefficient(GC, metrics=metrics)
+
+
+def right_and_wrong(batch):
+    """Pairs of a right and a wrong output of the same group, each output at most once: rows [pairs], rows [pairs]."""
+    usable = in_loss(batch.rollout).cpu().view(batch.rewards.shape)  # [Q, G]
+    right = batch.by_name["correctness"] > 0  # [Q, G]
     rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
-    for group, good, bad in zip(rows, right & usable, ~right & usable):
-        pairs += zip(group[good].tolist(), group[bad].tolist())
-    num_pairs, num_outputs = llms.sums_over_ranks(len(pairs), right.numel())
-    GC, extra = torch.zeros(right.numel()), {"dpo/pairs": num_pairs}  # [N]
-    if num_pairs:
-        plus, minus = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T  # 2 × [pairs]
-        log_ratio = log_probs(state, state.policy, rollout) - log_probs(state, state.reference, rollout)  # [N, T]
-        log_ratio = log_ratio.sum(1) / rollout.mask.sum(1).clamp(min=1)  # [N]
-        delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [pairs]
-        for name, x in (("dpo/loss", -torch.nn.functional.logsigmoid(delta)), ("dpo/margin", delta)):
-            extra[name] = sum(llms.gather(x.tolist())) / num_pairs
-        GC[plus] = (BETA_DPO * torch.sigmoid(-delta) * num_outputs / num_pairs).to(GC)  # the loss divides by N
-        GC[minus] = -GC[plus]
-    return GC, None, extra
+    plus = []
+    minus = []
+    for question in range(len(rows)):
+        good = rows[question][right[question] & usable[question]].tolist()
+        bad = rows[question][~right[question] & usable[question]].tolist()
+        pairs = min(len(good), len(bad))
+        plus += good[:pairs]
+        minus += bad[:pairs]
+    return torch.tensor(plus, dtype=torch.long), torch.tensor(minus, dtype=torch.long)
 
 
-def from_teacher(state, rollout, by_name, logp_old, logp_ref):
-    """On-policy distillation: log π_T - log π_θ of each token, π_T being the TEACHER; no group, no baseline.
+class Targets(NamedTuple):
+    """What PPO's critic learns."""
 
-    At π_θ = π_θold its gradient is that of minus the KL estimate k2 to the teacher, token by token.
-    """
-    logp = log_probs(state, state.policy, rollout) if logp_old is None else logp_old  # [N, T]
-    GC = (log_probs(state, state.teacher, rollout) - logp) * rollout.mask  # [N, T]
-    total, tokens = llms.sums_over_ranks(GC.sum().item(), int(rollout.mask.sum()))
-    return GC, None, {"distill/kl": -total / tokens, "distill/max": max(llms.gather([GC.abs().max().item()]))}
+    values: torch.Tensor  # [N, T]  V before the update
+    returns: torch.Tensor  # [N, T]
 
 
-def ppo_advantages(state, rollout, by_name, logp_old, logp_ref):
+def ppo_advantages(state, batch, logp_old, logp_ref):
     """PPO: A_t, eq. (18), by GAE on the rewards of eq. (2): r_i on the end token, - β log(π_θ/π_ref) on every token."""
-    values = per_token(state, llms.Critic.token_values, state.critic, rollout)  # [N, T]
+    rollout = batch.rollout
+    values = llms.values(state.critic, rollout)  # [N, T]
     rewards = torch.zeros_like(values)  # [N, T]
     end_token = rollout.mask.sum(1, keepdim=True) - 1  # [N, 1]
-    rewards.scatter_(1, end_token, weighted_sum(by_name).view(-1, 1).to(rewards))  # r_i
-    if BETA:  # with μ = 1, log π_θ is what was recorded while sampling
-        rewards -= BETA * ((rollout.logp if logp_old is None else logp_old) - logp_ref)
+    rewards.scatter_(1, end_token, batch.rewards.view(-1, 1).to(rewards))  # r_i
+    if BETA:
+        logp = logp_old
+        if logp is None:
+            logp = rollout.logp  # what was recorded while sampling
+        rewards -= BETA * (logp - logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
-    return advantages, (values, advantages + values), {}
+    return Coefficient(advantages, Targets(values, advantages + values))
 
 
 def gae(rewards, values, mask):
@@ -559,7 +831,9 @@ def gae(rewards, values, mask):
 
     rewards, values, mask [N, T] -> [N, T]. With V = 0, γ = λ = 1 and one reward at the end, A_t is that reward.
     """
-    advantages, A, V_next = torch.zeros_like(values), 0.0, 0.0
+    advantages = torch.zeros_like(values)
+    A = 0.0
+    V_next = 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + GAMMA * V_next - values[:, t]  # [N]
         A = (delta + GAMMA * LAMBDA * A) * mask[:, t]  # [N]
@@ -568,64 +842,90 @@ def gae(rewards, values, mask):
     return advantages
 
 
-def ppo_loss(logp, logp_old, logp_ref, advantages, mask, num_sequences, num_tokens, logp_sampled=None):
+def ppo_loss(logp, logp_old, logp_ref, advantages, mask, denominator, logp_sampled=None):
     """Minus eq. (1), which is eq. (3) without the KL: PPO has it in the reward."""
-    return grpo_loss(logp, logp_old, None, advantages, mask, num_sequences, num_tokens, logp_sampled)
+    return grpo_loss(logp, logp_old, None, advantages, mask, denominator, logp_sampled)
 
 
-def value_loss(values, values_old, returns, mask, num_sequences, num_tokens):
-    """½ max( (V - R)², (clip(V, V_old ± ε) - R)² ): no gradient beyond a change by ε (arXiv 1707.06347)."""
-    clipped = values.clamp(values_old - EPSILON_VALUE, values_old + EPSILON_VALUE)  # [N, T]
-    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)  # [N, T]
-    return mean_over_outputs(error / 2, mask, num_sequences, num_tokens)
+def value_loss(values, values_old, returns, mask, denominator):
+    """½ max( (V - R)², (clip(V, V_old ± 0.2) - R)² ), as in OpenAI's baselines: no gradient once V is 0.2 nearer to R."""
+    limited = values.clamp(values_old - 0.2, values_old + 0.2)  # [N, T]
+    error = torch.maximum((values - returns) ** 2, (limited - returns) ** 2)  # [N, T]
+    return sum_over_tokens(error / 2, mask, denominator)
 
 
-TABLE_10 = {  # data source (the reference is π_sft), gradient coefficient, loss. A new method: one function, one line
-    "sft": lambda state: other_step(state, None, ones, likelihood_loss),
-    "rft": lambda state: other_step(state, state.reference, is_right, likelihood_loss),
-    "dpo": lambda state: other_step(state, state.reference, preference, likelihood_loss),
-    "online_rft": lambda state: other_step(state, state.policy, is_right, likelihood_loss),
-    "ppo": lambda state: other_step(state, state.policy, ppo_advantages, ppo_loss),
-    "distill": lambda state: other_step(state, state.policy, from_teacher, ppo_loss),
-    "grpo": take_step,  # π_θ; Â_{i,t} + β (π_ref/π_θ - 1), eq. (21)
+TABLE_10 = {  # a new method: one function, one line
+    "sft": Method("solutions", ones, likelihood_loss),
+    "rft": Method("reference", is_right, likelihood_loss),
+    "dpo": Method("reference", preference, likelihood_loss),
+    "online_rft": Method("policy", is_right, likelihood_loss),
+    "ppo": Method("policy", ppo_advantages, ppo_loss),
 }
 
 
-def last_step():
-    """The number of steps of the cold start and of all iterations."""
-    return COLD_START + ITERATIONS * STEPS
-
-
-def needs_reference():
-    """Is π_ref the source of the outputs, or used for a KL (which Online RFT only records)?"""
-    return ALGORITHM in ("rft", "dpo") or (ALGORITHM not in ("sft", "distill") and BETA > 0)
-
+# ########################################## Here the paper ends #####################################################
 
 # ==== What came after the paper =====================================================================================
-# Each is off as the constants stand: PASS_K, NORMALIZE, SCALE = "batch"; IS_RATIO; REFILL, STALENESS.
+# Each is off as the constants stand. A method is a function and a line in a table, and a constant chooses it.
+
+# ---- ADVANTAGE: rewards [Q, G] -> Â [Q, G] -------------------------------------------------------------------------
 
 
-def best_of_k(rewards):
-    """Pass@k training (arXiv 2508.10751): a set of k = PASS_K outputs has the reward of the best of them.
+def dr_grpo(rewards):
+    """Dr. GRPO (arXiv 2503.20783): r_i - mean(r), without the std. The paper has DENOMINATOR = "constant" with it."""
+    r = rewards.double() - rewards[:, :1]  # [Q, G]  equal rewards give exactly 0
+    return r - r.mean(1, keepdim=True)
 
-    rewards [Q, G] -> [Q, G], the mean over all sets that hold the output; [Q, 1], the std over all sets of the group.
+
+def rloo(rewards):
+    """RLOO (arXiv 2402.14740): r_i minus the mean of the other outputs of its group."""
+    G = rewards.shape[1]
+    r = rewards.double() - rewards[:, :1]  # [Q, G]
+    others = (r.sum(1, keepdim=True) - r) / (G - 1)  # [Q, G]
+    return r - others
+
+
+def batch_std(rewards):
+    """Magistral (arXiv 2506.10910), ScaleRL (arXiv 2510.13786): one std, that of r_i - mean(r) over all questions."""
+    advantages = dr_grpo(rewards)  # [Q, G]
+    return advantages / (over_ranks(advantages).std() + 1e-4)
+
+
+def maxrl(rewards):
+    """MaxRL (arXiv 2602.02710): (r_i - mean(r)) / mean(r), for rewards that are never negative; 0 if none is earned."""
+    mean = rewards.double().mean(1, keepdim=True)  # [Q, 1]
+    return torch.where(mean > 0, dr_grpo(rewards) / mean, 0.0)
+
+
+def pass_at_k(rewards):
+    """Pass@k training (arXiv 2508.10751): a set of k = PASS_K outputs earns 1 if one of them is right, else 0.
+
+    Â_i is the mean of (reward of the set - mean) / std over all sets that hold output i, the mean and the std being
+    those of all sets of the group.
     """
-    G, k = rewards.shape[1], PASS_K
-    r, order = rewards.double().sort(1)  # [Q, G]  ascending: the best of a set is its last
-    sets = math.comb(G - 1, k - 1)  # that hold a given output
-    own = [math.comb(j, k - 1) / sets for j in range(G)]  # of those with output j, the share in which it is the best
-    later = [math.comb(max(j - 1, 0), k - 2) / sets for j in range(G)]  # of those with an earlier one, in which j is
-    own, later = torch.tensor([own, later], dtype=r.dtype, device=r.device)  # 2 × [G]
-    best = r @ (own.diag() + later.expand(G, G).triu(1)).T  # [Q, G]
-    share = own * k / G  # [G]  of all sets of the group, those in which output j is the best
-    std = ((r - r @ share[:, None]) ** 2 @ share[:, None]).sqrt()  # [Q, 1]
-    return torch.empty_like(r).scatter(1, order, best), std
+    G = rewards.shape[1]
+    advantages = torch.zeros(rewards.shape, dtype=torch.float64)  # [Q, G]
+    for question, right in enumerate(rewards > 0):
+        wrong = G - int(right.sum())
+        failed = math.comb(wrong, PASS_K) / math.comb(G, PASS_K)  # share of the sets without a right output
+        std = math.sqrt(failed * (1 - failed))
+        if std > 0:
+            failed_with_i = math.comb(wrong - 1, PASS_K - 1) / math.comb(G - 1, PASS_K - 1)  # i: a wrong output
+            advantages[question, right] = failed / std
+            advantages[question, ~right] = (failed - failed_with_i) / std
+    return advantages
 
 
-def normalized_each(by_name):
+def w_reinforce(rewards):
+    """W-REINFORCE (arXiv 2506.01347): 0.1 for a right output, -1 for a wrong one, whatever the group."""
+    return torch.where(rewards > 0, 0.1, -1.0)
+
+
+def gdpo(by_name):
     """GDPO (arXiv 2601.05242): each reward is normalised in its group, and their weighted sum in the batch."""
-    advantages = weighted_sum({name: group_advantages(rewards) for name, rewards in by_name.items()})  # [Q, G]
-    return advantages / (over_ranks(advantages).std() + 1e-4)  # their mean is 0
+    normalised = {name: group_advantages(rewards) for name, rewards in by_name.items()}
+    advantages = weighted_sum(normalised)  # [Q, G], their mean is 0
+    return advantages / (over_ranks(advantages).std() + 1e-4)
 
 
 def over_ranks(x):
@@ -633,56 +933,192 @@ def over_ranks(x):
     return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
 
 
-def sampling_weight(logp_old, logp_sampled, mask):
-    """π_θold/π_sampled of each token [N, T], or of each output [N, 1], without gradient."""
-    log_weight = torch.where(mask, logp_old - logp_sampled, 0.0).detach()  # [N, T]
-    return (log_weight.sum(1, keepdim=True) if IS_RATIO == "sequence" else log_weight).exp()
+ADVANTAGES = {
+    "grpo": group_advantages,
+    "rloo": rloo,
+    "dr_grpo": dr_grpo,
+    "batch_std": batch_std,
+    "maxrl": maxrl,
+    "pass_at_k": pass_at_k,
+    "gdpo": gdpo,  # of each reward by its name: see `outcome_advantages`
+    "w_reinforce": w_reinforce,
+}
 
 
-def within_limits(weight):
-    """Weights truncated to IS_LOW and IS_HIGH; or 0 where they are beyond them."""
-    limited = weight.clamp(IS_LOW, IS_HIGH)
-    return limited if IS_OUTSIDE == "truncate" else torch.where(limited == weight, weight, 0.0)
+# ---- OBJECTIVE: log π_θ, log π_θold, Â, mask -> what a token adds to the objective, [N, T] ---------------------------
+
+
+def gspo(logp, logp_old, A, mask):
+    """GSPO (arXiv 2507.18071): as `clipped`, with one ratio for the whole output."""
+    ratio = sequence_ratio(logp, logp_old, mask)  # [N, 1]
+    limited = ratio.clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, 1]
+    return torch.minimum(ratio * A, limited * A)
+
+
+def sequence_ratio(logp, logp_old, mask):
+    """(π_θ(o)/π_θold(o))^(1/|o|), the geometric mean of the ratios of an output's tokens: [N, 1]."""
+    log_ratio = torch.where(mask, logp - logp_old, 0.0).sum(1, keepdim=True)  # [N, 1]
+    return (log_ratio / mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=80).exp()
+
+
+def cispo(logp, logp_old, A, mask):
+    """CISPO (arXiv 2506.13585): the clip only limits the weight of a token, so that none loses its gradient."""
+    weight = token_ratio(logp, logp_old).clamp(1 - EPSILON_LOW, 1 + EPSILON_HIGH)  # [N, T]
+    return weight.detach() * A * logp
+
+
+def dual_clip(logp, logp_old, A, mask):
+    """Dual clip (arXiv 1912.09729): where Â < 0, a token counts at least δ Â, however likely it has become."""
+    objective = clipped(logp, logp_old, A, mask)  # [N, T]
+    return torch.where(A < 0, torch.maximum(objective, DELTA * A), objective)
+
+
+OBJECTIVES = {"grpo": clipped, "gspo": gspo, "cispo": cispo, "dual_clip": dual_clip}
+
+
+# ---- KL: log π_θ, log π_θold, log π_ref -> an estimate of D_KL for each token, [N, T] -------------------------------
+
+
+def k1(logp, logp_old, logp_ref):
+    """Schulman's k1: log(π_θ/π_ref). As a loss it teaches nothing: its gradient is 0 on average."""
+    return logp - logp_ref
+
+
+def k2(logp, logp_old, logp_ref):
+    """Schulman's k2: ½ log²(π_ref/π_θ). Its gradient is that of the reverse KL, on average."""
+    return (logp_ref - logp) ** 2 / 2
+
+
+def k3_plus(logp, logp_old, logp_ref):
+    """DeepSeek-V3.2 (arXiv 2512.02556): π_θ/π_θold × k3, with the gradient of both: the reverse KL, off policy too."""
+    return token_ratio(logp, logp_old) * k3(logp, logp_old, logp_ref)
+
+
+KLS = {"k1": k1, "k2": k2, "k3": k3, "k3+": k3_plus}
+
+
+# ---- CORRECTION: log π_θold, log π_sampled, mask -> the weight of a token in the objective, [N, T] or [N, 1] --------
+# π_sampled is the policy as it was when it sampled: STALENESS steps older, or rounded in another way. π_θold is the
+# policy before the updates of this step.
+
+
+def tis(logp_old, logp_sampled, mask):
+    """TIS (Yao et al. 2025): π_θold/π_sampled of each token, at most CORRECTION_MAX."""
+    return token_weight(logp_old, logp_sampled, mask).clamp(max=CORRECTION_MAX)
+
+
+def sequence_tis(logp_old, logp_sampled, mask):
+    """The same of each output, at most CORRECTION_MAX. Without that limit it would be unbiased; it is noisier."""
+    return sequence_weight(logp_old, logp_sampled, mask).clamp(max=CORRECTION_MAX)
+
+
+def icepop(logp_old, logp_sampled, mask):
+    """IcePop (arXiv 2510.18855): a token whose weight is below 0.5 or above 5 is left out."""
+    weight = token_weight(logp_old, logp_sampled, mask)  # [N, T]
+    return torch.where((weight >= 0.5) & (weight <= 5.0), weight, 0.0)
+
+
+def token_weight(logp_old, logp_sampled, mask):
+    """π_θold/π_sampled of each token, without gradient: [N, T]."""
+    return torch.where(mask, logp_old - logp_sampled, 0.0).detach().exp()
+
+
+def sequence_weight(logp_old, logp_sampled, mask):
+    """π_θold/π_sampled of each output, the product over its tokens, without gradient: [N, 1]."""
+    return torch.where(mask, logp_old - logp_sampled, 0.0).detach().sum(1, keepdim=True).exp()
+
+
+CORRECTIONS = {"none": None, "tis": tis, "sequence_tis": sequence_tis, "icepop": icepop}
+
+
+# ---- REFILL and STALENESS: which outputs a step trains on ----------------------------------------------------------
+
+
+def other_batch(state):
+    """Lines 5 to 8 with REFILL or STALENESS: with the latter, the oldest batch of a queue that holds k of them."""
+    waiting = min(STALENESS, last_step() - 1 - state.step)  # batches to keep for later steps; fewer near the end
+    while len(state.queue) <= waiting:
+        batch = refill(state) if REFILL else draw(state, state.policy)
+        state.queue.append(batch)
+    return state.queue.pop(0)
 
 
 def refill(state):
     """DAPO (arXiv 2503.14476): draw until Q groups hold right and wrong outputs, but at most REFILL times.
 
-    They are trained on in the order in which they were drawn; all others are only recorded and counted. If there is not
-    one for each rank, the last draw is recorded and no update is made.
+    The step trains on them in the order in which they were drawn; all others are only recorded and counted. If these
+    groups are fewer than the ranks, the last draw is recorded and no update is made.
     """
-    drawn, records, mixed = [], [], []  # groups, the records of their outputs, which groups hold right and wrong ones
-    while len(mixed) < QUESTIONS_PER_STEP and len(drawn) < REFILL * QUESTIONS_PER_STEP:
+    drawn = []  # groups of all ranks
+    records = []  # of their outputs
+    mixed = []  # which groups hold right and wrong outputs
+    draws = 0
+    while len(mixed) < QUESTIONS_PER_STEP and draws < REFILL:
         batch = draw(state, state.policy)
-        drawn += groups_of(batch)
+        draws += 1
         records += batch_records(batch, torch.zeros(len(batch.rollout.texts)))
-        right = [rewards["correctness"] for *_, rewards in drawn]
-        mixed = [i for i, of_q in enumerate(right) if min(of_q) < max(of_q)]
+        for group in groups_of(batch):
+            right = group["rewards"]["correctness"]
+            if min(right) < max(right):
+                mixed.append(len(drawn))
+            drawn.append(group)
     learns = len(mixed) >= llms.WORLD
-    kept = mixed[:QUESTIONS_PER_STEP] if learns else range(len(drawn) - QUESTIONS_PER_STEP, len(drawn))
+    kept = mixed[:QUESTIONS_PER_STEP]
+    if not learns:
+        kept = range(len(drawn) - QUESTIONS_PER_STEP, len(drawn))
     dropped = [record for i, record in enumerate(records) if i // GROUP_SIZE not in kept]
-    draws, share = len(drawn) // QUESTIONS_PER_STEP, len(mixed) / len(drawn)
-    return batch_of(state, [drawn[i] for i in kept], learns, dropped, {"refill/draws": draws, "refill/mixed": share})
+    metrics = {"refill/draws": draws, "refill/mixed": len(mixed) / len(drawn)}
+    return batch_of(state, [drawn[i] for i in kept], learns, dropped, metrics)
 
 
 def groups_of(batch):
-    """The groups of all ranks in plain numbers and texts: [(problem, its outputs, {reward: its G values})]."""
-    outputs, G = batch.rollout.outputs(), len(batch.rollout.texts) // len(batch.problems)
-    rewards = [dict(zip(batch.by_name, of_q)) for of_q in zip(*(x.tolist() for x in batch.by_name.values()))]
-    return llms.gather(list(zip(batch.problems, zip(*[iter(outputs)] * G), rewards)))
+    """The groups of all ranks in plain numbers and texts: [{"problem", "outputs", "rewards": {name: its G values}}]."""
+    G = batch.rollout.group_size
+    outputs = batch.rollout.saved()
+    groups = []
+    for i, problem in enumerate(batch.problems):
+        rewards = {name: values[i].tolist() for name, values in batch.by_name.items()}
+        of_problem = outputs[i * G : (i + 1) * G]
+        groups.append({"problem": problem, "outputs": of_problem, "rewards": rewards})
+    return llms.gather(groups)
 
 
-def batch_of(state, groups, *about):
+def batch_of(state, groups, learns, dropped, metrics):
     """This rank's share of such groups, as a batch again."""
-    names = dict.fromkeys(name for *_, rewards in groups for name in rewards)
-    problems, outputs, rewards = zip(*llms.share(groups))
-    rollout = llms.from_outputs([output for of_q in outputs for output in of_q], state.policy.device)
-    by_name = {name: torch.tensor([of_q.get(name, [0.0] * GROUP_SIZE) for of_q in rewards]) for name in names}
-    return Batch(list(problems), rollout, by_name, *about)
+    names = dict.fromkeys(name for group in groups for name in group["rewards"])
+    groups = llms.share(groups)
+    outputs = [output for group in groups for output in group["outputs"]]
+    rollout = llms.rollout_from_saved(outputs, GROUP_SIZE, state.policy.device)
+    by_name = {}
+    for name in names:  # a reward that does not apply to a group counts 0 there
+        nothing = [0.0] * GROUP_SIZE
+        by_name[name] = torch.tensor([group["rewards"].get(name, nothing) for group in groups])
+    problems = [group["problem"] for group in groups]
+    return Batch(problems, rollout, by_name, weighted_sum(by_name), learns, dropped, metrics)
 
 
-# ########################################## Here the paper ends #####################################################
-# The rest serves it: questions and samples, rewards, evaluation, records, checkpoints, command line.
+# ---- on-policy distillation ----------------------------------------------------------------------------------------
+
+
+def from_teacher(state, batch, logp_old, logp_ref):
+    """On-policy distillation: log π_T - log π_θ of each token, π_T being the TEACHER; no group, no baseline.
+
+    At π_θ = π_θold its gradient is that of minus the KL estimate k2 to the teacher, token by token.
+    """
+    rollout = batch.rollout
+    logp = logp_old
+    if logp is None:
+        logp = llms.log_probs(state.policy, rollout, TEMPERATURE)  # [N, T]
+    GC = (llms.log_probs(state.teacher, rollout, TEMPERATURE) - logp) * rollout.mask  # [N, T]
+    total, tokens = llms.sums_over_ranks(GC.sum().item(), int(rollout.mask.sum()))
+    largest = max(llms.gather([GC.abs().max().item()]))
+    return Coefficient(GC, metrics={"distill/kl": -total / tokens, "distill/max": largest})
+
+
+TABLE_10["distill"] = Method("policy", from_teacher, ppo_loss)  # not in the paper, but a row of the same kind
+
+
+# ==== Errors, and lines on the console ==============================================================================
 
 
 class SettingsError(ValueError):
@@ -693,333 +1129,445 @@ class RunError(RuntimeError):
     """Why a run ended early, in one line."""
 
 
-# ==== What a step needs, what it records ============================================================================
-
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")  # in checkpoints
-say, log, begin = map(llms.on_rank_0, (tqdm.write, report.log, report.begin))  # only rank 0 prints and writes
-redraw, summary = map(llms.on_rank_0, (plot.draw, report.summary))
-
-
-def stage_of(step):
-    """(number, data set) of the curriculum's stage at a step; each iteration goes through all stages."""
-    stages = rldatasets.stages(DATASET)
-    if len(stages) == 1:  # its questions continue through all iterations
-        return 0, stages[0][0]
-    step = max(0, step - COLD_START)  # of Algorithm 1; the cold start has the questions of the first stage
-    ends = itertools.accumulate(steps for _, steps in stages)
-    index = next((index for index, end in enumerate(ends) if step % STEPS < end), len(stages) - 1)
-    return step // STEPS * len(stages) + index, stages[index][0]
+@llms.on_rank_0
+def say(line):
+    """Print a line beside the progress bar."""
+    tqdm.write(line)
 
 
-def next_batch(state, source):
-    """What a step trains on: a draw; with STALENESS the oldest of those in the queue, which begins with k of them."""
-    llms.SECONDS.clear()
-    state.began = time.perf_counter()
-    waiting = min(STALENESS, last_step() - 1 - state.step) if source is state.policy else 0
-    while len(state.queue) <= waiting:
-        state.queue.append(refill(state) if REFILL and source is state.policy else draw(state, source))
-    return state.queue.pop(0)
+# ==== Rewards that compare outputs, or come from a model ============================================================
 
 
-def next_questions(state):
-    """Line 5: QUESTIONS_PER_STEP problems whose prompts are short enough. Returns this rank's problems and prompts."""
-    stage, dataset = stage_of(state.step + len(state.queue))  # of the step that these are for
-    if stage != state.stage:
-        state.stage, state.position, state.stream = stage, 0, None
-    if state.stream is None:
-        state.stream = rldatasets.shuffled(dataset, "train", f"{SEED} {stage}" if stage else SEED, state.position)
-    batch = []
-    while len(batch) < QUESTIONS_PER_STEP:
-        problem = next(state.stream)
-        prompt = prompt_ids(state.tokenizer, problem)
-        state.position += 1
-        if len(prompt) <= state.prompt_limit:
-            batch.append((problem, prompt))
-        else:
-            state.prompts_skipped += 1
-    state.questions += len(batch)
-    return map(list, zip(*llms.share(batch)))
+def rewards_of_groups(problems, rollout):
+    """The rewards of evaluator.py that compare the outputs of a question: {name: [Q, G]}."""
+    by_name, failures = evaluator.compare(groups_of_texts(rollout), problems)
+    note_failures(failures)
+    return {name: torch.tensor(values) for name, values in by_name.items()}
 
 
-def prompt_ids(tokenizer, problem):
-    """The prompt of a problem, with SHOTS worked examples in it that are the same for all problems."""
-    examples = rldatasets.examples(stage_of(0)[1], SHOTS)
-    return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
+def groups_of_texts(rollout):
+    """The texts of a rollout, question by question: Q lists of G texts."""
+    G = rollout.group_size
+    return [rollout.texts[start : start + G] for start in range(0, len(rollout.texts), G)]
 
 
-def worked_solutions(state, problems, prompts):
-    """A rollout of the solutions that the data set has."""
-    if not all(problem.get("solution") for problem in problems):
-        raise RunError("a question has no worked solution to imitate")
-    texts = [rldatasets.written_out(problem) for problem in problems]
-    return llms.rollout_of(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
-
-
-@llms.timed("sample")
-def sample(state, model, prompts, group_size=None, temperature=None, generator=None):
-    """o ~ π(O|q): a rollout of group_size outputs for each prompt. Without the last three arguments: as in training."""
-    if group_size is None:
-        group_size, temperature, generator = GROUP_SIZE, TEMPERATURE, state.generator
-    inputs = model, state.tokenizer, prompts, group_size, MAX_NEW_TOKENS, temperature, generator
-    rollout = state.memory.fit("cache_tokens", lambda cache_tokens: llms.sample(*inputs, cache_tokens))
-    return rollout if model is state.policy else rollout._replace(logp=None, entropy=None)  # those are not π_θ's
-
-
-def log_probs(state, model, rollout):
-    """log π of every token of a rollout under a model, without gradient: [N, T]."""
-    return per_token(state, lambda model, *batch: llms.token_logprobs(model, *batch, TEMPERATURE), model, rollout)
-
-
-@llms.timed("logprobs")
-def per_token(state, read, model, rollout):
-    """read(model, ids, attention, mask) of all rows of a rollout, in micro-batches, without gradient: [N, T]."""
-    return state.memory.fit("token_budget", lambda n: llms.in_micro_batches(read, model, rollout, GROUP_SIZE, n))
-
-
-@llms.timed("reward")
-def score_outputs(rollout, problems, state=None):
-    """Every reward of every output, unweighted: {name: [Q, G]}; without a state, as in a test, those of rules alone."""
-    group, threads = len(rollout.texts) // len(problems), max(1, os.cpu_count() // llms.LOCAL_WORLD)
-    groups = [rollout.texts[start : start + group] for start in range(0, len(rollout.texts), group)]  # [Q], of G texts
-    asked, problems = problems, [problem for problem in problems for _ in range(group)]  # [Q], [N]
-    by_name, failures = evaluator.score(rollout.texts, problems, threads)  # {name: N numbers}, [why a rule failed]
-    failed, outputs = llms.sums_over_ranks(len(failures), len(problems))
-    if failed == outputs:
-        raise RunError(f"the rewards fail on every output: {failures[0]}")
-    if state and group > 1:
-        of_groups, more = evaluator.compare(groups, asked)
-        by_name, failures = by_name | of_groups, failures + more
+def note_failures(failures):
     if failures:
-        tqdm.write(f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}", file=sys.stderr)
-    if state and problems[0].get("kind") == "nim":  # self-play: a move is right if it wins
-        by_name["optimal"], by_name["correctness"] = by_name["correctness"], self_play(state, rollout.texts, problems)
-    overlong = lambda length: evaluator.overlong(length, MAX_NEW_TOKENS, OVERLONG_SHARE * MAX_NEW_TOKENS)
-    by_name["overlong"] = list(map(overlong, rollout.mask.sum(1).tolist()))
-    if state and state.reward_model:
-        questions = [problem["question"] for problem in problems]
-        by_name["reward_model"] = llms.standardised(llms.reward_scores(*state.reward_model, questions, rollout.texts))
-    if state and state.judge and group > 1:
-        judged = [judge_group(state.judge, problem["question"], texts) for problem, texts in zip(asked, groups)]
-        by_name["judge"], by_name["judge_flips"] = map(list, zip(*judged))  # 2 × [Q], of G numbers
-    if state and WEIGHT_RANDOM:
-        coin = random.Random(f"{SEED} {state.questions}")  # of its own: sampling draws the same numbers without it
-        tosses = [[coin.randrange(2) for _ in range(group)] for _ in range(outputs // group)]  # [Q, G], of all ranks
-        by_name["random"] = torch.tensor(llms.share(tosses)).float()
-    return {name: torch.as_tensor(values).view(-1, group) for name, values in by_name.items()}
+        note = f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}"
+        tqdm.write(note, file=sys.stderr)
 
 
-def judge_group(judge, question, texts):
-    """How each of G outputs fares against the others, by the judge, each pair shown in both orders: 2 × G numbers.
+def overlong(rollout):
+    """DAPO's penalty of length (arXiv 2503.14476, eq. 13), from 0 down to -1 at MAX_NEW_TOKENS: [Q, G]."""
+    buffer = 0.2 * MAX_NEW_TOKENS  # the last part, over which it falls; DAPO: 4096 of 20480 tokens
+    lengths = rollout.mask.sum(1).tolist()
+    penalties = [evaluator.overlong(length, MAX_NEW_TOKENS, buffer) for length in lengths]
+    return torch.tensor(penalties).view(-1, rollout.group_size)
 
-    The first is the mean probability of being the better one, a soft reward. The second is the share of its pairs in
-    which the verdict goes to the place, first or second, and not to an output.
-    """
-    pairs = list(itertools.permutations(range(len(texts)), 2))
-    said = llms.first_is_better(*judge, question, [(texts[i], texts[j]) for i, j in pairs], TOKEN_BUDGET)
-    first = torch.full((len(texts), len(texts)), 0.5, dtype=torch.float64)  # [G, G]: i, shown first, is better than j
-    first[tuple(zip(*pairs))] = said.double()  # [G (G - 1)]
-    wins = (first + 1 - first.T) / 2  # [G, G]
-    flips = ((first > 0.5) == (first.T > 0.5)).fill_diagonal_(False)  # [G, G]
-    return [((x.sum(1) - own) / (len(texts) - 1)).tolist() for x, own in ((wins, 0.5), (flips, 0))]
+
+def model_rewards(reward_model, problems, rollout):
+    """The scores of a learned reward model, standardised over the outputs of the step: [Q, G]."""
+    questions = [problem["question"] for problem in problems for _ in range(rollout.group_size)]
+    scores = llms.reward_scores(reward_model, questions, rollout.texts)
+    return torch.tensor(llms.standardised(scores)).view(-1, rollout.group_size)
+
+
+def judge_rewards(judge, problems, rollout):
+    """How each output fares against the others of its group, by a judge: {"judge": [Q, G], "judge_flips": [Q, G]}."""
+    by_name = {"judge": [], "judge_flips": []}
+    for problem, texts in zip(problems, groups_of_texts(rollout)):
+        wins, flips = llms.judge_group(judge, problem["question"], texts)
+        by_name["judge"].append(wins)
+        by_name["judge_flips"].append(flips)
+    return {name: torch.tensor(values) for name, values in by_name.items()}
+
+
+def coin_tosses(state, problems, rollout):
+    """A control that teaches nothing: 1 or 0 by chance, [Q, G]."""
+    coin = random.Random(f"{SEED} {state.questions}")  # not the sampler's generator, which goes on as without it
+    tosses = []  # of all ranks
+    for _ in range(llms.sum_over_ranks(len(problems))):
+        tosses.append([float(coin.randrange(2)) for _ in range(rollout.group_size)])
+    return torch.tensor(llms.share(tosses))
+
+
+# ==== Nim: the policy plays against itself ==========================================================================
 
 
 def model_player(state, model, temperature, generator=None):
     """A model as a player of Nim: a function from positions to completions, each with a move."""
-    prompts = lambda positions: [prompt_ids(state.tokenizer, position) for position in positions]
-    return lambda positions: sample(state, model, prompts(positions), 1, temperature, generator).texts
+
+    def player(positions):
+        prompts = [prompt_ids(state.tokenizer, position) for position in positions]
+        rollout = llms.sample(model, state.tokenizer, prompts, 1, MAX_NEW_TOKENS, temperature, generator)
+        return rollout.texts
+
+    return player
 
 
-def self_play(state, texts, problems):
-    """Which of the moves in these texts win, if the policy then plays on for both sides: 1 or 0 for each."""
+def self_play(state, problems, rollout):
+    """Which moves of a rollout win, if the policy then plays on for both sides: 1 or 0, [Q, G]."""
+    G = rollout.group_size
     generator = torch.Generator().manual_seed(SEED + state.questions)
-    return play(problems, [model_player(state, state.policy, TEMPERATURE, generator)] * 2, texts)
+    player = model_player(state, state.policy, TEMPERATURE, generator)
+    positions = [problem for problem in problems for _ in range(G)]  # [N]
+    return torch.tensor(play(positions, [player, player], rollout.texts)).view(-1, G)
 
 
 def play(problems, players, texts=None):
     """Games of Nim, one from each position, to their end: does players[0] win, who makes the first move? 1 or 0.
 
-    texts: completions with the first moves, if known. All ranks follow all games; each asks about its share of them.
+    texts: completions with the first moves, if they are known. All ranks follow the games of all ranks.
     """
-    counts, positions, texts = llms.gather([len(problems)]), llms.gather(problems), texts and llms.gather(texts)
-    won, live = [0.0] * len(positions), list(range(len(positions)))
-    for turn in itertools.count():
-        if turn or not texts:
-            asked = live + live[:1] * (llms.WORLD - len(live))  # one or more for each rank
-            texts = llms.gather(players[turn % 2](llms.share([positions[game] for game in asked])))
-        for game, text in zip(live, texts):
+    counts = llms.gather([len(problems)])
+    positions = llms.gather(problems)  # of all games; None where a game has ended
+    moves = llms.gather(texts) if texts else moves_of(players[0], positions)
+    won = [0.0] * len(positions)
+    live = list(range(len(positions)))  # games that go on
+    turn = 0
+    while live:
+        for game, move in zip(live, moves):
             now = positions[game]
-            heaps, mover_wins = evaluator.after_move(text, now)
+            heaps, mover_wins = evaluator.after_move(move, now)
             if mover_wins is None:
                 positions[game] = rldatasets.nim_position(now["players"], 1 - now["turn"], heaps)
             else:
-                positions[game], won[game] = None, float(mover_wins == (turn % 2 == 0))
+                positions[game] = None
+                won[game] = float(mover_wins == (turn % 2 == 0))
         live = [game for game in live if positions[game]]
-        if not live:
-            first = sum(counts[: llms.RANK])
-            return won[first : first + len(problems)]
+        turn += 1
+        if live:
+            moves = moves_of(players[turn % 2], [positions[game] for game in live])
+    first = sum(counts[: llms.RANK])
+    return won[first : first + len(problems)]
+
+
+def moves_of(player, positions):
+    """A player's moves at positions that all ranks know, each rank asking about its share of them."""
+    missing = max(0, llms.WORLD - len(positions))
+    asked = positions + positions[:1] * missing  # one or more for each rank
+    return llms.gather(player(llms.share(asked)))[: len(positions)]
 
 
 def matches(state, problems):
-    """Two games from each position, one in each seat, models play greedily: {opponent: share of games won}."""
-    policy, metrics = model_player(state, state.policy, 0.0), {}
+    """Two games from each position, one in each seat, models play greedily: {metric: share of games won}."""
     opponents = {"random": evaluator.random_player, "perfect": evaluator.perfect_player}
-    opponents |= {"reference": model_player(state, state.reference, 0.0)} if state.reference else {}
+    if state.reference:
+        opponents["reference"] = model_player(state, state.reference, 0.0)
+    player = model_player(state, state.policy, 0.0)
+    metrics = {}
     for name, opponent in opponents.items():
-        first, second = play(problems, [policy, opponent]), play(problems, [opponent, policy])
-        won = llms.gather(first + [1 - lost for lost in second])
-        metrics |= {f"eval/wins/{name}": sum(won) / len(won), "eval/games": len(won)}
+        won = play(problems, [player, opponent])
+        lost = play(problems, [opponent, player])
+        results = llms.gather(won + [1 - result for result in lost])
+        metrics[f"eval/wins/{name}"] = sum(results) / len(results)
+    metrics["eval/games"] = len(results)
     return metrics
 
 
-def weighted_sum(by_name):
-    """r_i = Σ weight × reward: [Q, G]. A reward without a WEIGHT_ constant is only logged."""
-    return sum(settings().get(f"WEIGHT_{name.upper()}", 0.0) * values for name, values in by_name.items())
-
-
-def supervise_steps(state, rollout, problems, rewards):
-    """Process supervision by a rule: Â_{i,t} [N, T]; and to record, each output's mean step reward [Q, G]."""
-    steps = [evaluator.step_rewards(text, problems[i // GROUP_SIZE]) for i, text in enumerate(rollout.texts)]
-    step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, steps)  # [N, T]
-    means = (step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)).view(rewards.shape)
-    if SUPERVISION == "process":  # as printed: the answer is the last step, ends with the output and is rewarded r_i
-        end_tokens = torch.arange(len(step_ends)), rollout.mask.sum(1).cpu() - 1
-        step_rewards[end_tokens], step_ends[end_tokens] = rewards.flatten(), True
-    advantages = process_advantages(*(x.view(*rewards.shape, -1) for x in (step_rewards, step_ends))).flatten(0, 1)
-    if SUPERVISION == "both":
-        advantages = group_advantages(rewards).flatten()[:, None] + WEIGHT_STEPS * advantages
-    return advantages, means
-
-
-def mean_log_prob(state, model, rollout):
-    """The mean log π of the tokens of each output under a model, at temperature 1: [N]."""
-    read = lambda model, *batch: llms.token_logprobs(model, *batch, 1.0)
-    return per_token(state, read, model, rollout).sum(1) / rollout.mask.sum(1)
-
-
-def prefers_true(state, problems, prompts):
-    """Is the true next turn of a dialogue likelier, per token, than the false one? 1 or 0 for each: [Q]."""
-    texts = [reply for problem in problems for reply in problem.get("replies", ("", ""))]
-    prompts = [prompt for prompt in prompts for _ in range(2)]
-    replies = llms.rollout_of(state.policy, state.tokenizer, prompts, texts, TOKEN_BUDGET)
-    true, false = mean_log_prob(state, state.policy, replies).view(-1, 2).T  # 2 × [Q]
-    return (true > false).float()
+# ==== Evaluation ====================================================================================================
 
 
 def evaluate(state, problems):
-    """Metrics, and a record per problem: greedy outputs, games of Nim, pass@k and maj@k from EVAL_SAMPLES samples."""
+    """Test the policy: metrics, and a record for each problem."""
     kinds = {problem.get("kind") for problem in problems}
-    openings = [problem for problem in problems if min(problem.get("heaps", {"": 0}).values()) > 1]  # of Nim only
-    problems, n = llms.share(problems), EVAL_SAMPLES
+    of_nim = [problem for problem in problems if problem.get("kind") == "nim"]
+    openings = [problem for problem in of_nim if min(problem["heaps"].values()) > 1]
+    problems = llms.share(problems)
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
-    rollout = sample(state, state.policy, prompts, 1, 0.0)
-    columns = score_outputs(rollout, problems)
+    greedy = 0.0  # temperature
+    rollout = llms.sample(state.policy, state.tokenizer, prompts, 1, MAX_NEW_TOKENS, greedy)
+    by_name = rule_rewards(problems, rollout)
+    by_name["overlong"] = overlong(rollout)
     if "dialogue" in kinds:
-        columns["prefers_true"] = prefers_true(state, problems, prompts)
+        by_name["prefers_true"] = prefers_true(state, problems, prompts)
     if "writing" in kinds and state.reference:
-        columns["fluency"] = mean_log_prob(state, state.reference, rollout)
-    records = output_records(rollout, problems, columns)
-    metrics = report.eval_metrics(records) | (matches(state, llms.share(openings)) if openings else {})
-    if not n:
-        return metrics, records
-    rollout = sample(state, state.policy, prompts, n, EVAL_TEMPERATURE, torch.Generator().manual_seed(SEED))
-    right = llms.gather(score_outputs(rollout, problems)["correctness"].sum(1).int().tolist())  # of n, for each problem
-    for k in sorted({2**power for power in range(n.bit_length())} | {n}):  # paper, Figure 7
-        metrics[f"eval/pass@{k}"] = sum(report.pass_at_k(n, c, k) for c in right) / len(right)
-        groups = [(rollout.texts[i * n : i * n + k], problem) for i, problem in enumerate(problems)]
-        if not kinds & {"program", "writing"}:  # they have no answer to vote for
-            votes = llms.gather([evaluator.right(evaluator.majority(group), problem) for group, problem in groups])
-            metrics[f"eval/maj@{k}"] = sum(votes) / len(votes)
+        by_name["fluency"] = mean_log_prob(state.reference, rollout)
+    records = output_records(rollout, problems, by_name)
+    metrics = evaluator.eval_metrics(records)
+    if openings:
+        metrics |= matches(state, llms.share(openings))
+    if EVAL_SAMPLES:
+        votes = not kinds & {"program", "writing"}  # which have no answer to vote for
+        metrics |= sampled_metrics(state, problems, prompts, votes)
     return metrics, records
 
 
-def output_records(rollout, problems, columns):
-    """A dict for each output of all ranks: its problem, text, length, and its value of each column, [Q, G] or [N]."""
+def sampled_metrics(state, problems, prompts, votes):
+    """pass@k, and maj@k where answers can be voted for, from EVAL_SAMPLES outputs of each question (Figure 7)."""
+    n = EVAL_SAMPLES
+    generator = torch.Generator().manual_seed(SEED)
+    rollout = llms.sample(state.policy, state.tokenizer, prompts, n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator)
+    correctness = rule_rewards(problems, rollout)["correctness"]  # [Q, n]
+    right = llms.gather(correctness.sum(1).int().tolist())  # how many of the n, for each question
+    metrics = {}
+    for k in powers_of_two(n):
+        passed = [evaluator.pass_at_k(n, c, k) for c in right]
+        metrics[f"eval/pass@{k}"] = sum(passed) / len(passed)
+        if votes:
+            elected = []
+            for problem, texts in zip(problems, groups_of_texts(rollout)):
+                elected.append(evaluator.right(evaluator.majority(texts[:k]), problem))
+            elected = llms.gather(elected)
+            metrics[f"eval/maj@{k}"] = sum(elected) / len(elected)
+    return metrics
+
+
+def powers_of_two(n):
+    """1, 2, 4, … below n, and n."""
+    numbers = [1]
+    while 2 * numbers[-1] < n:
+        numbers.append(2 * numbers[-1])
+    return numbers + [n] if n > 1 else numbers
+
+
+def mean_log_prob(model, rollout):
+    """The mean log π of the tokens of each output under a model, at temperature 1: [N]."""
+    return llms.log_probs(model, rollout, 1.0).sum(1) / rollout.mask.sum(1)
+
+
+def prefers_true(state, problems, prompts):
+    """Is the true next turn of a dialogue likelier, per token, than the false one? 1 or 0 for each problem: [Q]."""
+    texts = [reply for problem in problems for reply in problem.get("replies", ("", ""))]
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    replies = llms.rollout_from_texts(state.policy, state.tokenizer, twice, texts, TOKEN_BUDGET)
+    pairs = mean_log_prob(state.policy, replies).view(-1, 2)  # [Q, 2]
+    return (pairs[:, 0] > pairs[:, 1]).float()
+
+
+# ==== What is recorded ==============================================================================================
+
+
+def output_records(rollout, problems, by_name):
+    """A dict for each output of all ranks: its problem, text, length, and its value of each of by_name, [Q, G] or [N]."""
     lengths = rollout.mask.sum(1)  # [N]
-    entropy = lengths * math.nan if rollout.entropy is None else rollout.entropy.sum(1)  # [N], over the tokens
-    columns = columns | {"length": lengths, "truncated": rollout.truncated.float(), "entropy": entropy}
-    columns = {name: x.flatten().tolist() for name, x in columns.items()}
+    columns = {name: values.flatten().tolist() for name, values in by_name.items()}
+    columns["length"] = lengths.tolist()
+    columns["truncated"] = rollout.truncated.float().tolist()
+    columns["entropy"] = [math.nan] * len(lengths)
+    if rollout.entropy is not None:
+        columns["entropy"] = rollout.entropy.sum(1).tolist()  # over the tokens of each output
     for metric in (evaluator.reflection, evaluator.num_steps, evaluator.approach):
-        columns[metric.__name__] = list(map(metric, rollout.texts))
-    return llms.gather(report.records(problems, rollout.texts, columns))
+        columns[metric.__name__] = [metric(text) for text in rollout.texts]
+    return llms.gather(evaluator.records(problems, rollout.texts, columns))
 
 
 def batch_records(batch, advantages):
     """A record for each output of a batch, of all ranks."""
     A = advantages.view(len(batch.rollout.texts), -1)  # [N, 1] or [N, T]
-    columns = {"reward": weighted_sum(batch.by_name), "advantage": A[:, 0], "zero_advantage": (A == 0).all(1).float()}
-    return output_records(batch.rollout, batch.problems, batch.by_name | columns)
+    about = {"reward": batch.rewards, "advantage": A[:, 0]}
+    about["zero_advantage"] = (A == 0).all(1).float()
+    return output_records(batch.rollout, batch.problems, batch.by_name | about)
 
 
-def record_step(state, batch, advantages, updates, extra=None):
-    """Count the step; write its metrics over all ranks, averaged over the μ updates except maxima; return them."""
-    records = [*batch_records(batch, advantages), *batch.dropped]
-    group = len(batch.rollout.texts) // len(batch.problems)
-    names = dict.fromkeys(llms.gather(list(batch.by_name)))  # the rewards of all ranks: one rank may lack some
-    outputs = report.step_metrics(records, group, names)
-    stage, state.step = stage_of(state.step)[1], state.step + 1
-    if state.step <= COLD_START:  # nothing was sampled: the records are of worked solutions
-        stage, outputs = "cold start", {name: outputs[name] for name in ("length", "length_max", "truncated")}
-    if state.step == COLD_START + 1 and (note := report.silence(records, evaluator.TAGS)):
-        say(note)
-    row = {"step": state.step, "stage": stage} | outputs | report.mean_of_updates(updates)
-    row |= dict(batch.extra) | (extra or {})
-    row |= {name: getattr(state, name) for name in ("questions", "prompts_skipped", "tokens", "updates")}
-    row |= state.memory.limits | {"memory": llms.peak_memory(), "seconds": time.perf_counter() - state.began}
-    row |= llms.SECONDS
-    log(state.run, row, "train", records[:group], TENSORBOARD)
+def record_step(state, learnt):
+    """Write the metrics of the step that has ended, over all ranks; return them."""
+    batch = learnt.batch
+    records = batch_records(batch, learnt.advantages) + batch.dropped
+    row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
+    row |= output_metrics(state, batch, records)
+    row |= update_metrics(learnt.updates) | batch.metrics | learnt.metrics
+    for name in ("questions", "prompts_skipped", "tokens", "updates"):
+        row[name] = getattr(state, name)
+    row |= llms.LIMITS
+    row["memory"] = llms.peak_memory()
+    row["seconds"] = llms.seconds_since_start()
+    row |= {"seconds/update": 0.0} | llms.SECONDS
+    write(state.run, row, "train", records[: batch.rollout.group_size])
     say(report.step_line(row))
     if SHOW_EVERY and state.step % SHOW_EVERY == 0:
         say(report.completion(records[0]))
     return row
 
 
-def save_checkpoint(state):
+def output_metrics(state, batch, records):
+    """The part of a step's metrics that is about its outputs; says so where there is next to nothing to learn from."""
+    names = dict.fromkeys(llms.gather(list(batch.by_name)))  # one rank may lack a reward
+    metrics = evaluator.step_metrics(records, batch.rollout.group_size, names)
+    if state.step <= COLD_START:  # nothing was sampled: the records are of worked solutions
+        kept = {name: metrics[name] for name in ("length", "length_max", "truncated")}
+        return {"stage": "cold start"} | kept
+    if state.step == COLD_START + 1:
+        note = report.silence(records, evaluator.TAGS)
+        if note:
+            say(note)
+    return metrics
+
+
+def update_metrics(updates):
+    """The part of a step's metrics that is about its μ updates: means, and the largest of maxima."""
+    always = ("loss", "ratio_max", "clip_low", "clip_high", "grad_norm", "lr", "skipped_updates")
+    sometimes = ("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max")
+    metrics = dict.fromkeys(always, 0.0) | dict.fromkeys(sometimes)
+    if updates:
+        for name in updates[0].means:
+            metrics[name] = sum(update.means[name] for update in updates) / len(updates)
+        for name in updates[0].maxima:
+            metrics[name] = max(update.maxima[name] for update in updates)
+    return metrics
+
+
+@llms.on_rank_0
+def write(run, row, split, records):
+    """Add a row to the metrics of a run, and records of outputs to its samples."""
+    report.log(run, row, split, records, TENSORBOARD)
+
+
+# ==== Checkpoints ===================================================================================================
+
+COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
+
+
+def save_checkpoint(state, writer):
     """Replace the run's checkpoint by the state as it is, for any number of ranks to go on from."""
-    about = {"counters": {name: getattr(state, name) for name in COUNTERS}, "settings": settings()}
-    about["queue"] = [[groups_of(batch), batch.learns, batch.dropped, batch.extra] for batch in state.queue]
+    queue = []
+    for batch in state.queue:
+        saved = {"groups": groups_of(batch), "learns": batch.learns}
+        queue.append(saved | {"dropped": batch.dropped, "metrics": batch.metrics})
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    about = {"counters": counters, "settings": settings(), "queue": queue}
     report.sync(state.run)
-    llms.save_checkpoint(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
+    writer.save(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
 
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
     about, tensors = llms.read_checkpoint(state.run / "checkpoint")
-    now, then = settings(), about["settings"]
-    if differ := [name for name in now if name not in MAY_CHANGE and then.get(name) != now[name]]:
-        raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
-    vars(state).update(about["counters"])
-    fewest = min((len(groups) for groups, *_ in about["queue"]), default=llms.WORLD)
-    if fewest < llms.WORLD:
-        raise SettingsError(f"too many ranks: a step that {state.run} has prepared has only {fewest} of its questions")
-    state.queue = [batch_of(state, *parts) for parts in about["queue"]]
+    differ = []
+    for name, value in settings().items():
+        if name not in MAY_CHANGE and about["settings"].get(name, value) != value:
+            differ.append(name)
+    if differ:
+        names = ", ".join(differ)
+        raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {names} differ")
+    for name, value in about["counters"].items():
+        setattr(state, name, value)
+    for saved in about["queue"]:
+        fewest = len(saved["groups"])
+        if fewest < llms.WORLD:
+            prepared = f"a step that {state.run} has prepared has only {fewest} of its questions"
+            raise SettingsError(f"too many ranks: {prepared}")
+        state.queue.append(batch_of(state, **saved))
     if needs_reference() and state.step > COLD_START:
-        state.reference = llms.frozen_copy(state.policy, adapter=COLD_START > 0 or state.step > STEPS)
+        state.reference = llms.frozen_copy(state.policy)  # to be filled
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
 
 
-# ==== The command line ==============================================================================================
+# ==== The constants as settings =====================================================================================
 
 
-def constant_block():
-    """The constants as they stand in this file: {NAME: (section, default, comment)}."""
-    block, section = {}, None
-    for line in Path(__file__).read_text(encoding="utf-8").split("# -- End of the constants")[0].splitlines():
-        if title := re.fullmatch(r"# -- (.+)", line):
-            section = title[1]
-        elif section and (constant := re.fullmatch(r"([A-Z][A-Z0-9_]*) = (.+?)  # (.+)", line)):
-            block[constant[1]] = (section, ast.literal_eval(constant[2]), constant[3])
-    return block
+class Constant(NamedTuple):
+    """A constant of the block at the top of this file."""
+
+    section: str
+    value: object  # as it stands there: maybe an of_model
+    comment: str
+
+    def of(self, model):
+        """The value for a model."""
+        if not isinstance(self.value, of_model):
+            return self.value
+        return self.value.tiny if model == "tiny" else self.value.other
+
+    def choices(self):
+        """The values that one can choose from, where the comment begins with them: k1 | k2 | k3."""
+        head = self.comment.partition(":")[0]
+        return head.split(" | ") if isinstance(self.of(MODEL), str) and " | " in head else []
 
 
-CONSTANTS = constant_block()
-MAY_CHANGE = {"STEPS", "RUN", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"}  # in a resumed run;
-MAY_CHANGE |= {"TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"}  # these change only memory
-CHOICES = {"ALGORITHM": list(TABLE_10), "SCHEDULE": ["constant", "linear", "cosine"], "BASELINE": ["group", "others"]}
-CHOICES |= {"KL": ["k1", "k2", "k3", "k3+"], "RATIO": ["token", "sequence"], "CLIP": ["objective", "weight"]}
-CHOICES |= {"SUPERVISION": ["outcome", "process", "both"], "DENOMINATOR": ["sequence", "token", "constant"]}
-CHOICES |= {"SCALE": ["group", "batch", "mean", "none"], "NORMALIZE": ["sum", "each"]}
-CHOICES |= {"IS_RATIO": ["none", "token", "sequence"], "IS_OUTSIDE": ["truncate", "mask"]}
-MISTAKES = SettingsError, argparse.ArgumentError, report.FolderError, llms.ModelError, rldatasets.DataError, OSError
+def read_constants():
+    """The constants as they stand in this file, by name. What does not have their form ends the program with its line."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    first = lines.index("# -- Model and data")
+    last = lines.index("# -- End of the constants")
+    section = ""
+    sections = {}  # {line: the section that it is in}
+    for number in range(first, last):
+        if lines[number].startswith("# -- "):
+            section = lines[number].removeprefix("# -- ")
+        sections[number + 1] = section
+    constants = {}
+    for node in ast.parse(source).body:
+        if node.lineno in sections:
+            last_line = lines[node.end_lineno - 1].encode()  # ast counts the columns in bytes
+            after = last_line[node.end_col_offset :].decode()  # the comment
+            name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+            value = globals().get(name)
+            mistake = what_is_wrong(name, value, after)
+            if mistake:
+                sys.exit(f"main.py: error: line {node.lineno}: {mistake}")
+            constants[name] = Constant(sections[node.lineno], value, after.removeprefix("  # "))
+    for name in TYPES:
+        if name not in constants:
+            sys.exit(f"main.py: error: {name} is missing from the constants; 0 or an empty text turns most of them off")
+    return constants
+
+
+def what_is_wrong(name, value, after):
+    """Why a line of the block is not a constant, or None. after: what follows the value in its line."""
+    named = name.isidentifier() and name.isupper() and name.isascii()
+    if not (named and after.startswith("  # ")):
+        return "a constant stands as NAME = value  # what it is for (two blanks before the #)"
+    for one in value if isinstance(value, of_model) else [value]:
+        kind = TYPES.get(name, type(one))
+        if kind not in KINDS or not is_a(one, kind):
+            return f"{name} must be {KINDS.get(kind, 'a number, a text or a table')}, not {one!r}"
+    return None
+
+
+def is_a(value, kind):
+    """Has a value the type of its constant? A whole number is a decimal number too; True is not a number."""
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is dict:
+        return type(value) is dict and all(is_a(weight, float) for weight in value.values())
+    return type(value) is kind
+
+
+def of_the_block(model):
+    """The constants as they stand in the block, {name: value}, for a model."""
+    values = {}
+    for name, constant in CONSTANTS.items():
+        values[name] = constant.of(model)
+        if TYPES.get(name) is float:
+            values[name] = float(values[name])  # where it stands there as BETA = 0
+    return values
+
+
+KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a table {name: number}",
+}
+TYPES = {}  # {constant: its type}; one that is not here, of yours, may have any of these types
+for kind, names in {
+    bool: "GRADIENT_CHECKPOINTING MASK_TRUNCATED TENSORBOARD",
+    int: "SHOTS SEED LORA_RANK COLD_START ITERATIONS STEPS QUESTIONS_PER_STEP GROUP_SIZE MU REFILL STALENESS "
+    "MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS PASS_K WARMUP TOKEN_BUDGET EVAL_EVERY EVAL_QUESTIONS EVAL_SAMPLES "
+    "SAVE_EVERY SHOW_EVERY",
+    float: "LORA_ALPHA TEMPERATURE EPSILON_LOW EPSILON_HIGH DELTA BETA CORRECTION_MAX LEARNING_RATE MAX_GRAD_NORM "
+    "BETA_DPO GAMMA LAMBDA EVAL_TEMPERATURE",
+    str: "MODEL DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR CORRECTION "
+    "REWARD_MODEL JUDGE SCHEDULE TEACHER",
+    dict: "REWARDS",
+}.items():
+    TYPES |= dict.fromkeys(names.split(), kind)
+CONSTANTS = read_constants()
+globals().update(of_the_block(MODEL))
+# what a resumed run may change; of these only STEPS changes an update, as it moves the end of SCHEDULE
+MAY_CHANGE = ["STEPS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"]
+MAY_CHANGE += ["TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"]
+# a method that is added to one of these tables can be chosen at once
+TABLES = {
+    "ALGORITHM": ["grpo", *TABLE_10],
+    "ADVANTAGE": ADVANTAGES,
+    "OBJECTIVE": OBJECTIVES,
+    "KL": KLS,
+    "CORRECTION": CORRECTIONS,
+}
 
 
 def settings():
@@ -1029,316 +1577,603 @@ def settings():
 
 def parse(argv):
     """The actions of a command line, and the constants that it gives as flags."""
-    about, layout = __doc__.split("\n\nRead downwards")[0], argparse.RawDescriptionHelpFormatter
-    options = {"formatter_class": layout, "allow_abbrev": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(usage="python main.py [--flag value …]", description=about, **options)
-    parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
-    one_of.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
-    one_of.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
-    titles = dict.fromkeys(section for section, _, _ in CONSTANTS.values())
-    sections = {title: parser.add_argument_group(title) for title in titles}
-    for name, (section, default, comment) in CONSTANTS.items():
-        flag = {"type": type(default), "metavar": type(default).__name__.upper(), "default": argparse.SUPPRESS}
-        if isinstance(default, bool):  # --tensorboard alone is --tensorboard true
-            true_or_false = lambda text: {"true": True, "false": False}.get(text.lower(), text)
-            flag |= {"type": true_or_false, "choices": [True, False], "nargs": "?", "const": True}
-        flag["help"] = f"{comment.replace('%', '%%')} (default: {default!r})"
-        sections[section].add_argument(f"--{name.lower()}", **flag)
-    argv = [re.sub(r"(?<=^--)[\w-]+", lambda word: word[0].replace("-", "_"), flag) for flag in argv]  # --a-b is --a_b
-    actions, unknown = parser.parse_known_args(argv)
+    parser = new_parser()
+    flags = []
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("--"):  # --group-size is --group_size
+            word = "--" + name[2:].replace("-", "_") + word[len(name) :]
+        flags.append(word)
+    actions, unknown = parser.parse_known_args(flags)
     if unknown:
         known = [f"--{name.lower()}" for name in ("help", *vars(actions), *CONSTANTS)]
         close = difflib.get_close_matches(unknown[0], known, 1)
-        raise SettingsError(f"unknown flag {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see --help"))
-    if "" in (actions.resume, actions.evaluate, actions.against) or (actions.against and not actions.evaluate):
-        raise SettingsError("--resume, --evaluate and --against need a name, and --against goes with --evaluate")
-    return actions, {name: value for name in CONSTANTS if (value := vars(actions).get(name.lower())) is not None}
+        advice = f"did you mean {close[0]}?" if close else "see --help"
+        raise SettingsError(f"unknown flag {unknown[0]}; {advice}")
+    empty = "" in (actions.resume, actions.evaluate, actions.against)
+    if empty or (actions.against and not actions.evaluate):
+        need = "--resume, --evaluate and --against need a name"
+        raise SettingsError(f"{need}, and --against goes with --evaluate")
+    given = {}
+    for name in CONSTANTS:
+        value = getattr(actions, name.lower(), None)
+        if value is not None:
+            given[name] = value
+    if actions.evaluate and "MODEL" in given:
+        raise SettingsError("--evaluate names the model to test: leave --model out")
+    return actions, given
+
+
+def new_parser():
+    """A parser with the actions, and a flag for each constant."""
+    parser = argparse.ArgumentParser(
+        usage="python main.py [--flag value …]",
+        description=__doc__.split("\n\nRead downwards")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    against = "with --evaluate: test this one too, on the same questions"
+    resume = "go on with the run in this folder, with its own settings"
+    only_evaluate = "only test a model: hub name, folder, or run folder"
+    test = "two steps and one small evaluation, all else as given"
+    parser.add_argument("--against", metavar="MODEL", help=against)
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--resume", metavar="RUN", help=resume)
+    one_of.add_argument("--evaluate", metavar="MODEL", help=only_evaluate)
+    one_of.add_argument("--test", action="store_true", help=test)
+    groups = {}
+    for name, constant in CONSTANTS.items():
+        if constant.section not in groups:
+            groups[constant.section] = parser.add_argument_group(constant.section)
+        groups[constant.section].add_argument(f"--{name.lower()}", **flag_options(name, constant))
+    return parser
+
+
+def flag_options(name, constant):
+    """How argparse reads and explains the flag of a constant."""
+    default = of_the_block("tiny")[name]
+    shown = f"default: {as_flag(default)}"
+    if isinstance(constant.value, of_model):
+        shown += f" for the tiny model, {as_flag(constant.value.other)} for others"
+    options = {"default": argparse.SUPPRESS, "help": f"{constant.comment} ({shown})".replace("%", "%%")}
+    if isinstance(default, bool):  # --tensorboard alone is --tensorboard true
+        return options | {"type": true_or_false, "nargs": "?", "const": True, "metavar": "BOOL"}
+    if isinstance(default, dict):
+        return options | {"type": weights, "metavar": "NAME=WEIGHT,…"}
+    return options | {"type": type(default), "metavar": type(default).__name__.upper()}
+
+
+def as_flag(value):
+    """The value of a constant as one would write it behind its flag."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={weight:g}" for name, weight in value.items())
+    return repr(value)
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def weights(text):
+    """The weights of rewards: correctness=2,integer=0.5."""
+    table = {}
+    for pair in text.split(","):
+        name, _, weight = pair.partition("=")
+        if name.strip() in table:
+            raise argparse.ArgumentTypeError(f"{name.strip()} has two weights")
+        try:
+            table[name.strip()] = float(weight)
+        except ValueError:
+            form = "name=weight pairs, as in correctness=2,integer=0.5"
+            raise argparse.ArgumentTypeError(f"{form}, not {text!r}") from None
+    return table
 
 
 def choose_settings(actions, flags):
-    """Write the constants, here and nowhere else. The later wins: defaults; TINY or the run's settings; flags."""
-    run, defaults = actions.resume or actions.evaluate, {name: CONSTANTS[name][1] for name in CONSTANTS}
-    known = report.read_settings(run, defaults) if run and (actions.resume or report.is_run(run)) else {}
-    for name, value in flags.items() if actions.resume else ():
+    """Write the constants, here and nowhere else. A flag wins over a run's settings, and these over the defaults."""
+    run = actions.resume or actions.evaluate
+    model = actions.evaluate or flags.get("MODEL", MODEL)
+    values = of_the_block(model)
+    known = {}
+    if actions.resume or (run and report.is_run(run)):
+        values = of_the_block(report.read_config(run).get("MODEL", model))
+        known = report.read_settings(run, values, for_resume=bool(actions.resume))
+    if actions.resume:
+        refuse_changes(run, known, flags)
+    values |= known | flags
+    if actions.evaluate:
+        values["MODEL"] = model
+    if not known:
+        values["STEPS"] = steps_of_curriculum(values, flags)
+    if actions.test:
+        values |= {"STEPS": 2, "ITERATIONS": 1}
+        values["COLD_START"] = min(values["COLD_START"], 2)
+        values["EVAL_QUESTIONS"] = min(values["EVAL_QUESTIONS"] or 8, 8)
+    globals().update(values)
+    check_settings(training=not actions.evaluate)
+
+
+def refuse_changes(run, known, flags):
+    """Refuse flags that would change what a resumed run has begun."""
+    for name, value in flags.items():
         may_change = name in MAY_CHANGE and (name != "STEPS" or known["ITERATIONS"] == 1)
         if value != known[name] and not may_change:
-            raise SettingsError(f"{run} was made with --{name.lower()} {known[name]}: a resumed run keeps its settings")
-    model = actions.evaluate or (defaults | known | flags)["MODEL"]
-    values = defaults | (known or (TINY if model == "tiny" else {})) | flags | {"MODEL": model}
+            made_with = f"{run} was made with --{name.lower()} {as_flag(known[name])}"
+            raise SettingsError(f"{made_with}: a resumed run keeps its settings")
+
+
+def steps_of_curriculum(values, flags):
+    """STEPS: a curriculum determines its number of steps."""
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
-    if any(counts) and not known:  # a curriculum determines its number of steps
-        if flags.get("STEPS", sum(counts)) != sum(counts):
-            raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
-        values["STEPS"] = sum(counts)
-    if actions.test:
-        values |= {"STEPS": 2, "ITERATIONS": 1, "COLD_START": min(values["COLD_START"], 2)}
-        values |= {"EVAL_QUESTIONS": min(values["EVAL_QUESTIONS"] or 8, 8)}
-    globals().update(values)
-    check_settings()
+    if not any(counts):
+        return values["STEPS"]
+    if flags.get("STEPS", sum(counts)) != sum(counts):
+        raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
+    return sum(counts)
 
 
-def check_settings():
-    """Refuse what cannot be meant, before anything is loaded."""
-    now, longest, dpo = settings(), MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, ALGORITHM == "dpo"
-    weights = {name for name in now if name.startswith("WEIGHT_")} - {"WEIGHT_DECAY"}
-    numbers = {name: x for name, x in now.items() if isinstance(x, (int, float)) and name not in weights}
-    from_1 = ("ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "MAX_NEW_TOKENS", "CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY")
-    least = dict.fromkeys(numbers, 0) | dict.fromkeys(from_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}
-    above_0 = ("LORA_ALPHA", "BETA_DPO", "EPSILON_VALUE", "MAX_GRAD_NORM", "OVERLONG_SHARE")
-    outcome, grpo = SUPERVISION == "outcome", ALGORITHM == "grpo"
-    rewards = {*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge", "steps"}
-    rewards |= {*report.MEASURES["writing"]} - {"fluency"}  # the counts of a story
-    rules = [
-        *((name, now[name] in names, f"one of {', '.join(names)}") for name, names in CHOICES.items()),
-        *((name, name[7:].lower() in rewards, "the weight of a reward of evaluator.py") for name in weights),
-        *((name, abs(x) < 2**63, "below 2 to the 63") for name, x in now.items() if not isinstance(x, str)),
-        *((name, x >= least[name], f"at least {least[name]}") for name, x in numbers.items()),
-        *((name, now[name] > 0, "above 0") for name in above_0),
-        *((name, now[name] < 1, "below 1") for name in ("ADAM_BETA1", "ADAM_BETA2")),
-        *((name, now[name] <= 1, "from 0 to 1") for name in ("GAMMA", "LAMBDA", "OVERLONG_SHARE", "EPSILON_LOW")),
-        *((name, x.isprintable(), "printable") for name, x in now.items() if isinstance(x, str)),
-        ("RUN", RUN == Path(RUN).name != ".." and len(os.fsencode(RUN)) < 256, "a name without folders"),
-        ("TOKEN_BUDGET", TOKEN_BUDGET >= longest, f"at least max_prompt_tokens + max_new_tokens = {longest}"),
-        ("QUESTIONS_PER_STEP", QUESTIONS_PER_STEP >= llms.WORLD, f"at least {llms.WORLD}, one for each rank"),
-        ("GROUP_SIZE", GROUP_SIZE > 1 or ALGORITHM not in ("grpo", "dpo"), f"at least 2: {ALGORITHM} compares outputs"),
-        ("JUDGE", not JUDGE or GROUP_SIZE > 1, "empty with --group_size 1: it compares outputs"),
-        ("SUPERVISION", outcome or grpo, f"outcome for {ALGORITHM}"),
-        ("REWARD_MODEL", not REWARD_MODEL or grpo or ALGORITHM == "ppo", f"empty for {ALGORITHM}: it uses no rewards"),
-        ("RATIO", RATIO == "token" or (outcome and ALGORITHM not in ("ppo", "distill")), "token if Â differs by token"),
-        ("MU", MU == 1 or ALGORITHM not in ("sft", "dpo"), f"1 for {ALGORITHM}: it makes one update a step"),
-        ("DENOMINATOR", DENOMINATOR == "sequence" or not dpo, "sequence for dpo: it compares means per output"),
-        ("TENSORBOARD", not TENSORBOARD or importlib.util.find_spec("tensorboard"), "off, or pip install tensorboard"),
-        *variant_rules(now, weights),
-    ]
-    for name, holds, demand in rules:
-        if not holds:
-            raise SettingsError(f"--{name.lower()} must be {demand}, not {now[name]!r}")
+def require(holds, name, demand):
+    """Refuse the value of a constant in one line."""
+    if not holds:
+        raise SettingsError(f"--{name.lower()} must be {demand}, not {as_flag(globals()[name])}")
 
 
-def variant_rules(now, weights):
-    """Which settings of what came after the paper contradict others: [(name, does it hold?, what is demanded)]."""
-    grpo, distill, ratio = ALGORITHM == "grpo", ALGORITHM == "distill", ALGORITHM in ("grpo", "ppo", "distill")
-    outcome, summed = SUPERVISION == "outcome", NORMALIZE == "sum"
-    of_grpo = ("SCALE", "PASS_K", "NORMALIZE", "POSITIVE", "NEGATIVE", "REFILL", "STALENESS")
-    of_ratios = ("CLIP", "DELTA", "IS_RATIO")
-    below_0 = WEIGHT_OVERLONG or REWARD_MODEL or any(now[name] < 0 for name in weights)
-    return [
-        *((name, now[name] == CONSTANTS[name][1] or grpo, f"as it is for {ALGORITHM}") for name in of_grpo),
-        *((name, now[name] == CONSTANTS[name][1] or ratio, f"as it is for {ALGORITHM}") for name in of_ratios),
-        ("PASS_K", PASS_K == 1 or PASS_K < GROUP_SIZE, f"below --group_size {GROUP_SIZE}"),
-        ("PASS_K", PASS_K == 1 or (outcome and SCALE != "mean"), "1 with --supervision or --scale mean"),
-        ("SCALE", outcome or SCALE in ("group", "none"), f"group or none with --supervision {SUPERVISION}"),
-        ("SCALE", SCALE != "mean" or not below_0, "another than mean: a reward can be negative"),
-        ("NORMALIZE", summed or outcome, f"sum with --supervision {SUPERVISION}"),
-        ("NORMALIZE", summed or SCALE == "group", f"sum with --scale {SCALE}"),
-        ("NORMALIZE", summed or PASS_K == POSITIVE == NEGATIVE == 1, "sum with --pass_k, --positive or --negative"),
-        ("POSITIVE", POSITIVE == 1 or outcome, f"1 with --supervision {SUPERVISION}"),
-        ("NEGATIVE", NEGATIVE == 1 or outcome, f"1 with --supervision {SUPERVISION}"),
-        ("DELTA", DELTA == 0 or DELTA > 1 + EPSILON_HIGH, f"0, or above 1 + epsilon_high = {1 + EPSILON_HIGH}"),
-        ("DELTA", DELTA == 0 or CLIP == "objective", "0 with --clip weight"),
-        ("IS_LOW", IS_LOW < IS_HIGH, f"below --is_high {IS_HIGH}"),
-        ("IS_RATIO", IS_RATIO != "none" or not STALENESS, "token or sequence with --staleness"),
-        ("REFILL", REFILL == 0 or outcome, f"0 with --supervision {SUPERVISION}"),
-        ("TEACHER", bool(TEACHER) == distill, "a model" if distill else f"empty for {ALGORITHM}"),
-    ]
+AT_LEAST_1 = ["ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "PASS_K", "MAX_NEW_TOKENS"]
+AT_LEAST_1 += ["CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY"]
+ABOVE_0 = ("LORA_ALPHA", "BETA_DPO", "MAX_GRAD_NORM", "CORRECTION_MAX")
+
+
+def check_settings(training=True):
+    """Refuse what cannot be meant, before anything is loaded. A test needs no method."""
+    for name, value in settings().items():
+        check_value(name, value)
+    check_rewards()
+    for name in ("GAMMA", "LAMBDA", "EPSILON_LOW"):
+        require(globals()[name] <= 1, name, "from 0 to 1")
+    a_name = RUN == Path(RUN).name and RUN != ".." and len(os.fsencode(RUN)) < 256
+    require(a_name, "RUN", "a name without folders")
+    longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
+    require(TOKEN_BUDGET >= longest, "TOKEN_BUDGET", f"at least max_prompt_tokens + max_new_tokens = {longest}")
+    require(QUESTIONS_PER_STEP >= llms.WORLD, "QUESTIONS_PER_STEP", f"at least {llms.WORLD}, one for each rank")
+    installed = importlib.util.find_spec("tensorboard")
+    require(not TENSORBOARD or installed, "TENSORBOARD", "off, or pip install tensorboard")
+    if training:
+        check_methods()
+
+
+def check_value(name, value):
+    """Is this one constant, by itself, in its range?"""
+    choices = list(TABLES.get(name, CONSTANTS[name].choices()))
+    if choices:
+        require(value in choices, name, f"one of {', '.join(choices)}")
+    if isinstance(value, str):
+        require(value.isprintable(), name, "printable")
+    elif not isinstance(value, dict):
+        require(abs(value) < 2**63, name, "below 2 to the 63")
+        if name in ABOVE_0:
+            require(value > 0, name, "above 0")
+        elif name in ("TEMPERATURE", "EVAL_TEMPERATURE"):
+            require(value >= 0.01, name, "at least 0.01")
+        elif name in AT_LEAST_1:
+            require(value >= 1, name, "at least 1")
+        else:
+            require(value >= 0, name, "at least 0")
+
+
+def check_rewards():
+    """Is each name of REWARDS a reward, and each weight a number?"""
+    known = [*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge", "steps"]
+    known += [name for name in evaluator.MEASURES["writing"] if name != "fluency"]  # the counts of a story
+    for name, weight in REWARDS.items():
+        if name not in known:
+            raise SettingsError(f"--rewards: {name!r} is not a reward; there are {', '.join(known)}")
+        if not isinstance(weight, (int, float)) or not abs(weight) < 2**63:
+            raise SettingsError(f"--rewards: the weight of {name} must be below 2 to the 63, not {weight}")
+
+
+def check_methods():
+    """Which settings of the methods contradict each other?"""
+    if ALGORITHM != "grpo":
+        for name, value in {"SUPERVISION": "outcome", "ADVANTAGE": "grpo", "REFILL": 0, "STALENESS": 0}.items():
+            require(globals()[name] == value, name, f"{value} for {ALGORITHM}")
+    if ALGORITHM in ("sft", "rft", "dpo", "online_rft"):  # they have no ratio
+        for name, value in {"OBJECTIVE": "grpo", "CORRECTION": "none"}.items():
+            require(globals()[name] == value, name, f"{value} for {ALGORITHM}")
+    compares = ALGORITHM in ("grpo", "dpo")
+    require(GROUP_SIZE > 1 or not compares, "GROUP_SIZE", f"at least 2: {ALGORITHM} compares outputs")
+    require(GROUP_SIZE > 1 or not JUDGE, "JUDGE", "empty with --group_size 1: it compares outputs")
+    for name in ("REWARD_MODEL", "JUDGE"):
+        if globals()[name]:
+            rewarded = ALGORITHM not in ("sft", "rft", "dpo", "online_rft", "distill")
+            require(rewarded, name, f"empty for {ALGORITHM}: it uses no rewards")
+            require(REWARDS.get(name.lower()), "REWARDS", f"given a weight for {name.lower()}")
+    earned = {name for name, weight in REWARDS.items() if weight} - {"steps"}
+    if not JUDGE:
+        earned -= {"judge"}
+    if not REWARD_MODEL:
+        earned -= {"reward_model"}
+    require(earned or ALGORITHM not in ("grpo", "ppo"), "REWARDS", "a table with a weight that can be earned")
+    require(MU == 1 or ALGORITHM not in ("sft", "dpo"), "MU", f"1 for {ALGORITHM}: it makes one update a step")
+    of_dpo = DENOMINATOR == "sequence" or ALGORITHM != "dpo"
+    require(of_dpo, "DENOMINATOR", "sequence for dpo: it compares means per output")
+    if ALGORITHM == "distill":
+        require(TEACHER, "TEACHER", "a model")
+    else:
+        require(not TEACHER, "TEACHER", f"empty for {ALGORITHM}")
+    check_variants()
+
+
+def check_variants():
+    """Which settings of what came after the paper contradict each other?"""
+    outcome = SUPERVISION == "outcome"
+    require(outcome or ADVANTAGE == "grpo", "ADVANTAGE", f"grpo with --supervision {SUPERVISION}")
+    require(outcome or REFILL == 0, "REFILL", f"0 with --supervision {SUPERVISION}")
+    per_token = not outcome or ALGORITHM in ("ppo", "distill")
+    require(OBJECTIVE != "gspo" or not per_token, "OBJECTIVE", "another than gspo if Â differs by token")
+    if ADVANTAGE == "pass_at_k":
+        require(PASS_K < GROUP_SIZE, "PASS_K", f"below --group_size {GROUP_SIZE}")
+    if ADVANTAGE in ("pass_at_k", "w_reinforce"):
+        counted = {name for name, weight in REWARDS.items() if weight}
+        alone = counted - {"reward_model", "judge", "steps"} in ({"correctness"}, {"random"})
+        alone = alone and min(REWARDS.values()) >= 0
+        demand = f"correctness=1 with --advantage {ADVANTAGE}: an output is right or wrong"
+        require(alone and not REWARD_MODEL and not JUDGE, "REWARDS", demand)
+    if ADVANTAGE == "maxrl":
+        negative = REWARDS.get("overlong") or REWARD_MODEL or min(REWARDS.values(), default=0) < 0
+        require(not negative, "ADVANTAGE", "another than maxrl: a reward can be negative")
+    if SUPERVISION == "both":
+        require(REWARDS.get("steps"), "REWARDS", "given a weight for steps with --supervision both")
+    if OBJECTIVE == "dual_clip":
+        require(DELTA > 1 + EPSILON_HIGH, "DELTA", f"above 1 + epsilon_high = {1 + EPSILON_HIGH}")
+    require(CORRECTION != "none" or not STALENESS, "CORRECTION", "tis, sequence_tis or icepop with --staleness")
+
+
+# ==== What is checked before a run ==================================================================================
 
 
 def check_data(training=True):
     """Check the data; return the test questions: the first of each task, EVAL_QUESTIONS in all."""
-    stages = rldatasets.stages(DATASET)
-    tasks, samples = [name.strip() for name in EVAL_DATASET.split(",")], []
-    if not EVAL_DATASET:
-        tasks = list(dict.fromkeys(name for name, _ in stages))
-    elif Path(EVAL_DATASET).exists():  # a path can have commas in it
-        tasks = [EVAL_DATASET]
-    for name, _ in stages if training else stages[:1] if SHOTS else ():
-        if Path(name).is_file() and Path(name).resolve() in [Path(task).resolve() for task in tasks]:
-            raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
+    tasks = test_tasks()
+    samples = []
+    for name in training_sets(training):
+        same = [task for task in tasks if Path(task).resolve() == Path(name).resolve()]
+        if same and Path(name).is_file():
+            advice = "give --eval_dataset too, with other rows than it has"
+            raise SettingsError(f"{name} is a single file: {advice}")
         problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
         samples += problems
-        solutions = [problem.get("solution", "") for problem in problems]
-        if training and (ALGORITHM == "sft" or (COLD_START and name == stages[0][0])) and not all(solutions):
-            setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
-            raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
-        if training and SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
-            raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
-    examples = rldatasets.examples(stages[0][0], SHOTS)
-    if len([example for example in examples if example.get("solution")]) < SHOTS:
-        raise SettingsError(f"--shots {SHOTS}: {stages[0][0]} does not begin with {SHOTS} worked solutions")
-    tested, each = [], max(1, EVAL_QUESTIONS // len(tasks)) if EVAL_QUESTIONS else None
+        if training:
+            check_solutions(name, problems)
+    check_shots()
+    tests = test_questions(tasks)
+    if any(problem["kind"] == "program" for problem in samples + tests):
+        reason = evaluator.sandbox_problem()
+        if reason:
+            raise SettingsError(f"programs are run in a sandbox only: {reason}")
+    return tests
+
+
+def test_tasks():
+    """The names of the data sets to test on."""
+    if not EVAL_DATASET:
+        return list(dict.fromkeys(name for name, _ in rldatasets.stages(DATASET)))
+    if Path(EVAL_DATASET).exists():  # a path can have commas in it
+        return [EVAL_DATASET]
+    return list(dict.fromkeys(name.strip() for name in EVAL_DATASET.split(",")))
+
+
+def training_sets(training):
+    """The data sets whose training questions are read: all stages, or for a test the one that SHOTS come from."""
+    names = [name for name, _ in rldatasets.stages(DATASET)]
+    if training:
+        return names
+    return names[:1] if SHOTS else []
+
+
+def check_solutions(name, problems):
+    """Has a data set the worked solutions that the settings need?"""
+    solutions = [problem.get("solution", "") for problem in problems]
+    imitated = COLD_START and name == rldatasets.stages(DATASET)[0][0]
+    if (ALGORITHM == "sft" or imitated) and not all(solutions):
+        setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
+        raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
+    if SUPERVISION != "outcome":
+        calculated = [evaluator.step_rewards(*pair) for pair in zip(solutions, problems)]
+        if not any(calculated):
+            demand = f"--supervision {SUPERVISION} rewards calculations"
+            raise SettingsError(f"{demand}: the solutions of {name} have none")
+
+
+def check_shots():
+    first = rldatasets.stages(DATASET)[0][0]
+    worked = [example for example in rldatasets.examples(first, SHOTS) if example.get("solution")]
+    if len(worked) < SHOTS:
+        raise SettingsError(f"--shots {SHOTS}: {first} does not begin with {SHOTS} worked solutions")
+
+
+def test_questions(tasks):
+    """The first test questions of each task, EVAL_QUESTIONS in all."""
+    each = None
+    if EVAL_QUESTIONS:
+        each = max(1, EVAL_QUESTIONS // len(tasks))
+    questions = []
     for task in tasks:
-        tested += [problem | {"task": task} for problem in itertools.islice(rldatasets.load(task, "test"), each)]
-    if len(tested) < llms.WORLD:
+        for problem in itertools.islice(rldatasets.load(task, "test"), each):
+            questions.append(problem | {"task": task})
+    if len(questions) < llms.WORLD:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
-    if any(problem["kind"] == "program" for problem in samples + tested) and (reason := evaluator.sandbox_problem()):
-        raise SettingsError(f"programs are run in a sandbox only: {reason}")
-    return tested
+    return questions
+
+
+def check_prompts(state, tests, training=()):
+    """Refuse a test question that leaves no room for an output, and a training set that has only too long ones."""
+    context = llms.context_length(state.policy)
+    longest = max(len(prompt_ids(state.tokenizer, problem)) for problem in tests)
+    if longest + MAX_NEW_TOKENS > context:
+        advice = "lower --max_new_tokens"
+        if longest >= context:
+            advice = "name other questions with --eval_dataset"
+        if SHOTS:
+            advice = "lower --shots"
+        room = f"a test question of {longest} tokens, the model reads {context} with the output"
+        raise SettingsError(f"{room}: {advice}")
+    limit = state.prompt_limit
+    for name, _ in training:
+        some = itertools.islice(rldatasets.shuffled(name, "train", SEED), 1000)
+        if all(len(prompt_ids(state.tokenizer, problem)) > limit for problem in some):
+            advice = "raise --max_prompt_tokens"
+            if limit + MAX_NEW_TOKENS == context:
+                advice = "lower --max_new_tokens"
+            raise SettingsError(f"every prompt of {name} is longer than {limit} tokens: {advice}")
+
+
+# ==== A run =========================================================================================================
 
 
 def model_folder(name):
     """The model to load; tiny is built when it is first asked for."""
     if name != "tiny":
         return name
-    plays = rldatasets.stages(DATASET)[0][0].partition(":")[0] == "nim"  # of a curriculum, its first stage
-    corpora = [rldatasets.nim_corpus()] if plays else rldatasets.tiny_corpus()
+    first = rldatasets.stages(DATASET)[0][0]  # of a curriculum, its first stage
+    corpora = rldatasets.tiny_corpus()
+    if first.partition(":")[0] == "nim":
+        corpora = [rldatasets.nim_corpus()]
     return llms.tiny_folder(report.runs_folder(), corpora)
 
 
 def new_state(policy, tokenizer, run=None):
-    """A policy at the beginning of its training, with the critic, optimizer and reward model of the settings."""
+    """A policy at the beginning of its training, with what the settings need beside it."""
+    llms.limit_memory(TOKEN_BUDGET, CACHE_TOKENS)
     if LORA_RANK:
         llms.add_lora(policy, LORA_RANK, LORA_ALPHA, SEED)
     if GRADIENT_CHECKPOINTING:
         llms.enable_gradient_checkpointing(policy)
     state = State(policy, tokenizer, run)
-    state.critic = llms.Critic(policy) if ALGORITHM == "ppo" else None
-    networks = [llms.shard(network) for network in state.networks().values()]
-    trained = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
-    options = {"weight_decay": WEIGHT_DECAY, "fused": torch.cuda.is_available() or None}
-    state.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (ADAM_BETA1, ADAM_BETA2), **options)
+    if ALGORITHM == "ppo":
+        state.critic = llms.Critic(policy)
+    state.optimizer = new_optimizer(state.networks().values())
     state.generator = torch.Generator().manual_seed(SEED)
-    context, empty = getattr(policy.config, "max_position_embeddings", math.inf), {"question": ""}
-    shots = len(prompt_ids(tokenizer, empty)) - len(llms.encode(tokenizer, rldatasets.prompt(empty))) if SHOTS else 0
-    state.prompt_limit = min(MAX_PROMPT_TOKENS + shots, context - MAX_NEW_TOKENS)
-    state.reward_model = llms.reward_model(REWARD_MODEL) if REWARD_MODEL else None
-    state.judge = llms.load_judge(model_folder(JUDGE)) if JUDGE else None
+    state.prompt_limit = prompt_limit(policy, tokenizer)
+    if REWARD_MODEL:
+        state.reward_model = llms.reward_model(REWARD_MODEL)
+    if JUDGE:
+        state.judge = llms.load_judge(model_folder(JUDGE))
     if TEACHER:
-        teacher, its_tokenizer = llms.load(model_folder(TEACHER))
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
-        state.teacher = llms.frozen_copy(teacher.requires_grad_(False))
+        state.teacher = load_teacher(tokenizer)
     return state
 
 
-def check_prompts(state, tests, training=()):
-    """Refuse a test question that leaves no room for an output, and a training set that has only too long ones."""
-    length = lambda problem: len(prompt_ids(state.tokenizer, problem))
-    context, limit = getattr(state.policy.config, "max_position_embeddings", math.inf), state.prompt_limit
-    longest = max(map(length, tests))
-    if longest + MAX_NEW_TOKENS > context:
-        advice = "lower --max_new_tokens" if longest < context else "name other questions with --eval_dataset"
-        advice = "lower --shots" if SHOTS else advice
-        raise SettingsError(f"a test question of {longest} tokens, the model reads {context} with the output: {advice}")
-    for name, _ in training:
-        some = itertools.islice(rldatasets.shuffled(name, "train", SEED), 1000)
-        if all(length(problem) > limit for problem in some):
-            advice = "lower --max_new_tokens" if limit + MAX_NEW_TOKENS == context else "raise --max_prompt_tokens"
-            raise SettingsError(f"every prompt of {name} is longer than {limit} tokens: {advice}")
+def new_optimizer(networks):
+    """AdamW over the trained weights of some networks, split over the ranks."""
+    trained = []
+    for network in networks:
+        llms.shard(network)
+        trained += [weight for weight in network.parameters() if weight.requires_grad]
+    betas = (0.9, 0.99)  # 0.999, the usual one, would remember longer than most runs last
+    fused = torch.cuda.is_available() or None
+    return torch.optim.AdamW(trained, LEARNING_RATE, betas, weight_decay=0.0, fused=fused)
 
 
-def ask_to_stop(state, number):
-    """The first signal asks for an end after the step; a second Ctrl-C ends without finishing it."""
-    if state.stop_signal == signal.SIGINT:  # after a first Ctrl-C; torchrun passes a second on as SIGTERM
-        raise KeyboardInterrupt
-    state.stop_signal = number
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    say("finishing the step; Ctrl-C again loses it")
+def prompt_limit(policy, tokenizer):
+    """How long a training prompt may be: MAX_PROMPT_TOKENS and the SHOTS, or less for a model with a short context."""
+    empty = {"question": ""}
+    without_shots = llms.encode(tokenizer, rldatasets.prompt(empty))
+    shots = len(prompt_ids(tokenizer, empty)) - len(without_shots)
+    return min(MAX_PROMPT_TOKENS + shots, llms.context_length(policy) - MAX_NEW_TOKENS)
 
 
-def check_and_save(state, metrics, problems, evaluates_at, notes, bar):
-    """Print what is not healthy; evaluate, draw and save when it is time; returns the signal to stop for, or 0."""
-    bar.update()
-    llms.check_written()
-    for note in set(report.health_notes(metrics, settings(), torch.cuda.is_available())) - notes:
-        say(f"note: {note}.")
-        notes.add(note)
-    state.failures = state.failures + 1 if metrics["skipped_updates"] else 0
-    if state.failures == 3:
-        raise RunError("three steps in a row were not finite; the last checkpoint was saved before them")
-    if evaluates_at(state.step):
-        record_evaluation(state, problems)
-    stopped = max(llms.gather([state.stop_signal or (signal.SIGTERM if llms.orphaned() else 0)]))
-    if stopped or state.step == last_step() or (state.step % SAVE_EVERY == 0 and not state.failures):
-        redraw([state.run], state.run)
-        save_checkpoint(state)
-    return stopped
+def load_teacher(tokenizer):
+    """The TEACHER, frozen; it must have the policy's tokens."""
+    teacher, its_tokenizer = llms.load(model_folder(TEACHER))
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        reason = f"has other tokens than {MODEL}, and cannot score its outputs"
+        raise SettingsError(f"--teacher {TEACHER} {reason}")
+    return llms.frozen_copy(teacher.requires_grad_(False))
 
 
-def record_evaluation(state, problems):
-    """Evaluate; write the metrics and all completions."""
-    metrics, records = evaluate(state, problems)
-    log(state.run, {"step": state.step, **metrics}, "test", records, TENSORBOARD)
-    say(f"step {state.step:4d} | TEST {report.eval_line(metrics)}")
+def last_step():
+    """The number of steps of the cold start and of all iterations."""
+    return COLD_START + ITERATIONS * STEPS
+
+
+class Training:
+    """A run: what happens around Algorithm 1. It tests, saves, draws, says what is wrong, and stops when asked to."""
+
+    def __init__(self, state, tests, only_try):
+        self.state = state
+        self.tests = tests  # the test questions
+        self.only_try = only_try  # --test: tested only at the end
+        self.writer = llms.CheckpointWriter()
+        self.notes = set()  # what has been said already
+        self.bar = None
+
+    def ask_to_stop(self, number, frame):
+        """The first signal asks for an end after the step; a second Ctrl-C ends without finishing it."""
+        if self.state.stop_signal == signal.SIGINT:  # torchrun passes a second Ctrl-C on as SIGTERM
+            raise KeyboardInterrupt
+        self.state.stop_signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("finishing the step; Ctrl-C again loses it")
+
+    def is_tested_at(self, step):
+        if step == last_step():
+            return True
+        return not self.only_try and (step == COLD_START or step % EVAL_EVERY == 0)
+
+    def evaluate(self):
+        """Test; write the metrics and all completions."""
+        metrics, records = evaluate(self.state, self.tests)
+        write(self.state.run, {"step": self.state.step, **metrics}, "test", records)
+        say(f"step {self.state.step:4d} | TEST {report.eval_line(metrics)}")
+
+    def after_step(self, state, metrics):
+        """Say what is not healthy; test, draw and save when it is time; return the signal to stop for, or 0."""
+        self.bar.update()
+        self.writer.check()
+        for note in report.health_notes(metrics, settings(), torch.cuda.is_available()):
+            if note not in self.notes:
+                say(f"note: {note}.")
+                self.notes.add(note)
+        state.not_finite = state.not_finite + 1 if metrics["skipped_updates"] else 0
+        if state.not_finite == 3:
+            raise RunError("three steps in a row were not finite: --resume goes on from the last checkpoint")
+        if self.is_tested_at(state.step):
+            self.evaluate()
+        stopped = stop_signal(state)
+        is_saved = state.step % SAVE_EVERY == 0 and not state.not_finite
+        if stopped or is_saved or state.step == last_step():
+            if llms.RANK == 0:
+                plot.draw([state.run], state.run)
+            save_checkpoint(state, self.writer)
+        return stopped
+
+    def before_first_step(self):
+        """Before a new run's first step: test the model as it is, and notice a full disk before the training."""
+        if self.is_tested_at(0):
+            self.evaluate()
+        save_checkpoint(self.state, self.writer)
+        self.writer.wait()
+
+
+def stop_signal(state):
+    """The signal to stop for that any rank has got, or 0."""
+    number = state.stop_signal
+    if not number and llms.orphaned():
+        number = signal.SIGTERM
+    return max(llms.gather([number]))
 
 
 def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
-    run = Path(actions.resume) if actions.resume else report.new_folder(RUN, MODEL, DATASET, actions.test)
-    problems, last = check_data(), last_step()
-    policy, tokenizer = llms.load(model_folder(MODEL))  # 1: π_θ ← π_θinit
+    if actions.resume:
+        run = Path(actions.resume)
+    else:
+        run = report.new_folder(RUN, MODEL, DATASET, actions.test)
+    tests = check_data()
+    policy, tokenizer = llms.load(model_folder(MODEL))  # Algorithm 1, line 1: π_θ ← π_θinit
     state = new_state(policy, tokenizer, run)
-    check_prompts(state, problems, rldatasets.stages(DATASET))
+    check_prompts(state, tests, rldatasets.stages(DATASET))
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state)
-    if state.step > last:
-        raise SettingsError(f"{run} is at step {state.step} already, beyond its last, {last}: raise --steps")
-    evaluates_at = lambda step: step == last or (not actions.test and (step == COLD_START or step % EVAL_EVERY == 0))
+    if state.step > last_step():
+        past = f"{run} is at step {state.step} already, beyond its last, {last_step()}"
+        raise SettingsError(f"{past}: raise --steps")
+    training = Training(state, tests, only_try=actions.test)
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
-        about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
-        begin(run, settings() | about, state.step)
-        total, trained = policy.num_parameters() / 1e6, policy.num_parameters(only_trainable=True) / 1e6
-        size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
-        say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {llms.WORLD} × {policy.device}; all goes to {run}")
+        begin(state)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: ask_to_stop(state, number))
+            signal.signal(number, training.ask_to_stop)
         if state.step == 0:
-            if evaluates_at(0):
-                record_evaluation(state, problems)
-            save_checkpoint(state)
-            llms.check_written(wait=True)  # a disk that is full is noticed before the training
-        notes = set()
-        bar = tqdm(total=last, initial=state.step, desc=run.name, unit="step", disable=llms.RANK > 0 or None)
-        with bar, llms.writing():
-            stopped = train(state, lambda state, row: check_and_save(state, row, problems, evaluates_at, notes, bar))
+            training.before_first_step()
+        training.bar = tqdm(total=last_step(), initial=state.step, desc=run.name, unit="step", disable=llms.NO_BAR)
+        with training.bar, training.writer:
+            stopped = train(state, training.after_step)
         if stopped:
             say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
             return 128 + stopped
         llms.save(policy, tokenizer, run / "model")
-        say(summary(run))
+        if llms.RANK == 0:
+            say(report.summary(run))
         return 0
+
+
+def begin(state):
+    """Write config.json, and say what begins."""
+    if llms.RANK:
+        return
+    about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+    report.begin(state.run, settings() | about, state.step)
+    total = state.policy.num_parameters() / 1e6
+    trained = state.policy.num_parameters(only_trainable=True) / 1e6
+    size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
+    where = f"{llms.WORLD} × {state.policy.device}; all goes to {state.run}"
+    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {where}")
 
 
 def run_evaluation(actions):
     """Test one model, or two on the same questions with their paired difference."""
-    problems, outputs = check_data(training=False), []
-    names = [name for name in (actions.evaluate, actions.against) if name]
+    tests = check_data(training=False)
+    names = [actions.evaluate]
+    if actions.against:
+        names.append(actions.against)
+    llms.limit_memory(TOKEN_BUDGET, CACHE_TOKENS)
     states = [State(*llms.load(model_folder(name))) for name in names]
     judge = llms.load_judge(model_folder(JUDGE)) if JUDGE and actions.against else None
     for state in states:  # both, before either is tested
-        check_prompts(state, problems)
+        check_prompts(state, tests)
         llms.shard(state.policy)
+    outputs = []  # the records of each model
     for name, state in zip(names, states):
         same_tokens = state.tokenizer.get_vocab() == states[-1].tokenizer.get_vocab()
-        state.reference = states[-1].policy if actions.against and same_tokens else None
-        metrics, records = evaluate(state, problems)
+        if actions.against and same_tokens:
+            state.reference = states[-1].policy
+        metrics, records = evaluate(state, tests)
         outputs.append(records)
         say(f"{name}: {report.eval_line(metrics)}")
     if actions.against:
-        say(report.paired_difference(names, [[record["correctness"] for record in records] for records in outputs]))
+        right = [[record["correctness"] for record in records] for records in outputs]
+        say(report.paired_difference(names, right))
     if judge:
-        texts = [(a["question"], [a["completion"], b["completion"]]) for a, b in llms.share(list(zip(*outputs)))]
-        say(report.verdicts(names, llms.gather([judge_group(judge, question, pair) for question, pair in texts])))
+        judged = []
+        for a, b in llms.share(list(zip(*outputs))):
+            texts = [a["completion"], b["completion"]]
+            judged.append(llms.judge_group(judge, a["question"], texts))
+        say(report.verdicts(names, llms.gather(judged)))
     return 0
 
 
+MISTAKES = (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError)
+MISTAKES += (argparse.ArgumentError, OSError)
+
+
 def main(argv=None):
+    """Run a command line; returns its exit status: 0, 1 (failed), 2 (refused), or 128 + the signal that ended it."""
     try:
         actions, flags = parse(sys.argv[1:] if argv is None else argv)
         with llms.distributed():
             choose_settings(actions, flags)
-            return run_evaluation(actions) if actions.evaluate else run_training(actions)
+            if actions.evaluate:
+                return run_evaluation(actions)
+            return run_training(actions)
     except MISTAKES as error:
-        status, reason = 2, str(error) or repr(error)
+        return report_error(2, str(error) or repr(error))
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        lost = llms.lost_another_rank(error)
-        if not lost and not isinstance(error, (RunError, torch.OutOfMemoryError)):
-            raise
-        status, reason = 1, "lost the other ranks, see their output; --resume goes on: " * lost + str(error).strip()
+        if llms.lost_another_rank(error):
+            lost = "lost the other ranks, see their output; --resume goes on"
+            return report_error(1, f"{lost}: {str(error).strip()}")
+        if isinstance(error, (RunError, torch.OutOfMemoryError)):
+            return report_error(1, str(error).strip())
+        raise
+
+
+def report_error(status, reason):
+    """Print the first line of a reason; return the exit status."""
     if llms.RANK:  # rank 0's error appears first, and torchrun ends the others
         time.sleep(3)
     rank = f" on rank {llms.RANK}" if llms.WORLD > 1 else ""

@@ -1,9 +1,22 @@
 """The problems: where they come from, the prompt for each, and in which order they come.
 
-A problem is a plain dict: `question`, `answer` (the right one; for a program, a reference program), `solution` (worked,
-or ""), `kind` (how it is graded), and what the kind needs besides, such as the tests of a program. Nothing here knows
-about tokens, tensors, rewards or the group size. The functions to call are `load`, `examples`, `stages` and `shuffled`,
-at the end. To add a data set, add a line to DATASETS, above them.
+A problem is a plain dict:
+
+    question  the text that is asked
+    answer    the right answer; for a program, a reference program
+    solution  a worked solution, or ""
+    kind      how an answer is graded
+
+and what its kind needs besides, such as the tests of a program. Nothing here knows about tokens, tensors, rewards or
+the group size. These functions are called from outside:
+
+    prompt, written_out             a problem as chat messages, its solution as a completion
+    load, shuffled                  the problems of a data set in the order of its file; or each epoch in a new order
+    examples, stages                worked examples for the prompt, the stages of a curriculum
+    tiny_corpus, nim_corpus         what the tiny model learns before reinforcement learning
+    nim_position                    a position of a game of Nim as a problem
+
+To add a data set whose columns are among the FORMATS, add one line to DATASETS.
 """
 
 import ast
@@ -19,6 +32,7 @@ import re
 import warnings
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 
@@ -44,107 +58,134 @@ def written_out(problem):
 
 
 # ---- generated problems --------------------------------------------------------------------------------------------
-# A maker is a function (rng, difficulty) -> (split key, problem). Problems with equal keys are in the same split.
+# A maker is a function (rng, difficulty) -> (split key, problem). Problems with equal keys are in the same split. The
+# key is read as text, which must be the same in every process: do not use a set. The problem has a question, an answer and a
+# solution; its kind is the maker's name, unless the maker gives another.
 
 SIZES = {"train": 1000, "test": 200}  # problems of each maker and difficulty
+TRIES = 10_000  # a maker that has found nothing new after so many tries has too few problems
 
 
 def generated(makers, difficulties, split):
     """The problems of a split, of each maker and difficulty in turn: the same in every run, no prompt twice."""
-    sources = [(make, d, random.Random(f"{make.__name__} {d} {split}")) for d in difficulties for make in makers]
-    questions = set()
-    while len(questions) < SIZES[split] * len(sources):
-        make, difficulty, rng = sources[len(questions) % len(sources)]
-        problem = next_problem(make, difficulty, rng, split)
-        if (asked := repr(prompt(problem))) not in questions:
-            questions.add(asked)
+    sources = list(itertools.product(difficulties, makers))
+    generators = [random.Random(f"{make.__name__} {difficulty} {split}") for difficulty, make in sources]
+    asked = set()
+    for _ in range(SIZES[split]):
+        for (difficulty, make), rng in zip(sources, generators):
+            problem = next_problem(make, difficulty, rng, split, asked)
+            asked.add(repr(prompt(problem)))
             yield problem
 
 
-def next_problem(make, difficulty, rng, split):
-    """The next problem that a maker makes for a split."""
-    while True:
+def next_problem(make, difficulty, rng, split, asked=()):
+    """The next problem that a maker makes for a split; its prompt is not among those that were asked."""
+    for _ in range(TRIES):
         split_key, problem = make(rng, difficulty)
-        if in_split(zlib.crc32(str(split_key).encode()), split):
-            return {"kind": make.__name__} | problem  # the maker may have set another kind
+        problem = {"kind": make.__name__} | problem
+        fits_split = in_split(zlib.crc32(str(split_key).encode()), split)
+        if fits_split and repr(prompt(problem)) not in asked:
+            return problem
+    raise DataError(f"{make.__name__}:{difficulty}, {split} split: no new problem found in {TRIES} tries")
 
 
 def in_split(number, split):
     """Does this number belong to the split? Every fifth number is for testing, all others are for training."""
-    return (number % 5 == 0) == (split == "test")
+    for_testing = number % 5 == 0
+    return for_testing == (split == "test")
 
 
-# ---- word problems in the format of GSM8K, with one to five steps --------------------------------------------------
+# ---- word problems in the format of GSM8K, with one to five calculations -------------------------------------------
 
 NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
 THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-EVENTS = {"buys": "+", "finds": "+", "wins": "+", "gets": "+", "breaks": "-", "loses": "-", "sells": "-", "eats": "-"}
+GAINS = ["buys", "finds", "wins", "gets"]
+LOSSES = ["breaks", "loses", "sells", "eats"]
 LARGEST = 12  # no number in a word problem is larger
 
 
 def arithmetic(rng, difficulty):
     """A word problem in which `difficulty` events change a number, one calculation each."""
-    value = start = rng.randint(2, 12)
-    events, lines = {}, []  # {verb: number}: no verb comes twice
+    start = rng.randint(2, 12)
+    value = start
+    events = {}  # {verb: number}: no verb comes twice
+    lines = []
     while len(events) < difficulty:
-        verb, number = rng.choice(list(EVENTS)), rng.randint(2, 9)
-        sign = EVENTS[verb]
+        verb = rng.choice(GAINS + LOSSES)
+        number = rng.randint(2, 9)
+        sign = "+" if verb in GAINS else "-"
         result = OPERATIONS[sign](value, number)
         if verb not in events and 1 <= result <= LARGEST:
             events[verb] = number
             lines.append(f"{verb} {number}: <<{value}{sign}{number}={result}>>{result}")
             value = result
-    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    name = rng.choice(NAMES)
+    things = rng.choice(THINGS)
     story = ", ".join(f"{verb} {number}" for verb, number in events.items())
-    question = f"{name} has {start} {things}, {story}. How many {things} does {name} have now?"
-    problem = {"question": question, "answer": str(value), "solution": "\n".join(lines), "kind": "math"}
-    return (start, *events.items()), problem
+    return (start, *events.items()), {
+        "question": f"{name} has {start} {things}, {story}. How many {things} does {name} have now?",
+        "answer": str(value),
+        "solution": "\n".join(lines),
+        "kind": "math",
+    }
 
 
 # ---- what the tiny model learns before reinforcement learning ------------------------------------------------------
 
-HABITS = {"guess": 0.6, "work": 0.33, "slip": 0.07}  # how often the careless author of `tiny_corpus` does what
-TAGGED = 0.6  # the share of that author's solutions that have the form of the prompt
+# the careless author of `tiny_corpus`: how often each habit, and the share of solutions in the form of the prompt
+HABITS = {"guess": 0.6, "work": 0.33, "mistake": 0.07}
+TAGGED = 0.6
 
 
 def tiny_corpus(num_skilled=24000, num_careless=4000):
     """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
     Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the
-    answer out, and now and then makes a slip and mends it. A model of this size cannot calculate several steps in its
-    head: its guesses are mostly wrong. So longer outputs are better ones. All questions are from the training split.
+    answer out, and now and then makes a mistake and corrects it. A model of this size cannot do several calculations
+    in its head: its guesses are mostly wrong. So longer outputs are better ones. All questions are from the training
+    split.
     """
     rng = random.Random("tiny corpus")
-    skilled, careless = [], []
-    while len(skilled) < num_skilled:
+    skilled = []
+    for _ in range(num_skilled):
         if rng.random() < 0.25:
             skilled.append(([{"role": "user", "content": "Practise."}], practice(rng)))
-        else:
-            problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
-            skilled.append((prompt(problem), written_out(with_slip(rng, problem) if rng.random() < 0.1 else problem)))
-    while len(careless) < num_careless:
+            continue
+        problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
+        solved = with_mistake(rng, problem) if rng.random() < 0.1 else problem
+        skilled.append((prompt(problem), written_out(solved)))
+    careless = []
+    for _ in range(num_careless):
         problem = next_problem(arithmetic, rng.randint(1, 3), rng, "train")
         careless.append((prompt(problem), careless_solution(rng, problem)))
     return skilled, careless
 
 
-def practice(rng, count=6):
-    """Single calculations, one after the other."""
+def practice(rng):
+    """Six single calculations, one after the other."""
     text = ""
-    while text.count("<<") < count:
-        a, sign, b = rng.randint(1, LARGEST), rng.choice("+-"), rng.randint(2, 9)
-        if 1 <= (result := OPERATIONS[sign](a, b)) <= LARGEST:
+    while text.count("<<") < 6:
+        a = rng.randint(1, LARGEST)
+        sign = rng.choice("+-")
+        b = rng.randint(2, 9)
+        result = OPERATIONS[sign](a, b)
+        if 1 <= result <= LARGEST:
             text += f"<<{a}{sign}{b}={result}>>"
     return text
 
 
-def with_slip(rng, problem):
-    """The problem with a slip in a line of its solution, mended in the next: <<2+3=6>>6, then Wait, <<2+3=5>>5."""
+def with_mistake(rng, problem):
+    """The problem with a mistake in a line of its solution, which the next line corrects.
+
+    `buys 3: <<2+3=5>>5` becomes `buys 3: <<2+3=6>>6` and then `Wait, <<2+3=5>>5`.
+    """
     lines = problem["solution"].split("\n")
     index = rng.randrange(len(lines))
-    wrong = int(lines[index].rpartition(">>")[2]) + rng.choice([1, 2])
-    lines[index] = re.sub(r"<<(.*)=.*", rf"<<\1={wrong}>>{wrong}\nWait, \g<0>", lines[index])
+    start, right = lines[index].split("=")
+    wrong = int(right.split(">>")[0]) + rng.choice([1, 2])
+    calculation = start[start.index("<<") :]
+    lines[index] = f"{start}={wrong}>>{wrong}\nWait, {calculation}={right}"
     return problem | {"solution": "\n".join(lines)}
 
 
@@ -154,123 +195,174 @@ def careless_solution(rng, problem):
     if habit == "guess":
         number = str(rng.randint(1, LARGEST))
         problem = problem | {"answer": number, "solution": f"That makes {number}."}
-    elif habit == "slip":
-        problem = with_slip(rng, problem)
+    elif habit == "mistake":
+        problem = with_mistake(rng, problem)
+    if rng.random() < TAGGED:
+        return written_out(problem)
     untagged = f"{problem['solution']}\nThe answer is {problem['answer']}."
     half_tagged = f"<reasoning>\n{problem['solution']}\n</reasoning>\n{problem['answer']}"
-    return written_out(problem) if rng.random() < TAGGED else rng.choice([untagged, half_tagged])
+    return rng.choice([untagged, half_tagged])
 
 
 # ---- generated logic puzzles, with a difficulty from 1 to 5 --------------------------------------------------------
-# A clue is (form, a, b, k): a sentence with gaps, the two persons in it, counted from 0, and the number for {k}.
 
-SAYINGS = {  # form of what person `me` can say: is it true? knight[i]: is person i a knight? The later, the harder
-    "{a} is a knight": lambda knight, me, a, b, k: knight[a],
-    "{a} is a knave": lambda knight, me, a, b, k: not knight[a],
-    "{a} and I are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[me],
-    "{a} and I are of different kinds": lambda knight, me, a, b, k: knight[a] != knight[me],
-    "the number of knights among us is exactly {k}": lambda knight, me, a, b, k: sum(knight) == k,
-    "the number of knights among us is at least {k}": lambda knight, me, a, b, k: sum(knight) >= k,
-    "the number of knaves among us is at least {k}": lambda knight, me, a, b, k: len(knight) - sum(knight) >= k,
-    "{a} and {b} are of the same kind": lambda knight, me, a, b, k: knight[a] == knight[b],
-    "{a} and {b} are of different kinds": lambda knight, me, a, b, k: knight[a] != knight[b],
-    "if {a} is a knight, then {b} is a knave": lambda knight, me, a, b, k: not knight[a] or not knight[b],
-    "at least one of {a} and {b} is a knight": lambda knight, me, a, b, k: knight[a] or knight[b],
-    "{a} is a knight and {b} is a knave": lambda knight, me, a, b, k: knight[a] and not knight[b],
-    "if {a} is a knight, then so is {b}": lambda knight, me, a, b, k: not knight[a] or knight[b],
-}
 
-CLUES = {  # form of a clue about a race: is it true? place[i]: the place of person i, from 1. Later ones tell less
-    "{a} came in place {k}": lambda place, a, b, k: place[a] == k,
-    "{a} came directly before {b}": lambda place, a, b, k: place[a] + 1 == place[b],
-    "{a} came before {b}": lambda place, a, b, k: place[a] < place[b],
-    "{a} and {b} came one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) == 1,
-    "exactly {k} came between {a} and {b}": lambda place, a, b, k: abs(place[a] - place[b]) == k + 1,
-    # with k = 1 it would tell no more than "came before"
-    "{a} came at least {k} places before {b}": lambda place, a, b, k: (place[b] - place[a] >= k) & (k > 1),
-    "{a} did not come in place {k}": lambda place, a, b, k: place[a] != k,
-    "{a} and {b} did not come one directly after the other": lambda place, a, b, k: abs(place[a] - place[b]) > 1,
-}
+class Clue(NamedTuple):
+    """A sentence with gaps, and what stands in the gaps: `{a} came at least {k} places before {b}`."""
+
+    form: str
+    a: int  # a person, counted from 0
+    b: int  # another person, or a itself if the form has no {b}
+    k: int  # a number, or 0 if the form has no {k}
 
 
 def random_clue(rng, forms, n):
-    """A random clue about n persons, true or not. If the form has no {b}, then b = a; if it has no {k}, then k = 0."""
-    form, (a, b) = rng.choice(forms), rng.sample(range(n), 2)
-    b = b if "{b}" in form else a
+    """A random clue about n persons, true or not."""
+    form = rng.choice(forms)
+    a, b = rng.sample(range(n), 2)
+    if "{b}" not in form:
+        b = a
     k = rng.randint(1, n) if "{k}" in form else 0
-    return form, a, b, k
+    return Clue(form, a, b, k)
 
 
-def sentence(names, form, a, b, k):
+def sentence(names, clue):
     """A clue in English, without a full stop."""
-    words = form.format(a=names[a], b=names[b], k=k)
+    words = clue.form.format(a=names[clue.a], b=names[clue.b], k=clue.k)
     return words[0].upper() + words[1:]
+
+
+def sayings(knight, i_am, a, b, k):
+    """What a person can say: {form: is it true?}, the harder ones later.
+
+    knight: for each person, is it a knight? i_am, a, b: are the speaker and the persons a and b knights?
+    """
+    return {
+        "{a} is a knight": a,
+        "{a} is a knave": not a,
+        "{a} and I are of the same kind": a == i_am,
+        "{a} and I are of different kinds": a != i_am,
+        "the number of knights among us is exactly {k}": sum(knight) == k,
+        "the number of knights among us is at least {k}": sum(knight) >= k,
+        "the number of knaves among us is at least {k}": len(knight) - sum(knight) >= k,
+        "{a} and {b} are of the same kind": a == b,
+        "{a} and {b} are of different kinds": a != b,
+        "if {a} is a knight, then {b} is a knave": not a or not b,
+        "at least one of {a} and {b} is a knight": a or b,
+        "{a} is a knight and {b} is a knave": a and not b,
+        "if {a} is a knight, then so is {b}": not a or b,
+    }
+
+
+def fits(clue, me, knight):
+    """Can person `me` say this? A knight says what is true, a knave what is false. knight[i]: is person i a knight?"""
+    truth = sayings(knight, knight[me], knight[clue.a], knight[clue.b], clue.k)[clue.form]
+    return truth == knight[me]
 
 
 def knights(rng, difficulty):
     """Knights tell the truth, knaves lie, and each person says one thing. Only one choice of roles fits all of it."""
-    n, forms = difficulty + 1, list(SAYINGS)[: 5 + 2 * difficulty]
-    choices = possible = list(itertools.product([False, True], repeat=n))
-    while len(possible) > 1:  # draw roles and sayings again until only one choice of roles is possible
-        knight, clues, possible = rng.choice(choices), [], choices
+    n = difficulty + 1
+    choices = list(itertools.product([False, True], repeat=n))  # of roles: is each person a knight?
+    forms = list(sayings((), i_am=True, a=True, b=True, k=0))[: 5 + 2 * difficulty]
+    possible = choices
+    # draw roles and sayings again until only one choice of roles is possible
+    while len(possible) > 1:
+        knight = rng.choice(choices)
+        clues = []
+        possible = choices
         while len(clues) < n:
-            me = len(clues)  # who speaks next: a knight says what is true, a knave what is false
-            form, a, b, k = random_clue(rng, forms, n)
-            if me not in (a, b) and SAYINGS[form](knight, me, a, b, k) == knight[me]:
-                clues.append((form, a, b, k))
-                possible = [roles for roles in possible if SAYINGS[form](roles, me, a, b, k) == roles[me]]
+            me = len(clues)  # who speaks next
+            clue = random_clue(rng, forms, n)
+            if me not in (clue.a, clue.b) and fits(clue, me, knight):
+                clues.append(clue)
+                possible = [other for other in possible if fits(clue, me, other)]
 
-    names, roles = rng.sample(NAMES, n), ["knight" if is_knight else "knave" for is_knight in knight]
-    quotes = [f'"{sentence(names, *clue)}"' for clue in clues]
+    names = rng.sample(NAMES, n)
+    roles = ["knight" if is_knight else "knave" for is_knight in knight]
     answer = ", ".join(f"{name}: {role}" for name, role in zip(names, roles))
-    says = " ".join(f"{name} says: {quote}." for name, quote in zip(names, quotes))
-    question = f"Knights always tell the truth, knaves always lie. {says} "
-    question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
-    spoken = zip(names, roles, quotes, knight)  # a quote is true if a knight says it
-    lines = [f"{name} is a {role}, and {quote} is {is_true}." for name, role, quote, is_true in spoken]
-    solution = "\n".join([f"Try {answer}.", *lines, "Nothing else agrees with everything said."])
+    question = "Knights always tell the truth, knaves always lie. "
+    solution = f"Try {answer}.\n"
     split_key = []  # equal for puzzles that differ only in names and in the order of persons
-    for role, (form, a, b, k) in zip(roles, clues):
-        split_key.append(f"{role} {form} {sorted([roles[a], roles[b]]) if '{a}' in form else ''} {k}")
+    for name, role, clue in zip(names, roles, clues):
+        quote = f'"{sentence(names, clue)}"'
+        question += f"{name} says: {quote}. "
+        solution += f"{name} is a {role}, and {quote} is {role == 'knight'}.\n"
+        about = sorted([roles[clue.a], roles[clue.b]]) if "{a}" in clue.form else ""
+        split_key.append(f"{role} {clue.form} {about} {clue.k}")
+    question += "Who is a knight and who is a knave? Answer in this form: Zoe: knight, Yan: knave"
+    solution += "Nothing else agrees with everything said."
     return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": names}
 
 
+def race_clues(a, b, k):
+    """What can be told about a race: {form: is it true?}; the later ones tell less.
+
+    a, b: the places of persons a and b, from 1; arrays, with an entry for each possible order.
+    """
+    return {
+        "{a} came in place {k}": a == k,
+        "{a} came directly before {b}": a + 1 == b,
+        "{a} came before {b}": a < b,
+        "{a} and {b} came one directly after the other": abs(a - b) == 1,
+        "exactly {k} came between {a} and {b}": abs(a - b) == k + 1,
+        # never true with k = 1, and so never drawn: it would tell no more than "came before"
+        "{a} came at least {k} places before {b}": (b - a >= k) & (k > 1),
+        "{a} did not come in place {k}": a != k,
+        "{a} and {b} did not come one directly after the other": abs(a - b) > 1,
+    }
+
+
+@functools.cache
+def all_places(n):
+    """[n, n!]: for each person the places in all possible orders, from 1. In the first order person 0 comes first."""
+    return numpy.array(list(itertools.permutations(range(1, n + 1)))).T
+
+
+def agreement(clue, places):
+    """Which orders agree with a clue: [number of orders] of bool."""
+    return race_clues(places[clue.a], places[clue.b], clue.k)[clue.form]
+
+
 def order(rng, difficulty):
-    """A race told by clues, none of them superfluous. Person 0 comes first, person 1 second, and so on."""
-    n, forms = difficulty + 2, list(CLUES)[difficulty - 1 : difficulty + 3]
-    orders = list(itertools.permutations(range(1, n + 1)))  # each holds the places of all persons
-    place, true_order = numpy.array(orders).T, 0  # [n, n!]; the first order is 1, 2, …: person i has place i + 1
-    clues = {}  # a clue: [n!] which orders agree with it
-    possible = place[0] > 0  # [n!] which orders agree with all clues so far: at first all of them
-    while possible.sum() > 1:
+    """A race told by clues. Every clue is needed: without it several orders fit. Person 0 comes first, 1 second, …"""
+    n = difficulty + 2
+    forms = list(race_clues(a=1, b=2, k=0))[difficulty - 1 : difficulty + 3]
+    possible = all_places(n)  # [n, m]: the m orders that agree with all clues so far
+    clues = []
+    while possible.shape[1] > 1:
         clue = random_clue(rng, forms, n)
-        form, *gaps = clue
-        agrees = CLUES[form](place, *gaps)  # [n!]
-        if agrees[true_order] and (possible & ~agrees).any():  # the clue is true, and excludes an order
-            clues[clue] = agrees
-            possible &= agrees
-    for clue in list(clues):
-        others = [agrees for other, agrees in clues.items() if other != clue]
+        agrees = agreement(clue, possible)  # [m]
+        if agrees[0] and not agrees.all():  # the clue is true, and excludes an order
+            clues.append(clue)
+            possible = possible[:, agrees]
+    agreeing = {clue: agreement(clue, all_places(n)) for clue in clues}  # [n!] each
+    for clue in clues:
+        others = [agreeing[other] for other in agreeing if other != clue]
         if numpy.all(others, axis=0).sum() == 1:
-            del clues[clue]
+            del agreeing[clue]
 
     names = rng.sample(NAMES, n)
-    answer, with_places = ", ".join(names), [f"{name} ({place})" for place, name in enumerate(names, 1)]
-    told = " ".join(f"{sentence(names, *clue)}." for clue in clues)
-    question = f"{', '.join(sorted(names))} ran a race, and no two came together. {told} "
+    with_places = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    answer = ", ".join(names)
+    question = f"{', '.join(sorted(names))} ran a race, and no two came together. "
+    solution = f"Try {answer}.\n"
+    split_key = []
+    for clue in agreeing:
+        question += f"{sentence(names, clue)}. "
+        solution += f"{sentence(with_places, clue)}.\n"
+        split_key.append(f"{clue.form} {sorted([clue.a, clue.b])} {clue.k}")
     question += "In which order did they come? Answer with all names from first to last, separated by commas."
-    lines = [f"{sentence(with_places, *clue)}." for clue in clues]
-    solution = "\n".join([f"Try {answer}.", *lines, "No other order agrees with everything told."])
-    split_key = sorted(f"{form} {sorted([a, b])} {k}" for form, a, b, k in clues)
-    return split_key, {"question": question, "answer": answer, "solution": solution, "names": sorted(names)}
+    solution += "No other order agrees with everything told."
+    return sorted(split_key), {"question": question, "answer": answer, "solution": solution, "names": sorted(names)}
 
 
 def countdown(rng, difficulty):
     """Numbers, and a target that they reach in a calculation without fractions or numbers below 1."""
-    target, numbers = 0, []
-    while not 10 <= target <= 999 or target in numbers:
+    while True:
         numbers = [rng.randint(1, 10 * difficulty) for _ in range(min(difficulty + 2, 6))]
-        terms, lines = [(number, str(number)) for number in numbers], []  # a term: its value and its text
+        terms = [(number, str(number)) for number in numbers]  # a term: its value and its text
+        lines = []
         while len(terms) > 1:
             a, first = terms.pop(rng.randrange(len(terms)))
             b, second = terms.pop(rng.randrange(len(terms)))
@@ -280,18 +372,26 @@ def countdown(rng, difficulty):
             lines.append(f"{a} {sign} {b} = {value}")
             terms.append((value, f"({first} {sign} {second})"))
         target, expression = terms[0]
+        if 10 <= target <= 999 and target not in numbers:
+            break
     question = f"Reach {target} with the numbers {', '.join(map(str, numbers))}, each used at most once, "
     question += "and with +, -, *, / and parentheses. Answer with the expression alone, as in: (8 - 2) * 5"
-    problem = {"question": question, "answer": expression[1:-1], "solution": "\n".join(lines)}
-    return (sorted(numbers), target), problem | {"numbers": numbers, "target": target}
+    return (sorted(numbers), target), {
+        "question": question,
+        "answer": expression[1:-1],  # without the outer parentheses
+        "solution": "\n".join(lines),
+        "numbers": numbers,
+        "target": target,
+    }
 
 
 # ---- Nim: two heaps, and who takes the last one wins ---------------------------------------------------------------
 
 
 def nim(rng, difficulty):
-    """A position of Nim with at most difficulty + 2 in a heap. Train and test have the same ones, with other names."""
-    players, heaps = rng.sample(NAMES, 2), {"A": 0, "B": 0}
+    """A position of Nim with at most difficulty + 2 in a heap. Both splits have all positions, with other names."""
+    players = rng.sample(NAMES, 2)
+    heaps = {"A": 0, "B": 0}
     while not any(heaps.values()):
         heaps = {name: rng.randint(0, difficulty + 2) for name in heaps}
     return players, nim_position(players, rng.randrange(2), heaps)
@@ -299,79 +399,188 @@ def nim(rng, difficulty):
 
 def nim_position(players, turn, heaps):
     """The problem in which players[turn] moves; players[0] began. The right move makes the heaps equal: it wins."""
-    (first, second), (a, b) = players, heaps.values()
-    state = f"{first} and {second} play Nim; {first} began. Heap A has {a}, heap B has {b}."
-    rule = f"{players[turn]} takes any number from one heap, such as: 1 from A. Who takes the last one wins."
-    answer = "any move" if a == b else f"{abs(a - b)} from {max(heaps, key=heaps.get)}"
-    about = {"kind": "nim", "players": players, "turn": turn, "heaps": heaps}
-    return {"question": f"{state} {rule} What does {players[turn]} take?", "answer": answer, "solution": ""} | about
+    first, second = players
+    mover = players[turn]
+    a, b = heaps.values()
+    return {
+        "question": f"{first} and {second} play Nim; {first} began. Heap A has {a}, heap B has {b}. "
+        f"{mover} takes any number from one heap, such as: 1 from A. Who takes the last one wins. "
+        f"What does {mover} take?",
+        "answer": "any move" if a == b else f"{abs(a - b)} from {max(heaps, key=heaps.get)}",
+        "solution": "",
+        "kind": "nim",
+        "players": players,
+        "turn": turn,
+        "heaps": heaps,
+    }
 
 
 def nim_corpus(count=24000):
     """What the tiny model learns before self-play: [(messages, completion)] with legal moves, taken by chance."""
-    rng, corpus = random.Random("nim corpus"), []
-    while len(corpus) < count:
+    rng = random.Random("nim corpus")
+    corpus = []
+    for _ in range(count):
         problem = next_problem(nim, 3, rng, "train")
-        before = problem["heaps"]
-        heap = rng.choice([name for name in before if before[name]])
-        n = rng.randint(1, before[heap])
-        after = before | {heap: before[heap] - n}
-        solution = "\nleaves ".join(f"A {heaps['A']}, B {heaps['B']}" for heaps in (before, after))
-        solution += f"\n{heap}: <<{before[heap]}-{after[heap]}={n}>>{n}"
-        corpus.append((prompt(problem), written_out(problem | {"solution": solution, "answer": f"{n} from {heap}"})))
+        heaps = problem["heaps"]
+        heap = rng.choice([name for name in heaps if heaps[name]])
+        n = rng.randint(1, heaps[heap])
+        left = heaps | {heap: heaps[heap] - n}
+        solution = f"A {heaps['A']}, B {heaps['B']}\nleaves A {left['A']}, B {left['B']}"
+        solution += f"\n{heap}: <<{heaps[heap]}-{left[heap]}={n}>>{n}"
+        moved = problem | {"solution": solution, "answer": f"{n} from {heap}"}
+        corpus.append((prompt(problem), written_out(moved)))
     return corpus
 
 
 # ---- to test writing and dialogue ----------------------------------------------------------------------------------
 
-WORDS = "bridge clock garden horse island lamp letter music river ticket window winter".split()
+WORDS = [
+    "bridge",
+    "clock",
+    "garden",
+    "horse",
+    "island",
+    "lamp",
+    "letter",
+    "music",
+    "river",
+    "ticket",
+    "window",
+    "winter",
+]
 ANIMALS = ["cat", "dog", "horse", "parrot", "rabbit", "turtle"]
 REPLIES = ["I see.", "Good to know.", "What a lovely name!", "Thank you for telling me.", "All right.", "How nice."]
 
 
 def writing(rng, difficulty):
     """A story to write in difficulty + 1 sentences, with as many given words in it."""
-    name, words = rng.choice(NAMES), rng.sample(WORDS, difficulty + 1)
+    name = rng.choice(NAMES)
+    words = rng.sample(WORDS, difficulty + 1)
     question = f"Write a story about {name} in exactly {len(words)} sentences. Use these words: {', '.join(words)}."
     return (name, *words), {"question": question, "answer": " ".join(words), "solution": ""}
 
 
 def dialogue(rng, difficulty):
     """A fact is told, then `difficulty` others, then the first is asked for. `replies`: a true and a false answer."""
-    animals, names, turns = rng.sample(ANIMALS, difficulty + 1), rng.sample(NAMES, difficulty + 1), []
-    for animal, name, reply in zip(animals, names, rng.sample(REPLIES, difficulty + 1)):
+    count = difficulty + 1
+    animals = rng.sample(ANIMALS, count)
+    names = rng.sample(NAMES, count)
+    turns = []
+    for animal, name, reply in zip(animals, names, rng.sample(REPLIES, count)):
         turns.append({"role": "user", "content": f"My {animal} is called {name}."})
         turns.append({"role": "assistant", "content": reply})
-    about = {"turns": turns, "replies": [f"Your {animals[0]} is called {name}." for name in names[:2]]}
-    return names, {"question": f"What is my {animals[0]} called?", "answer": names[0], "solution": ""} | about
+    return names, {
+        "question": f"What is my {animals[0]} called?",
+        "answer": names[0],
+        "solution": "",
+        "turns": turns,
+        "replies": [f"Your {animals[0]} is called {name}." for name in names[:2]],
+    }
 
 
-# ---- rows of data sets as problems: the fields of a row tell its format --------------------------------------------
+# ---- rows of data sets as problems: the columns of a row tell its format -------------------------------------------
+
+
+def gsm8k(row):
+    """GSM8K: the answer is what follows the last #### in the solution."""
+    return answer_after("####", row["question"], row["answer"])
+
+
+def metamath(row):
+    """MetaMathQA: the answer is what follows the last "The answer is:"."""
+    return answer_after("The answer is:", row["query"], row["response"])
 
 
 def answer_after(mark, question, solution):
-    """GSM8K and MetaMathQA: the answer is what follows the last mark in the solution."""
-    explanation, _, answer = solution.rpartition(mark)
-    if mark not in solution or not answer.strip():
-        raise ValueError(f"its solution must end in `{mark} result`")
+    """A mathematical problem whose solution ends in a mark and the answer."""
+    explanation, found, answer = solution.rpartition(mark)
+    if not found or not answer.strip():
+        raise ValueError(f"its solution must end in `{mark} result` (a plain answer: name the columns problem, answer)")
     return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
 
 
-BALANCED = r"(?:[^{}\\]++|\\.)*+"  # a text without braces; \{ and \} count as text
-for _ in range(8):  # with each turn, braces may be one level deeper
-    BALANCED = rf"(?:[^{{}}\\]++|\\.|\{{{BALANCED}\}})*+"
-BOX = rf"\\(?:boxed|fbox)(?![a-z])\s*(?:(?!\{{\s*\}})\{{{BALANCED}\}}|[^\s{{$][^$\n]*)"  # `\boxed{5}` or `\boxed 5`
-
-
 def mathematics(row):
-    """MATH and similar sets: the answer is the field `answer`, or the boxes in the solution, which the grader opens."""
-    solution, answer = row.get("solution") or "", row.get("answer")
-    if answer is None:  # the last paragraph with boxes, from its first box to its last: `\boxed{1}$ or $\boxed{-1}`
-        boxes = [re.search(rf"(?s){BOX}(?:.*{BOX})?", paragraph) for paragraph in re.split(r"\n\s*\n", solution)]
-        answer = next((found[0].rstrip(" .") for found in reversed(boxes) if found), None)
+    """MATH and similar sets: the answer is the field `answer`, or the boxes in the solution; the grader opens them."""
+    solution = row.get("solution") or ""
+    answer = row.get("answer")
+    if answer is None:
+        for paragraph in re.split(r"\n\s*\n", solution):
+            answer = boxes(paragraph) or answer  # those of the last paragraph that has some
     if type(answer) not in (str, int) or not str(answer).strip():
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
+
+
+def boxes(text):
+    r"""The text from its first box to its last, such as `\boxed{1}$ or $\boxed{-1}`; "" without a box.
+
+    A box is `\boxed{5}` or `\boxed 5`; one that is empty or never closed does not count.
+    """
+    closing = closing_braces(text)
+    starts = []
+    ends = []
+    for box in re.finditer(r"\\(?:boxed|fbox)(?![a-z])\s*(?!\{\s*\})(\{|[^\s{$][^$\n]*)", text):
+        end = box.end()
+        if box[1] == "{":
+            end = closing.get(box.start(1))
+        if end is not None:
+            starts.append(box.start())
+            ends.append(end)
+    return text[min(starts) : max(ends)].rstrip(" .") if starts else ""
+
+
+def closing_braces(text):
+    r"""{where a brace opens: where the part that it opens ends}; \{ and \} are text."""
+    closing = {}
+    opened = []
+    for brace in re.finditer(r"(?s)\\.|[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closing[opened.pop()] = brace.end()
+    return closing
+
+
+def humaneval(row):
+    """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
+    head = row["prompt"]
+    setup = [head]
+    tests = [f"candidate = {row['entry_point']}"]
+    for node in ast.parse(row["test"]).body:
+        if getattr(node, "name", None) != "check":
+            setup.append(ast.unparse(node))
+            continue
+        for statement in node.body:
+            empty = isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant)
+            if not empty:  # `assert True` tests nothing
+                tests.append(ast.unparse(statement))
+    return program(
+        question=f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}",
+        reference=head + row["canonical_solution"],
+        prelude=head,
+        setup=setup,
+        tests=tests,
+        names={row["entry_point"]},
+    )
+
+
+def mbpp(row):
+    """MBPP: a function to write from a description and its tests. The name of the function is in the tests."""
+    tests = row.get("test_list") or []
+    shown = "\n".join(tests)
+    return program(
+        question=f"{row['text']} Answer with Python code only. It must pass these tests:\n\n{shown}",
+        reference=row["code"],
+        prelude="",
+        setup=[*(row.get("test_imports") or []), row.get("test_setup_code") or ""],
+        tests=tests,
+        names={node.id for node in ast.walk(ast.parse(shown)) if isinstance(node, ast.Name)},
+    )
+
+
+def sanitized_mbpp(row):
+    """MBPP's configuration "sanitized": the description is the field `prompt`."""
+    return mbpp(row | {"text": row["prompt"]})
 
 
 def program(question, reference, prelude, setup, tests, names):
@@ -379,55 +588,49 @@ def program(question, reference, prelude, setup, tests, names):
 
     Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
     """
-    functions = [node.name for node in ast.parse(reference).body if getattr(node, "name", None) in names]
+    defined = [getattr(node, "name", None) for node in ast.parse(reference).body]
+    functions = [name for name in defined if name in names]
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
-    problem = {"question": question, "answer": reference, "kind": "program", "solution": reference}
-    return problem | {"prelude": prelude, "setup": setup, "tests": tests, "functions": functions}
+    return {
+        "question": question,
+        "answer": reference,
+        "kind": "program",
+        "solution": reference,
+        "prelude": prelude,
+        "setup": "\n".join(setup),
+        "tests": tests,
+        "functions": functions,
+    }
 
 
-def humaneval(row):
-    """HumanEval: a function to complete. The tests are the statements of its `check(candidate)`."""
-    head, name, nodes = row["prompt"], row["entry_point"], ast.parse(row["test"]).body
-    statements = [statement for node in nodes if getattr(node, "name", None) == "check" for statement in node.body]
-    trivial = lambda node: isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant)  # assert True
-    tests = [ast.unparse(node) for node in statements if not trivial(node)]
-    setup = [head, *(ast.unparse(node) for node in nodes if getattr(node, "name", None) != "check")]
-    question = f"Complete this Python function. Answer with the whole function, Python code only.\n\n{head}"
-    reference = head + row["canonical_solution"]
-    return program(question, reference, head, "\n".join(setup), [f"candidate = {name}", *tests], {name})
+# {the columns that must hold text: the function that makes a problem of such a row}. The first that fits is taken. If
+# you have plain questions and answers, call the columns `problem` and `answer`.
 
-
-def mbpp(description, row):
-    """MBPP: a function to write from a description and its tests. The name of the function is in the tests."""
-    tests, imports, setup = row.get("test_list") or [], row.get("test_imports") or [], row.get("test_setup_code") or ""
-    test_code = "\n".join(tests)
-    names = {node.id for node in ast.walk(ast.parse(test_code)) if isinstance(node, ast.Name)}
-    question = f"{description} Answer with Python code only. It must pass these tests:\n\n{test_code}"
-    return program(question, row["code"], "", "\n".join([*imports, setup]), tests, names)
-
-
-FORMATS = {  # the fields that must hold text, and the function that turns such a row into a problem
-    ("question", "answer"): lambda row: answer_after("####", row["question"], row["answer"]),  # GSM8K
-    ("query", "response"): lambda row: answer_after("The answer is:", row["query"], row["response"]),  # MetaMathQA
-    ("problem",): mathematics,
+FORMATS = {
+    ("question", "answer"): gsm8k,  # answer: a worked solution, then `#### 72`
+    ("query", "response"): metamath,  # response: a worked solution, then `The answer is: 72`
+    ("problem",): mathematics,  # with `answer` (text or whole number), or `solution` with \boxed{72}
+    # a function to complete, its body, a test with `def check(candidate)`, its name
     ("prompt", "canonical_solution", "test", "entry_point"): humaneval,
-    ("text", "code"): lambda row: mbpp(row["text"], row),
-    ("prompt", "code"): lambda row: mbpp(row["prompt"], row),  # MBPP's configuration "sanitized"
+    ("text", "code"): mbpp,  # with `test_list`: ["assert …", …]
+    ("prompt", "code"): sanitized_mbpp,  # the same
 }
 
 
 def problem_of(row):
     """A row as a problem, by the first of the FORMATS that it has."""
     fields = row.items() if isinstance(row, dict) else []
-    texts = {field for field, value in fields if isinstance(value, str) and value.strip()}
-    function = next((function for needed, function in FORMATS.items() if texts.issuperset(needed)), None)
-    if function is None:
-        raise ValueError("it needs the texts " + ", or ".join(" + ".join(needed) for needed in FORMATS))
-    with warnings.catch_warnings(action="ignore"):  # many programs have strings such as "\d"
-        problem = function(row)
-    (problem["question"] + written_out(problem)).encode()  # raises an error for "\ud800", which is half a character
-    return problem
+    texts = {name for name, value in fields if isinstance(value, str) and value.strip()}
+    for columns, make in FORMATS.items():
+        if texts.issuperset(columns):
+            # many programs have strings such as "\d", which Python warns of
+            with warnings.catch_warnings(action="ignore"):
+                problem = make(row)
+            # an error if there is half a character, such as "\ud800"
+            (problem["question"] + written_out(problem)).encode()
+            return problem
+    raise ValueError("it needs the texts " + ", or ".join(" + ".join(columns) for columns in FORMATS))
 
 
 # ---- rows from files, folders and the hub --------------------------------------------------------------------------
@@ -436,33 +639,41 @@ SUFFIXES = (".jsonl", ".parquet", ".csv", ".json")  # .gz can follow each of the
 
 
 def files_of(path, split):
-    """The files of a split, with one suffix: the path itself if it is a file, else files of the folder."""
+    """The files of a split, which have one suffix: the path itself if it is a file, else files of the folder."""
     if path.is_file():
         files = [path]
     elif (path / split).is_dir():  # MATH as published: train/algebra/1.json
-        files = (path / split).rglob("*.*")
-    else:  # the split is a word of the file's name; repositories of the hub have a folder main or data
-        folder = next((path / sub for sub in ("main", "data") if (path / sub).is_dir()), path)
-        files = (file for file in folder.glob("*") if split in re.split(r"[^a-z]+", file.stem.lower()))
-    files = sorted(files, key=lambda file: (file.parent, len(file.stem), file))  # 2.json before 10.json
+        files = list((path / split).rglob("*.*"))
+    else:  # the split is a word of the file's name
+        folder = path
+        for name in ("data", "main"):  # as in repositories of the hub
+            if (path / name).is_dir():
+                folder = path / name
+        files = [file for file in folder.glob("*") if split in re.split(r"[^a-z]+", file.stem.lower())]
+    files.sort(key=lambda file: (file.parent, len(file.stem), file))  # 2.json before 10.json
     for suffix in SUFFIXES:
-        if found := [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]:
+        found = [str(file) for file in files if file.name.removesuffix(".gz").endswith(suffix)]
+        if found:
             return suffix, found
     raise ValueError(f"a data file ends in {', '.join(SUFFIXES)}; in a folder its path must name the split {split!r}")
 
 
 def json_rows(path):
     """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+    read = gzip.open if path.endswith(".gz") else open
+    with read(path, "rt", encoding="utf-8-sig") as file:
         lines = filter(str.strip, file)  # the lines that are not blank
         first = next(lines, "")
-        one_per_line = re.fullmatch(r"\s*\{.*\}\s*", first)
-        texts = itertools.chain([first], lines) if one_per_line else [first + file.read()]
+        if re.fullmatch(r"\s*\{.*\}\s*", first):  # one row on each line
+            texts = itertools.chain([first], lines)
+        else:
+            texts = [first + file.read()]
         for text in texts:
             try:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, after {error.doc[: error.pos][-30:]!r}: {error.msg}") from error
+                before = error.doc[: error.pos][-30:]
+                raise ValueError(f"{path}, after {before!r}: {error.msg}") from error
             yield from value if isinstance(value, list) else [value]
 
 
@@ -472,23 +683,30 @@ def rows(entry, split):
 
     datasets.disable_progress_bars()
     for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the function `problems` reports errors
+        # the function `problems` reports errors
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if "hub" in entry:
-        splits, configuration = entry.get("splits", {}), entry.get("configuration")
-        stream = datasets.load_dataset(entry["hub"], configuration, split=splits.get(split, split), streaming=True)
-        shared = len(splits) > len(set(splits.values()))  # one split of the hub is for training and testing
-        yield from (row for index, row in enumerate(stream) if not shared or in_split(index, split))
+        splits = entry.get("splits", {split: split})
+        name = splits[split]
+        stream = datasets.load_dataset(entry["hub"], entry.get("configuration"), split=name, streaming=True)
+        # is this split of the hub for training and for testing?
+        shared = list(splits.values()).count(name) > 1
+        for index, row in enumerate(stream):
+            if not shared or in_split(index, split):
+                yield row
         return
     suffix, files = files_of(Path(entry["path"]), split)
     if suffix in (".csv", ".parquet"):
         # `datasets` calls the split of given files "train", whatever it is
         yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
-    else:  # not with `datasets`: it makes a date of the text "2020-01-01", and a number of "005"
-        yield from itertools.chain.from_iterable(map(json_rows, files))
+        return
+    # not with `datasets`: it makes a date of the text "2020-01-01", and a number of "005"
+    for file in files:
+        yield from json_rows(file)
 
 
 def problems(name, entry, split):
-    """The rows of a split as problems. An error names the row, counted from 0."""
+    """The rows of a split as problems. An error names the row by its number in this split, from 0."""
     index = 0
     try:
         for row in rows(entry, split):
@@ -500,8 +718,9 @@ def problems(name, entry, split):
         raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
 
 
-# ---- data sets by name: to add one of your own, add one line to DATASETS or GENERATED ------------------------------
-# "mine": {"hub": "owner/name"} is a repository of the Hugging Face hub, whose rows have one of the FORMATS.
+# ---- data sets by name ---------------------------------------------------------------------------------------------
+# "mine": {"hub": "owner/name"} is a repository of the Hugging Face hub, "mine": {"path": "…"} a file or folder. The
+# columns of its rows are among the FORMATS.
 # `splits`: which of our splits it has, and their names on the hub; without it both, with our names. If one split of the
 # hub stands for both, every fifth row is for testing.
 
@@ -514,6 +733,10 @@ DATASETS = {
     "humaneval": {"hub": "openai/openai_humaneval", "splits": {"train": "test", "test": "test"}},
     "mbpp": {"hub": "google-research-datasets/mbpp", "configuration": "full"},
 }
+
+# A new kind of generated problem needs a maker, a line here, and in evaluator.py a function that grades its answers, in
+# CHECKERS under the name of the maker. With "kind": "math" in its problems it needs none.
+
 GENERATED = {  # name: makers, and the difficulties that are mixed if the name is used without one
     "arithmetic": ([arithmetic], [1, 2, 3]),
     "knights": ([knights], [1]),
@@ -524,23 +747,32 @@ GENERATED = {  # name: makers, and the difficulties that are mixed if the name i
     "writing": ([writing], [2]),
     "dialogue": ([dialogue], [1, 3, 5]),
 }
+DIFFICULTIES = list("12345")
 
 
 def load(name, split):
     """The problems of a split, "train" or "test", once, in the official order, as a stream."""
     task, colon, difficulty = name.partition(":")
-    if task in GENERATED and (not colon or difficulty in tuple("12345")):
+    if task in GENERATED and (not colon or difficulty in DIFFICULTIES):
         makers, mixed = GENERATED[task]
-        return generated(makers, [int(difficulty)] if colon else mixed, split)
+        difficulties = [int(difficulty)] if colon else mixed
+        return generated(makers, difficulties, split)
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.removesuffix(".gz").endswith(SUFFIXES)
-    entry = DATASETS.get(name, {"hub": name} if on_hub else None)
-    entry = {"path": name} if os.path.exists(name) else entry  # a file or folder of your own comes before the hub
-    if entry is None:
-        known = f"{', '.join([*DATASETS, *GENERATED])}, and no file or folder"
-        hint = "a difficulty is a number from 1 to 5, as in logic:3"
-        raise DataError(f"unknown data set: {name or 'an empty name'} is none of {known}; {hint}")
-    if "splits" in entry and split not in entry["splits"]:
-        flag, use = ("--dataset", "testing") if split == "train" else ("--eval_dataset", "training")
+    if os.path.exists(name):  # a file or folder of your own comes before the hub
+        entry = {"path": name}
+    elif name in DATASETS:
+        entry = DATASETS[name]
+    elif on_hub:
+        entry = {"hub": name}
+    else:
+        known = ", ".join([*DATASETS, *GENERATED])
+        raise DataError(
+            f"unknown data set: {name or 'an empty name'} is none of {known}, and no file or folder; "
+            "a difficulty is a number from 1 to 5, as in logic:3"
+        )
+    if split not in entry.get("splits", [split]):
+        use = "testing" if split == "train" else "training"
+        flag = "--dataset" if split == "train" else "--eval_dataset"
         raise DataError(f"{name} is for {use} only, it has no {split} split: name another set with {flag}")
     return problems(name, entry, split)
 
@@ -563,10 +795,9 @@ def stages(spec):
         name, *numbers = stage.strip().split(":")
         if not name:
             raise DataError(f"--dataset {spec!r}: the name of a data set is missing, as in logic:3:100,gsm8k:400")
-        if numbers and name in GENERATED:
-            if numbers[0] not in tuple("12345"):
-                raise DataError(f"{stage}: after {name} comes its difficulty from 1 to 5, then its steps: {name}:3:100")
+        if name in GENERATED and numbers:
             name = f"{name}:{numbers.pop(0)}"
+            load(name, "train")  # an error if the difficulty is not one
         if len(numbers) > 1 or (numbers and not re.fullmatch("[1-9][0-9]{0,8}", numbers[0])):
             raise DataError(f"stage {stage}: after {name} comes the number of its steps, at least 1, and nothing else")
         found.append((name, int(numbers[0]) if numbers else None))
@@ -575,14 +806,37 @@ def stages(spec):
     return found
 
 
+def stage_at(spec, step, steps):
+    """(number, data set) of a curriculum's stage at a step; an iteration of `steps` steps goes through all stages.
+
+    Each stage of each iteration has a number of its own. A single data set has number 0 for ever: its questions go on.
+    If the steps of the stages are fewer than `steps`, the last stage goes on.
+    """
+    found = stages(spec)
+    if len(found) == 1:
+        return 0, found[0][0]
+    iteration = step // steps
+    end = 0
+    for index, (name, length) in enumerate(found):
+        end += length
+        if step % steps < end:
+            break
+    return iteration * len(found) + index, name
+
+
 def shuffled(name, split, seed, position=0):
-    """The problems of a split, epoch after epoch without end, from number `position` on, each in a new order."""
+    """The problems of a split, epoch after epoch without end, each epoch in a new order; `position` are left out.
+
+    The order is shuffled in blocks, as a data set can be larger than the memory.
+    """
     for epoch in itertools.count():
-        rng, stream, empty = random.Random(f"{seed} {epoch}"), iter(load(name, split)), True
-        while block := list(itertools.islice(stream, 10_000)):  # in blocks, as a data set can be larger than the memory
-            empty = False
+        rng = random.Random(f"{seed} {epoch}")
+        stream = iter(load(name, split))
+        block = list(itertools.islice(stream, 10_000))
+        if not block:
+            raise DataError(f"{name}, {split} split: there is no problem in it")
+        while block:
             rng.shuffle(block)
             yield from block[position:]
             position = max(0, position - len(block))
-        if empty:
-            raise DataError(f"{name}, {split} split: there is no problem in it")
+            block = list(itertools.islice(stream, 10_000))

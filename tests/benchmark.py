@@ -42,7 +42,7 @@ LORA = {
     "LoRA, rank 32": {"LORA_RANK": 32},
     "LoRA, checkpointing": {"LORA_RANK": 32, "GRADIENT_CHECKPOINTING": True},
 }
-ANSWER_ONLY = "--weight_integer 0 --weight_strict_format 0 --weight_soft_format 0 --weight_tag_count 0"
+ANSWER_ONLY = "--rewards correctness=2"
 RACES = {  # what a reader may try: flags
     "the default": "",
     "no warm-up": "--warmup 0",
@@ -122,7 +122,7 @@ def rollout(shape, count, group_size, longest, repeats=3):
     """Tokens per second of llms.sample and of generate, in turns."""
     mine, theirs, prompts = ours(shape), library_model(shape), questions(count, SHAPES[shape][-1])
     generator = torch.Generator().manual_seed(0)
-    how = (group_size, longest, 1.0, generator, 10**9)
+    how = (group_size, longest, 1.0, generator)
     print(f"\nrollouts: {count} prompts of {PROMPT} tokens, {group_size} outputs each, up to {longest} tokens")
     print(f"{'lengths':12}{'this program':>18}{'generate':>18}{'ratio':>8}")
     for name in ("equal", "ragged"):
@@ -139,7 +139,6 @@ def rollout(shape, count, group_size, longest, repeats=3):
         print(f"{name:12}{a:14.0f} t/s{b:14.0f} t/s{a / b:8.2f}", flush=True)
         if torch.cuda.is_available() and name == "equal":
             print(f"  {100 * bandwidth_share(mine, count * group_size, longest, a):.0f} % of the bandwidth limit")
-        llms.free_copies()  # it was made for other end tokens
 
 
 def bandwidth_share(model, rows, longest, tokens_per_second):
@@ -219,6 +218,12 @@ def given(prompts, completions, model):
     return llms.Rollout(*llms.batch(prompts, completions, model.device), None, None, truncated, [""] * rows)
 
 
+def sample(state, prompts):
+    """A rollout as in training."""
+    shape = main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE
+    return llms.sample(state.policy, state.tokenizer, prompts, *shape, state.generator)
+
+
 def our_step(model, prompts, group_size, longest, cache):
     """A whole GRPO step of this program but for the rules, as main.py makes it: a function to be called."""
     main.__dict__.update(TOKEN_BUDGET=2048, CACHE_TOKENS=cache, GROUP_SIZE=group_size, MAX_NEW_TOKENS=longest)
@@ -226,8 +231,8 @@ def our_step(model, prompts, group_size, longest, cache):
     state.reference = llms.frozen_copy(model)
 
     def step():
-        rollout = main.sample(state, state.policy, prompts)
-        logp_ref = main.log_probs(state, state.reference, rollout)
+        rollout = sample(state, prompts)
+        logp_ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
         main.update(state, rollout, torch.randn(len(rollout.mask)).to(model.device), None, logp_ref)
         return int(rollout.mask.sum())
 
@@ -326,7 +331,7 @@ def lora(how):
     tokens = torch.randint(0, 32_000, (8, 96)).tolist()
     rollout = given([row[:32] for row in tokens], [row[32:] for row in tokens], model)
     for _ in range(2):
-        main.update(state, rollout, torch.randn(8), None, main.log_probs(state, state.reference, rollout))
+        main.update(state, rollout, torch.randn(8), None, llms.log_probs(state.reference, rollout, main.TEMPERATURE))
     copies = (not main.LORA_RANK, False)
     estimate = memory(model, copies, 0, main.TOKEN_BUDGET, main.GRADIENT_CHECKPOINTING, False)
     return {"peak": llms.peak_memory() - before, "estimate": estimate, "numbers": numbers}
@@ -390,7 +395,7 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ran
     updating = 4 * trained / ranks + gathered + size * token_budget * activations + cast
     weights_and_adam = (4 * total + 8 * trained + reference_copy * copies[0] + critic * copies[1]) / ranks
     sampled_from = size * total if on_gpu or ranks > 1 else 0
-    logits = 3 * 4 * llms.LOGITS_AT_ONCE * (8 if on_gpu else 1)
+    logits = 3 * 4 * llms.LOGITS_AT_ONCE["cuda" if on_gpu else "cpu"]
     work = sampling + updating if on_gpu else max(sampling, updating)
     return (weights_and_adam + sampled_from + work + logits) / 1e9
 

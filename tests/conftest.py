@@ -64,10 +64,11 @@ def reward_model(checkpoint, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def constants():
-    """Set constants of main.py for one test: constants(MU=3); they go back by themselves."""
-    before = main.settings()
+    """Set constants of main.py for one test: constants(MU=3). They and the limits of llms.py go back by themselves."""
+    before, limits = main.settings(), dict(llms.LIMITS)
     yield lambda **values: main.__dict__.update(values)
     main.__dict__.update(before)
+    llms.LIMITS.update(limits)
 
 
 PROBLEMS = [
@@ -82,21 +83,24 @@ def setup(checkpoint, constants, tmp_path):
     def make(family="qwen2", optimizer=None, **settings):
         constants(
             QUESTIONS_PER_STEP=3, GROUP_SIZE=4, MAX_NEW_TOKENS=12, STEPS=4, WARMUP=0, LEARNING_RATE=1e-3,
-            TOKEN_BUDGET=8192, SHOW_EVERY=0, DATASET="arithmetic", EVAL_EVERY=100, SAVE_EVERY=100,
+            TOKEN_BUDGET=8192, SHOW_EVERY=0, DATASET="arithmetic", EVAL_EVERY=100, SAVE_EVERY=100, SCHEDULE="constant",
+            EVAL_QUESTIONS=0,
         )  # fmt: skip
         constants(**settings)
         policy, tokenizer = llms.load(checkpoint(family))
         policy.generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
         state = main.new_state(policy, tokenizer, tmp_path)
         state.optimizer = optimizer(policy) if optimizer else state.optimizer
-        state.reference = llms.frozen_copy(policy, adapter=False) if main.BETA else None
+        state.reference = llms.frozen_copy(policy) if main.BETA else None
         return state, sample(state)
 
     return make
 
 
 def sample(state):
-    return main.sample(state, state.policy, [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)])
+    prompts = [[5 + i] * (3 + i) for i in range(main.QUESTIONS_PER_STEP)]
+    shape = main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE
+    return llms.sample(state.policy, state.tokenizer, prompts, *shape, state.generator)
 
 
 def train(state, problems=None, run=None, after_step=lambda state, metrics: 0):
@@ -105,6 +109,13 @@ def train(state, problems=None, run=None, after_step=lambda state, metrics: 0):
     state.run.mkdir(exist_ok=True)
     main.train(state, after_step)
     return report.read_lines(state.run / "metrics.jsonl")
+
+
+def save(state):
+    """Write a checkpoint, and wait for it."""
+    writer = llms.CheckpointWriter()
+    main.save_checkpoint(state, writer)
+    writer.wait()
 
 
 def tensors(state):

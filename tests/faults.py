@@ -37,7 +37,8 @@ import llms
 import rldatasets
 
 SMALL = "--questions_per_step 2 --group_size 4 --max_new_tokens 8 --learning_rate 1e-3 --steps 12 --save_every 2"
-SMALL += " --eval_every 12 --eval_questions 4 --show_every 3 --weight_overlong 1 --overlong_share 1"
+SMALL += " --eval_every 12 --eval_questions 4 --show_every 3"
+SMALL += " --rewards correctness=2,integer=0.5,strict_format=0.5,soft_format=0.5,tag_count=0.5,overlong=1"
 NUMBERS = itertools.count()  # of the programs that are started
 
 
@@ -178,6 +179,7 @@ def finite_weights(run):
 def finite(run):
     """Nothing in a run's metrics or weights is nan or infinite, and no update was left out."""
     unmeasured = {"kl", "kl_log_ratio_max", "sampler_gap", "sampler_gap_max"}  # null at β = 0 and where nothing learns
+    unmeasured |= {"length_right", "length_wrong", "eval/length_right", "eval/length_wrong"}  # null without one
     for row in rows(run / "metrics.jsonl"):
         null = {key for key, value in row.items() if value is None}
         assert null <= unmeasured and not row.get("skipped_updates"), f"step {row['step']}: {null or 'skipped'}"
@@ -217,7 +219,7 @@ def sigkill_in_and_after_a_cold_start(work):
 
 def sigkill_with_outputs_that_wait(work):
     """A run that trains on outputs of two steps before, killed and resumed: those that wait are not lost."""
-    return killed_after(work, "stale", (1, 4, 9, 10), "--staleness", "2", "--is_ratio", "token")
+    return killed_after(work, "stale", (1, 4, 9, 10), "--staleness", "2", "--correction", "tis")
 
 
 def killed_after(work, name, steps, *flags):
@@ -451,7 +453,7 @@ llms.load = load_and_hook
 
 def nan_reward(work):
     """A reward that is nan counts 0 and is reported by its name, and spoils no weight; the run goes on."""
-    return bad_reward(work, "nan-reward", 'float("nan")', "tag_count is nan")
+    return bad_reward(work, "nan-reward", 'float("nan")', "'tag_count': nan")
 
 
 def exception_in_a_reward(work):
@@ -621,9 +623,8 @@ def empty_and_truncated_outputs(work):
 
 def groups_without_spread(work):
     """Where no group has spread, and nothing else to learn from, the weights stay as they are to the last bit."""
-    run, names = work / "runs" / "no-spread", "correctness integer strict_format soft_format tag_count overlong"
-    none = [flag for name in names.split() for flag in (f"--weight_{name}", "0")]
-    succeeds(new(work, run.name, *none, "--beta", "0", "--steps", "20"))
+    run = work / "runs" / "no-spread"
+    succeeds(new(work, run.name, "--rewards", "correctness=0", "--beta", "0", "--steps", "20"))
     finite(run)
     base, now = (
         safetensors.torch.load_file(folder / "model.safetensors") for folder in (work / "model", run / "model")

@@ -29,7 +29,7 @@ SHAPE, GPU = "Qwen2.5-1.5B", torch.device("cuda")
 VOCABULARY = benchmark.SHAPES[SHAPE][-1]
 ENDS = list(range(1000, 1560))  # so many end tokens that a random model's outputs have about 270 tokens
 MORE_ENDS = list(range(1000, 3000))  # about 75 tokens
-WORDS, DEFAULTS, PRECISION = benchmark.Words(), main.settings(), llms.precision
+WORDS, DEFAULTS, LIMITS, PRECISION = benchmark.Words(), main.settings(), dict(llms.LIMITS), llms.precision
 LORA = "--lora_rank 32 --gradient_checkpointing --learning_rate 2e-5 --group_size 16 --cache_tokens 131072"  # README
 TINY = "--model model --dataset arithmetic --questions_per_step 8 --group_size 8 --max_new_tokens 64 --eval_questions 8"
 
@@ -67,15 +67,16 @@ def trained(steps, **values):
     with tempfile.TemporaryDirectory() as folder:
         state, rows = new_state(folder), []
         main.train(state, lambda state, row: rows.append(row | memory()))
-    budgets = llms.Memory(main.TOKEN_BUDGET, main.CACHE_TOKENS).limits
-    assert state.memory.limits == budgets, f"out of memory: the budgets are {state.memory.limits}"
+    budgets = {"token_budget": main.TOKEN_BUDGET, "cache_tokens": main.CACHE_TOKENS}
+    assert llms.LIMITS == budgets, f"out of memory: the limits are {llms.LIMITS}"
     return state, rows
 
 
 def sampled(model, temperature=1.0):
-    """192 outputs in 64 rows of the cache: where some end, others begin."""
+    """192 outputs in 64 slots of the cache: where some end, others begin."""
+    llms.LIMITS["cache_tokens"] = 64 * 512
     generator = torch.Generator().manual_seed(0)
-    return llms.sample(model, WORDS, benchmark.questions(24, VOCABULARY), 8, 200, temperature, generator, 64 * 512)
+    return llms.sample(model, WORDS, benchmark.questions(24, VOCABULARY), 8, 200, temperature, generator)
 
 
 def same_tokens(found, expected):
@@ -92,7 +93,7 @@ def difference(found, expected):
 @torch.no_grad()
 def ready_to_decode():
     """64 outputs of two tokens, of which any number can follow."""
-    decoding = llms.decoding_batch(policy(), (64, 64, 256, 64), ENDS)
+    decoding = llms.decoding_batch(policy(), llms.Size(64, 64, 256, 64), ENDS)
     decoding.reset(1.0, torch.rand(64, 64))
     decoding.prefill(benchmark.questions(8, VOCABULARY), 8)
     decoding.decode_step(64, 256)
@@ -108,6 +109,7 @@ def cap(size):
 def put_back():
     """Undo what a check may have changed, and free its memory."""
     llms.precision = PRECISION
+    llms.LIMITS.update(LIMITS)
     torch.cuda.set_sync_debug_mode("default")
     torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
@@ -122,7 +124,7 @@ def setting():
     block = torch.empty(2**26, device=GPU)
     segments = [part for part in torch.cuda.memory_snapshot() if part["total_size"] >= block.nbytes]
     assert all(part["is_expandable"] for part in segments), "segments of memory cannot grow"
-    assert llms.precision(GPU) is torch.bfloat16 and not torch.backends.cuda.cudnn_sdp_enabled(), "no bf16, or cuDNN"
+    assert llms.has_bf16(GPU) and not torch.backends.cuda.cudnn_sdp_enabled(), "no bf16, or cuDNN"
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}"
     return f"{llms.device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB, {versions}"
 
@@ -166,14 +168,15 @@ def attention():
     """Attention is a fused kernel, forward and backward, and close to fp32."""
     found, of_packed = kernels(lambda: packed(GPU, torch.bfloat16))
     error = max(map(difference, found, packed("cpu", torch.float32)))
-    decoding, seen, attend = ready_to_decode(), [], llms.DecodingBatch.attention
-    decoding.attention = lambda *inputs: seen.append(inputs) or attend(decoding, *inputs)
+    decoding, seen, attend = ready_to_decode(), [], llms.KVCache.attention
+    cache = decoding.cache
+    cache.attention = lambda *inputs: seen.append(inputs) or attend(cache, *inputs)
     with torch.no_grad():
         decoding.decode_step(64, 256)
-        (layer, query, _, _, scaling), (rows, _, _, width) = seen[0], decoding.bias.shape
-        found, of_decoding = kernels(lambda: attend(decoding, *seen[0]))
-        keys, values = (x[:rows, :, :width].float() for x in decoding.cache[layer])  # with those of the newest tokens
-        scores = query.float().unflatten(1, (2, 6)).squeeze(3) @ keys.mT * scaling + decoding.bias.float()
+        (layer, query, _, _, scaling), (slots, _, _, width) = seen[0], cache.bias.shape
+        found, of_decoding = kernels(lambda: attend(cache, *seen[0]))
+        keys, values = (x[:slots, :, :width].float() for x in cache.layers[layer])  # with those of the newest tokens
+        scores = query.float().unflatten(1, (2, 6)).squeeze(3) @ keys.mT * scaling + cache.bias.float()
         error = max(error, difference(found.float(), (scores.softmax(-1) @ values).flatten(1, 2)[:, None]))
     figures = f"packed: {', '.join(of_packed)}; decoding: {', '.join(of_decoding)}; error {error:.4f}"
     assert len(of_packed) >= 2 and of_decoding and error < 2e-2, figures
@@ -181,12 +184,14 @@ def attention():
 
 
 def recording():
-    """Replayed steps sample what eager steps sample, while rows leave and begin."""
+    """Replayed steps sample what eager steps sample, while outputs end and begin."""
     model, figures = policy(MORE_ENDS), []
     for temperature in (0.0, 1.0):
         replayed, decoding = sampled(model, temperature), llms.DECODING[model]
-        count, decoding.graphs, decoding.recordable = len(decoding.graphs), {}, False
-        error, decoding.recordable = same_tokens(sampled(model, temperature), replayed), True
+        count, decoding.graphs = len(decoding.graphs), {}
+        decoding.recordable = False
+        error = same_tokens(sampled(model, temperature), replayed)
+        decoding.recordable = True
         longest = replayed.mask.shape[1]
         figures.append(f"T = {temperature:.0f}: {count} graphs, {longest} tokens, log π within {error:.1g}")
         assert count and longest >= 64 and error < 1e-3, figures[-1]
@@ -202,7 +207,8 @@ def renewal():
         for weight in model.parameters():
             weight.mul_(1.1)
     renewed = sampled(model)
-    again = llms.DECODING[model] is decoding and all(decoding.graphs[key] is graph for key, graph in graphs.items())
+    again = llms.DECODING[model] is decoding
+    again = again and all(decoding.graphs[kind] is graph for kind, graph in graphs.items())
     assert graphs and again, "the graphs were not used again"
     llms.free_copies()
     error = same_tokens(renewed, sampled(model))
@@ -217,7 +223,7 @@ def full_precision():
     with torch.no_grad():
         model.model.norm.weight.mul_(3)  # a random model is almost uniform: sharpen it, so that mistakes show
     plain, prompts = reference.plain(model), benchmark.questions(2, VOCABULARY)
-    rollout = llms.sample(model, WORDS, prompts, 4, 48, 1.0, seed(0), 10**6)
+    rollout = llms.sample(model, WORDS, prompts, 4, 48, 1.0, seed(0))
     ids, attention, mask, T = *rollout[:3], rollout.mask.shape[1]
     with torch.no_grad():  # the random number of each token lies where the cumulative sum passes it
         pi = plain(**reference.padded_inputs(ids, attention)).logits[:, -T - 1 : -1].double().softmax(2)  # [N, T, V]
@@ -240,8 +246,10 @@ def first_step():
     settings(GROUP_SIZE=16, MAX_NEW_TOKENS=512)
     state = new_state()
     state.reference = llms.frozen_copy(state.policy)
-    rollout = main.sample(state, state.policy, benchmark.questions(4, VOCABULARY))
-    row = main.update(state, rollout, torch.randn(64), None, main.log_probs(state, state.reference, rollout))
+    rollout = benchmark.sample(state, benchmark.questions(4, VOCABULARY))
+    logp_ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
+    means, maxima = main.update(state, rollout, torch.randn(64), None, logp_ref)
+    row = means | maxima
     figures = f"KL {row['kl']:g}, sampler_gap {row['sampler_gap']:.4f}, at most {row['sampler_gap_max']:.3f}"
     assert row["kl"] == row["kl_log_ratio_max"] == row["skipped_updates"] == 0 <= row["sampler_gap"] < 0.01, figures
     return figures
@@ -289,7 +297,7 @@ def speed():
         prompts, times = benchmark.questions(rows // 16, VOCABULARY), []
         for _ in range(2):  # the first is a warm-up
             times.append(benchmark.clock())
-            tokens = int(llms.sample(mine, WORDS, prompts, 16, 128, 1.0, generator, 10**9).mask.sum())
+            tokens = int(llms.sample(mine, WORDS, prompts, 16, 128, 1.0, generator).mask.sum())
         times.append(benchmark.clock())
         others = int(benchmark.generate(library, prompts, 16, 128)[1].sum()) / (benchmark.clock() - times[2])
         ours = tokens / (times[2] - times[1])
@@ -314,10 +322,10 @@ def in_parts():
     llms.peak_memory()  # forgets the peak
     before = torch.cuda.memory_allocated()
     for _ in range(2):
-        state.memory.fit("token_budget", lambda token_budget: main.backward(*inputs, token_budget))
+        main.backward(*inputs)
         gradients.append([weight.grad for weight in state.policy.parameters()])
         cap(torch.cuda.memory_allocated() + 0.6 * (1e9 * llms.peak_memory() - before))  # the second has less
-    return state.memory.limits["token_budget"], max(map(difference, *gradients))
+    return llms.LIMITS["token_budget"], max(map(difference, *gradients))
 
 
 def little_memory():
@@ -326,10 +334,10 @@ def little_memory():
     put_back()
     cap(23e9)  # CUDA itself needs some, too
     state, rows = trained(1, **main.parse(LORA.split())[1])
-    state.memory.limits["cache_tokens"], main.MAX_NEW_TOKENS = 2**20, 412
+    llms.LIMITS["cache_tokens"], main.MAX_NEW_TOKENS = 2**20, 412
     state.policy.generation_config.eos_token_id = MORE_ENDS
-    rollout = main.sample(state, state.policy, benchmark.questions(16, VOCABULARY), 64, 1.0, state.generator)
-    cache, outputs = state.memory.limits["cache_tokens"], len(rollout.texts)
+    rollout = benchmark.sample(state, benchmark.questions(16, VOCABULARY))
+    cache, outputs = llms.LIMITS["cache_tokens"], len(rollout.texts)
     figures = f"token budget 8192 → {token_budget}, gradient within {error:.1g}; cache tokens 1048576 → {cache}; "
     figures += f"LoRA {rows[0]['memory']:.1f} GB"
     assert token_budget < 8192 and error < 1e-3 and cache < 2**20 and outputs == 1024, figures
@@ -346,7 +354,7 @@ def checkpoint():
         times = [benchmark.clock()]
         main.save_checkpoint(states[0])
         times.append(benchmark.clock())
-        llms.check_written(wait=True)
+        states[0].writer.wait()
         times.append(benchmark.clock())
         main.load_checkpoint(states[1])
         times.append(benchmark.clock())

@@ -72,17 +72,17 @@ def yardstick():
 def watch(steps):
     """Run the loop. Returns for every step when it ended, by both clocks, and the yardstick; and what was held after
     each fifth of the steps."""
-    take_step, ends, notes = main.take_step, [], []
+    record_step, ends, notes = main.record_step, [], []
     torch.set_num_threads(1)  # so small a model gains nothing by more
 
-    def watched(state):
-        row = take_step(state)
+    def watched(state, learnt):
+        row = record_step(state, learnt)
         ends.append((time.perf_counter(), time.process_time(), yardstick()))
         if state.step % (steps // 5) == 0:
             notes.append(held(state.run))
         return row
 
-    main.take_step = watched
+    main.record_step = watched
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         status = main.main([*SMALL.split(), str(steps)])
     if status:

@@ -40,7 +40,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
         tokenizer.decode(tokens if cut else tokens[:-1], skip_special_tokens=True)
         for tokens, cut in zip(completions, truncated)
     ]
-    return llms.Rollout(*tensors, *padded, truncated, texts)
+    return llms.Rollout(*tensors, *padded, truncated, texts, group_size)
 
 
 def padded_inputs(ids, attention):

@@ -61,6 +61,46 @@ def test_the_answer_of_a_completion_is(completion, answer):
     assert evaluator.extract_answer(completion) == answer
 
 
+def last_box(text):
+    """What the last box holds, "" if it is never closed: character by character, slow on long texts."""
+    content, i = "", 0
+    while i < len(text):
+        if text.startswith("\\boxed{", i):
+            content, depth, start = "", 0, i + len("\\boxed")
+            for j in range(start, len(text)):
+                if text[j - 1] != "\\":
+                    depth += {"{": 1, "}": -1}.get(text[j], 0)
+                if depth == 0:
+                    content, i = text[start + 1 : j], j
+                    break
+        i += 1
+    return content
+
+
+def test_braces_are_read_to_any_depth_however_they_are_nested():
+    rng, pieces = random.Random(0), ["\\boxed{", "{", "}", "\\{", "\\}", "a"]
+    for _ in range(2000):
+        text = "".join(rng.choices(pieces, [2, 2, 3, 1, 1, 2], k=rng.randint(1, 25)))
+        assert evaluator.boxed(text).split(", ")[-1] == last_box(text), text
+    for depth in (1, 10, 1000):
+        inside = "{" * depth + "5" + "}" * depth
+        assert evaluator.extract_answer(f"so \\boxed{{{inside}}}.") == inside
+        assert evaluator.extract_answer(f"so \\boxed{{{inside}") is None
+
+
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "\\boxed{}", "\\boxed{{", "{}", "}{", "\\boxed{\\{", "\\boxed 5", "{" * 1000]
+)
+def test_time_grows_with_the_length_of_a_text_whatever_its_braces(piece):
+    seconds = []
+    for size in (20_000, 160_000):
+        text = piece * (size // len(piece)) + "}" * (size // 4)
+        start = time.perf_counter()
+        evaluator.extract_answer(text)
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < 24 * seconds[0] + 0.1  # 8 times the text; 64 times the time if it were quadratic
+
+
 @pytest.mark.parametrize(
     "completion, found",
     [
@@ -82,7 +122,7 @@ def test_the_answer_of_a_completion_is(completion, answer):
 )
 def test_the_answer_that_a_person_would_find_is_lenient_and_counts_for_no_reward(completion, found):
     assert evaluator.lenient(completion, {"answer": "72"}) == found
-    assert not hasattr(main, "WEIGHT_LENIENT")
+    assert "lenient" not in main.REWARDS
 
 
 def test_whatever_is_right_is_leniently_right_too_and_puzzles_are_read_from_their_last_line():
@@ -213,6 +253,26 @@ def test_a_new_reward_is_one_function_in_the_table(monkeypatch):
     assert "only_for_puzzles" not in evaluator.rewards("72", {"answer": "72"})
 
 
+@pytest.mark.parametrize("put", [evaluator.reward, evaluator.group_reward])
+@pytest.mark.parametrize("name", ["number", "same", "math", "correctness", "safety", "brief"])
+def test_a_reward_cannot_take_a_name_that_is_taken(monkeypatch, put, name):
+    monkeypatch.setattr(evaluator, "REWARDS", dict(evaluator.REWARDS))
+    monkeypatch.setattr(evaluator, "GROUP_REWARDS", {"brief": len})
+    before = {**evaluator.REWARDS, **evaluator.GROUP_REWARDS}, getattr(evaluator, name, None)
+
+    def rule(completion, problem):
+        return 1
+
+    rule.__name__ = name
+    with pytest.raises(ValueError, match=f"a reward cannot be called {name}"):
+        put(rule)
+    assert before == ({**evaluator.REWARDS, **evaluator.GROUP_REWARDS}, getattr(evaluator, name, None))
+    rule.__name__ = "long_enough"
+    assert put(rule) is rule
+    with pytest.raises(ValueError, match="long_enough"):
+        put(rule)
+
+
 def test_every_reward_says_what_earns_1():
     assert all(function.__doc__.startswith("1 ") for function in evaluator.REWARDS.values())
     assert list(evaluator.REWARDS) == [
@@ -255,6 +315,13 @@ def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monke
 
 def test_very_small_numbers_keep_their_sign():
     assert not evaluator.math_equal("-\\frac{1}{2004!}", "\\frac{1}{2004!}")
+
+
+def test_each_generated_kind_has_a_checker():
+    for name in rldatasets.GENERATED:
+        for problem in itertools.islice(rldatasets.load(name, "test"), 20):
+            assert evaluator.right(problem["answer"], problem) or problem["answer"] == "any move" or name == "writing"
+            assert not evaluator.right(None, problem) and not evaluator.right("?", problem)
 
 
 def test_the_majority_counts_equal_values_together_and_prefers_the_earliest():
@@ -417,6 +484,17 @@ def test_answers_of_different_kinds_are_never_the_same():
     }
 
 
+@pytest.mark.parametrize("pattern, new, example", evaluator.REWRITES)
+def test_each_rewriting_rule_does_what_its_example_says(pattern, new, example):
+    before, after = example.split(" → ")
+    assert re.sub(pattern, new, before) == after != before
+
+
+def test_each_spelling_is_turned_into_its_name():
+    assert evaluator.by_spelling("\n foot ft feet\n %  percent\n") == {"ft": "foot", "feet": "foot", "percent": "%"}
+    assert evaluator.COMMANDS["√"] == "\\sqrt" and evaluator.UNITS["mph"] == "mile/hour"
+
+
 def test_random_calculations_are_read_as_python_reads_them():
     rng = random.Random(0)
 
@@ -574,6 +652,28 @@ def test_safety_is_a_list_and_reflection_counts_words():
 )
 def test_an_output_is_guessed_worked_out_or_checked(completion, steps, approach):
     assert (evaluator.num_steps(completion), evaluator.approach(completion)) == (steps, approach)
+
+
+# ---- metrics of many outputs ---------------------------------------------------------------------------------------
+
+
+def test_a_run_tells_how_its_outputs_come_to_their_answers():
+    outputs = [(1, "worked", 30, 2), (1, "checked", 50, 3), (0, "guessed", 10, 0), (0, "guessed", 20, 0)]
+    names = ("correctness", "approach", "length", "num_steps")
+    told = evaluator.behaviour([dict(zip(names, output)) | {"reflection": 0} for output in outputs])
+    assert [told[f"approach/{name}"] for name in ("guessed", "worked", "checked")] == [0.5, 0.25, 0.25]
+    assert (told["length_right"], told["length_wrong"], told["num_steps"]) == (40, 15, 1.25)
+    assert evaluator.behaviour([dict(zip(names, outputs[0])) | {"reflection": 0}])["length_wrong"] is None
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    assert [evaluator.pass_at_k(4, c, 2) for c in range(5)] == pytest.approx([0, 3 / 6, 5 / 6, 1, 1])  # of 6 pairs
+    assert evaluator.pass_at_k(10, 3, 1) == pytest.approx(0.3)
+
+
+def test_the_interval_is_wilsons():
+    assert evaluator.wilson(0.0, 100) == pytest.approx(0.0185, abs=1e-4)  # 0 to 0.0370
+    assert evaluator.wilson(0.5, 100) == pytest.approx(0.0962, abs=1e-4)  # 0.4038 to 0.5962
 
 
 # ---- what a script may not know ------------------------------------------------------------------------------------

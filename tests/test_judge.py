@@ -17,7 +17,7 @@ def judge_by(monkeypatch, says):
     """A judge that says of a pair of texts how likely the first is the better one."""
     asked = []
 
-    def first_is_better(model, tokenizer, question, pairs, token_budget):
+    def first_is_better(judge, question, pairs):
         asked.extend(pairs)
         return tensor([says(first, second) for first, second in pairs])
 
@@ -28,7 +28,7 @@ def judge_by(monkeypatch, says):
 def test_an_output_is_worth_how_often_it_beats_the_others_in_both_orders(monkeypatch):
     strength = {"a": 0.9, "b": 0.5, "c": 0.1}
     asked = judge_by(monkeypatch, lambda first, second: 0.5 + (strength[first] - strength[second]) / 2 + 0.05)
-    wins, flips = main.judge_group(("model", "tokenizer"), "?", ["a", "b", "c"])
+    wins, flips = llms.judge_group("a judge", "?", ["a", "b", "c"])
     assert sorted(asked) == [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")]
     assert_close(wins, [0.8, 0.5, 0.2])  # the 0.05 for the first place is gone: (0.7 + 0.9) / 2, (0.3 + 0.7) / 2, …
     assert flips == [0.0, 0.0, 0.0]
@@ -36,16 +36,15 @@ def test_an_output_is_worth_how_often_it_beats_the_others_in_both_orders(monkeyp
 
 def test_a_judge_that_always_says_first_gives_groups_without_spread(monkeypatch):
     judge_by(monkeypatch, lambda first, second: 0.83)
-    wins, flips = main.judge_group(("model", "tokenizer"), "?", ["a", "b", "c", "d"])
+    wins, flips = llms.judge_group("a judge", "?", ["a", "b", "c", "d"])
     assert wins == [0.5] * 4 and flips == [1.0] * 4
     assert (main.group_advantages(tensor([wins])) == 0).all()
 
 
 def test_a_judge_that_prefers_the_shorter_shortens_the_outputs(setup, monkeypatch):
     judge_by(monkeypatch, lambda first, second: float(len(first) < len(second)) + 0.5 * (len(first) == len(second)))
-    weights = dict.fromkeys((name for name in main.CONSTANTS if name.startswith("WEIGHT_")), 0.0)
-    state, _ = setup(STEPS=20, GROUP_SIZE=8, BETA=0.0, LEARNING_RATE=1e-2, **weights | {"WEIGHT_JUDGE": 1.0})
-    state.judge = ("model", "tokenizer")
+    state, _ = setup(STEPS=20, GROUP_SIZE=8, BETA=0.0, LEARNING_RATE=1e-2, REWARDS={"judge": 1.0})
+    state.judge = llms.Judge("model", "tokenizer")
     rows = train(state, PROBLEMS * 7)
     early, late = (sum(row["length"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert late < 0.7 * early
@@ -55,16 +54,17 @@ def test_a_judge_that_prefers_the_shorter_shortens_the_outputs(setup, monkeypatc
 def test_in_a_cold_start_there_is_nothing_to_compare(setup, monkeypatch):
     asked = judge_by(monkeypatch, lambda first, second: 0.6)
     state, _ = setup(COLD_START=1, STEPS=1)
-    state.judge = ("model", "tokenizer")
+    state.judge = llms.Judge("model", "tokenizer")
     cold, first = train(state, SOLVED * 9)
     assert "rewards/judge" not in cold and first["rewards/judge"] == pytest.approx(0.5)
     assert len(asked) == 3 * 4 * 3  # of 3 groups of 4, each with each, in both orders
 
 
 def test_a_judge_reads_the_chances_of_two_replies_to_the_same_prompt(checkpoint):
-    model, tokenizer = llms.load_judge(checkpoint("qwen2"))
+    judge = llms.load_judge(checkpoint("qwen2"))
+    model, tokenizer = judge
     question, pairs = "Which?", [("yes", "no"), ("no", "yes"), ("a longer answer, of several words", "no")]
-    found = llms.first_is_better(model, tokenizer, question, pairs, 8192)
+    found = llms.first_is_better(judge, question, pairs)
     for pair, chance in zip(pairs, found):
         prompt = llms.encode(tokenizer, [{"role": "user", "content": llms.COMPARE.format(question, *pair)}])
         model.set_attn_implementation("sdpa")  # the plain way: one forward pass of the library's own attention
@@ -73,10 +73,11 @@ def test_a_judge_reads_the_chances_of_two_replies_to_the_same_prompt(checkpoint)
         one, two = (tokenizer(number, add_special_tokens=False)["input_ids"][-1] for number in "12")
         assert chance.item() == pytest.approx(logits[[one, two]].softmax(0)[0].item(), abs=1e-5)
     assert (found[0] - found[1]).abs() > 1e-6 and not any(weight.requires_grad for weight in model.parameters())
-    few = llms.first_is_better(model, tokenizer, question, pairs, token_budget=1)
+    llms.LIMITS["token_budget"] = 1
+    few = llms.first_is_better(judge, question, pairs)
     assert_close(few, found, atol=1e-6, rtol=0)
     with pytest.raises(llms.ModelError, match="longer than the judge reads"):
-        llms.first_is_better(model, tokenizer, question, [("word " * 300, "word " * 300)], 8192)
+        llms.first_is_better(judge, question, [("word " * 300, "word " * 300)])
 
 
 def test_a_judge_that_cannot_tell_1_from_2_is_refused(checkpoint, monkeypatch):
@@ -98,10 +99,10 @@ def test_a_reward_of_a_group_sees_all_outputs_of_a_question(setup, table, monkey
         return [len(completion) == min(map(len, completions)) for completion in completions]
 
     seen, (state, rollout) = [], setup()
-    by_name = main.score_outputs(rollout, PROBLEMS[:3], state)
+    by_name = main.score(state, PROBLEMS[:3], rollout)
     assert seen == [(rollout.texts[4 * i : 4 * i + 4], PROBLEMS[i]) for i in range(3)]
     assert by_name["shortest"].shape == (3, 4) and (by_name["shortest"].amax(1) == 1).all()
-    assert "shortest" not in main.score_outputs(rollout, PROBLEMS[:3])  # a test compares nothing
+    assert "shortest" not in main.rule_rewards(PROBLEMS[:3], rollout)  # a test compares nothing
 
 
 @pytest.mark.parametrize("wrong", [lambda c, p: [1.0], lambda c, p: [float("nan")] * len(c), lambda c, p: c[99]])

@@ -35,7 +35,8 @@ MANY_ENDS = list(range(20, 60))  # so many that outputs end at ragged lengths
 def draw(model, tokenizer, asked=None, n=4, longest=12, temperature=1.0, seed=0, cache_tokens=EVERYTHING):
     generator = torch.Generator().manual_seed(seed)
     model.generation_config.eos_token_id = MANY_ENDS
-    return llms.sample(model, tokenizer, asked or prompts(tokenizer), n, longest, temperature, generator, cache_tokens)
+    llms.LIMITS["cache_tokens"] = cache_tokens
+    return llms.sample(model, tokenizer, asked or prompts(tokenizer), n, longest, temperature, generator)
 
 
 def draw_plainly(model, tokenizer, asked=None, n=4, longest=12, temperature=1.0, seed=0):
@@ -79,7 +80,7 @@ class Words:
 def test_the_mask_runs_to_the_first_end_token_and_includes_it():
     script = [[5, 6, 1, 0, 0], [1, 5, 5, 5, 5], [5, 6, 7, 8, 1], [5, 6, 7, 8, 9], [5, 1, 1, 1, 1], [5, 0, 6, 1, 0]]
     asked = [[3] * 10 * (row + 1) for row in range(6)]
-    out = llms.sample(Scripted(script, 1), Words(), asked, 1, 5, 1.0, torch.Generator(), EVERYTHING)
+    out = llms.sample(Scripted(script, 1), Words(), asked, 1, 5, 1.0, torch.Generator())
     assert ["".join(str(int(m)) for m in row) for row in out.mask] == [
         "11100",
         "10000",
@@ -90,7 +91,7 @@ def test_the_mask_runs_to_the_first_end_token_and_includes_it():
     ]
     assert out.truncated.tolist() == [False, False, False, True, False, False]
     assert out.texts == ["5 6", "", "5 6 7 8", "5 6 7 8 9", "5", "5 0 6"]
-    out = llms.sample(Scripted([[5, 9, 1, 0, 0]], [1, 9]), Words(), asked[:1], 1, 5, 1.0, torch.Generator(), EVERYTHING)
+    out = llms.sample(Scripted([[5, 9, 1, 0, 0]], [1, 9]), Words(), asked[:1], 1, 5, 1.0, torch.Generator())
     assert out.mask.tolist() == [[True, True]] and not out.truncated.any()  # any of several end tokens
 
 
@@ -123,7 +124,7 @@ def test_a_batch_scores_like_one_unpadded_forward_per_token(checkpoint, family):
 def test_the_scores_of_greedy_tokens_come_from_the_plain_forward_pass(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     asked, plain = prompts(tokenizer), reference.plain(model)
-    out = llms.sample(model, tokenizer, asked, 1, 10, 0.0, None, EVERYTHING)
+    out = llms.sample(model, tokenizer, asked, 1, 10, 0.0)
     for prompt, row, mask in zip(asked, out.ids, out.mask):
         ids, said = torch.tensor([prompt]), row[-len(mask) :][mask].tolist()
         expected = []
@@ -175,7 +176,7 @@ def test_scoring_in_chunks_equals_scoring_at_once(checkpoint, monkeypatch):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     out, results = draw(model, tokenizer), []
     for logits_at_once in (2**24, 3 * model.config.vocab_size, 1):
-        monkeypatch.setattr(llms, "LOGITS_AT_ONCE", logits_at_once)
+        monkeypatch.setitem(llms.LOGITS_AT_ONCE, "cpu", logits_at_once)
         model.zero_grad()
         logp = llms.token_logprobs(model, out.ids, out.attention, out.mask, 0.7)
         logp.sum().backward()
@@ -256,35 +257,111 @@ def test_the_same_seed_gives_the_same_samples_and_the_outputs_of_a_group_differ(
 def test_a_small_cache_budget_loses_no_output(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     asked = prompts(tokenizer, (3, 9, 5, 4, 8))
-    at_once = llms.sample(model, tokenizer, asked, 2, 6, 0.0, None, EVERYTHING)
-    in_turns = llms.sample(model, tokenizer, asked, 2, 6, 0.0, None, 60)  # two prompts at once
+    at_once = llms.sample(model, tokenizer, asked, 2, 6, 0.0)
+    llms.LIMITS["cache_tokens"] = 60  # two prompts at once
+    in_turns = llms.sample(model, tokenizer, asked, 2, 6, 0.0)
     assert at_once.texts == in_turns.texts
     assert torch.equal(at_once.ids, in_turns.ids) and torch.equal(at_once.mask, in_turns.mask)
 
 
+def test_out_of_memory_while_sampling_changes_no_output(checkpoint, monkeypatch, capsys):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    generator, make, sizes = torch.Generator().manual_seed(0), llms.decoding_batch, []
+    expected = draw(model, tokenizer)
+
+    def limited(model, size, ends):
+        sizes.append(size.slots)
+        decoding = make(model, size, ends)
+        if size.slots > 4:
+            decoding.decode = out_of_memory  # some outputs have begun
+        return decoding
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llms, "decoding_batch", limited)
+    monkeypatch.setattr(llms, "LEAST_LIMIT", 17)
+    llms.LIMITS["cache_tokens"] = 12 * 21
+    out = llms.sample(model, tokenizer, prompts(tokenizer), 4, 12, 1.0, generator)
+    assert sizes == [12, 4] and llms.LIMITS["cache_tokens"] == 6 * 21
+    assert "--cache_tokens 252; trying again with 126" in capsys.readouterr().out
+    assert torch.equal(out.ids, expected.ids)  # the random numbers were drawn once
+    after = torch.Generator().manual_seed(0)
+    torch.rand(12, 12, generator=after)
+    assert torch.equal(generator.get_state(), after.get_state())
+    llms.LIMITS["cache_tokens"] = 17
+    monkeypatch.setattr(llms, "decoding_batch", lambda *_: out_of_memory())
+    with pytest.raises(
+        torch.OutOfMemoryError, match="out of memory with --cache_tokens 17: a smaller one, --lora_rank"
+    ):
+        llms.sample(model, tokenizer, prompts(tokenizer), 4, 12, 1.0, generator)
+
+
+def test_a_limit_is_not_halved_below_the_least():
+    seen = []
+
+    @llms.retry_with_less_memory("token_budget")
+    def compute():
+        seen.append(llms.LIMITS["token_budget"])
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    llms.LIMITS["token_budget"] = 3000
+    with pytest.raises(torch.OutOfMemoryError, match="--token_budget 1024: "):
+        compute()
+    assert seen == [3000, 1500, 1024]
+
+
+def test_a_rank_with_fewer_micro_batches_goes_on_with_dummy_ones(checkpoint, monkeypatch):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    out = draw(model, tokenizer)
+    llms.LIMITS["token_budget"] = 60
+    batches = list(llms.micro_batches(out, range(12)))
+    assert all(weight == 1.0 for _, weight in batches) and len(batches) > 2
+    assert all(out.rows(rows)[0].numel() <= 60 or len(rows) == 1 for rows, _ in batches)
+    expected = llms.log_probs(model, out, 1.0)
+    monkeypatch.setattr(llms, "gather", lambda rows: [*rows, len(batches) + 2])
+    assert list(llms.micro_batches(out, range(12))) == [*batches, ([0], 0.0), ([0], 0.0)]
+    assert torch.equal(llms.log_probs(model, out, 1.0), expected)
+    assert list(llms.micro_batches(out, [])) == [([0], 0.0)] * (len(batches) + 2)
+
+
+def test_a_micro_batch_may_have_exactly_the_budget():
+    rollout = llms.Rollout(*llms.batch([[7, 7]] * 4, [[8, 8, 8]] * 4, "cpu"))
+    for budget, batches in ((20, [[0, 1, 2, 3]]), (19, [[0, 1, 2], [3]]), (10, [[0, 1], [2, 3]])):  # rows of 5 tokens
+        llms.LIMITS["token_budget"] = budget
+        assert llms.split_rows(rollout, range(4)) == batches
+
+
+def test_the_numbers_of_all_ranks_become_one_dict(monkeypatch):
+    monkeypatch.setattr(llms, "gather", lambda rows: [*rows, ("loss", 2.0), ("kl", 5.0)])
+    assert llms.merged_over_ranks({"loss": 1.0, "gap": 3.0}, sum) == {"loss": 3.0, "gap": 3.0, "kl": 5.0}
+    assert llms.merged_over_ranks({"loss": 1.0}, max) == {"loss": 2.0, "kl": 5.0}
+    assert llms.merged_over_ranks({}, max) == {"loss": 2.0, "kl": 5.0}
+
+
 def test_the_ids_that_are_trained_on_are_the_ids_that_were_drawn():  # never decoded and encoded again
     script = [[5, 6, 7, 8, 9]]
-    out = llms.sample(Scripted(script, 1), Words(), [[3] * 10], 1, 5, 1.0, torch.Generator(), EVERYTHING)
+    out = llms.sample(Scripted(script, 1), Words(), [[3] * 10], 1, 5, 1.0, torch.Generator())
     assert out.ids[0, -5:].tolist() == script[0]
 
 
 def test_a_given_text_that_is_too_long_is_cut_where_its_tokens_are(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))  # each digit is a token
     for limit, text, truncated in ((3, "123", True), (5, "12345", True), (6, "12345", False)):  # 6 with the end token
-        out = llms.rollout_of(model, tokenizer, [[7, 3]] * 2, ["12345", "1"], limit)
+        out = llms.rollout_from_texts(model, tokenizer, [[7, 3]] * 2, ["12345", "1"], limit)
         assert out.texts == [text, "1"] and out.truncated.tolist() == [truncated, False]
         assert out.mask.sum(1).tolist() == [limit, 2]
 
 
 def test_a_mark_is_put_on_the_token_that_reaches_its_position(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
-    out = llms.rollout_of(model, tokenizer, [[7, 3]] * 2, ["12345", "6"], 12)
+    out = llms.rollout_from_texts(model, tokenizer, [[7, 3]] * 2, ["12345", "6"], 12)
     numbers, marked = llms.at_tokens(tokenizer, out, [[(2, 0.5), (5, -1.0)], []])
     assert numbers.tolist() == [[0, 0.5, 0, 0, -1.0, 0], [0] * 6]  # tokens "2" and "5", not the end token
     assert marked.tolist() == [[False, True, False, False, True, False], [False] * 6]
 
 
-def test_one_output_has_two_rows_of_the_cache(checkpoint, monkeypatch):  # a GPU computes one row less exactly
+def test_one_output_has_two_slots_of_the_cache(checkpoint, monkeypatch):  # a GPU computes one row less exactly
     model, tokenizer = llms.load(checkpoint("qwen2"))
     sizes, make = [], llms.decoding_batch
     monkeypatch.setattr(llms, "decoding_batch", lambda model, size, ends: sizes.append(size) or make(model, size, ends))
@@ -362,14 +439,16 @@ def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, t
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(setup, tmp_path, monkeypatch):
     state, _ = setup()
     may_write, write = threading.Event(), llms.safetensors.torch.save_file
-    monkeypatch.setattr(llms.safetensors.torch, "save_file", lambda *inputs: may_write.wait(60) and write(*inputs))
-    llms.save_checkpoint(tmp_path, state.networks(), state.optimizer, state.generator, {"step": 1})
+    slow = lambda *inputs, **named: may_write.wait(60) and write(*inputs, **named)
+    monkeypatch.setattr(llms.safetensors.torch, "save_file", slow)
+    writer = llms.CheckpointWriter()
+    writer.save(tmp_path, state.networks(), state.optimizer, state.generator, {"step": 1})
     weight = state.policy.model.norm.weight.data
     before = weight.clone()
     weight.add_(1.0)  # as the next update does
     assert not (tmp_path / "state.safetensors").exists()
     may_write.set()
-    llms.check_written(wait=True)
+    writer.wait()
     about, saved = llms.read_checkpoint(tmp_path)
     assert about == {"step": 1} and torch.equal(saved["policy/model.norm.weight"], before)
 
@@ -380,17 +459,18 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_also_where_another_ends
     monkeypatch.setattr(
         llms, "write_checkpoint", lambda *_: may_fail.wait(60) and (tmp_path / "no" / "file").write_text("")
     )
-    save = lambda: llms.save_checkpoint(tmp_path, state.networks(), state.optimizer, state.generator, "text")
+    writer = llms.CheckpointWriter()
+    save = lambda: writer.save(tmp_path, state.networks(), state.optimizer, state.generator, "text")
     save()
-    llms.check_written()  # it has not ended, and is not waited for
+    writer.check()  # it has not ended, and is not waited for
     may_fail.set()
     with pytest.raises(FileNotFoundError):
         save()
     save()
-    with pytest.raises(FileNotFoundError) as error, llms.writing():
+    with pytest.raises(FileNotFoundError) as error, writer:
         raise main.RunError("three steps")
     assert "three steps" in str(error.value.__context__)
-    llms.check_written(wait=True)  # it is said once
+    writer.wait()  # it is said once
 
 
 @pytest.mark.parametrize("writes", ["the weights", "the tokenizer", "a checkpoint"])
@@ -400,8 +480,9 @@ def test_a_full_disk_is_an_os_error_of_one_line_and_leaves_what_was_there(setup,
 
     def save():
         if writes == "a checkpoint":
-            llms.save_checkpoint(folder, state.networks(), state.optimizer, state.generator, "text")
-            llms.check_written(wait=True)
+            writer = llms.CheckpointWriter()
+            writer.save(folder, state.networks(), state.optimizer, state.generator, "text")
+            writer.wait()
         else:
             llms.save(state.policy, state.tokenizer, folder)
 
@@ -440,7 +521,14 @@ def test_an_unknown_model_is_refused_in_one_line(name, says):
 def test_a_row_longer_than_the_model_reads_is_refused(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     with pytest.raises(llms.ModelError, match="512"):
-        llms.sample(model, tokenizer, [[5] * 10], 1, 510, 1.0, None, EVERYTHING)
+        llms.sample(model, tokenizer, [[5] * 10], 1, 510, 1.0)
+
+
+def test_a_row_as_long_as_the_model_reads_is_sampled(checkpoint):
+    model, tokenizer = llms.load(checkpoint("qwen2"))  # it reads 512 tokens
+    assert llms.sample(model, tokenizer, [[7] * 509], 2, 3, 0.0).mask.shape[1] <= 3
+    with pytest.raises(llms.ModelError, match="take up to 513 tokens, the model reads 512"):
+        llms.sample(model, tokenizer, [[7] * 510], 2, 3, 0.0)
 
 
 @pytest.mark.parametrize("damage", ["truncated weights", "a missing layer", "no tokenizer", "no config"])
@@ -536,8 +624,8 @@ def test_waiting_prompts_begin_where_outputs_end_and_never_more_than_the_cache_h
     steps = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: steps.append(inputs[0].shape))
     model.generation_config.eos_token_id = list(range(20, 60))
-    how = (1, 12, 1.0, torch.Generator().manual_seed(0))
-    out = llms.sample(model, tokenizer, prompts(tokenizer, [5] * 40), *how, 8 * 17)
+    llms.LIMITS["cache_tokens"] = 8 * 17
+    out = llms.sample(model, tokenizer, prompts(tokenizer, [5] * 40), 1, 12, 1.0, torch.Generator().manual_seed(0))
     rows = [n for n, tokens in steps if tokens == 1]
     assert max(rows) == 8 and len(out.texts) == 40
     lengths = out.mask.sum(1)
@@ -548,8 +636,8 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
     model, tokenizer = llms.load(checkpoint("qwen2"))
     asked = prompts(tokenizer, (3, 9))
     expected = draw_plainly(model, tokenizer, asked)
-    # 8 outputs in a cache of 10 rows, two more than needed, and 21 columns; up to 12 tokens
-    decoding = llms.DecodingBatch(model, (8, 10, 21, 12), llms.end_tokens(model, tokenizer))
+    # 8 outputs in a cache of 10 slots, two more than needed, and 21 columns; up to 12 tokens
+    decoding = llms.DecodingBatch(model, llms.Size(8, 10, 21, 12), llms.end_tokens(model, tokenizer))
     decoding.reset(1.0, torch.rand(8, 12, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         decoding.prefill(asked, 4)
@@ -564,9 +652,9 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
 def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint, monkeypatch):
     model, _ = llms.load(checkpoint("qwen2"))
     llms.add_lora(model, 2, 4.0)
-    monkeypatch.setitem(llms.SHARDED, model, (None, model))  # now a copy is sampled from, as on a GPU
-    monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
-    size, ends = (4, 4, 20, 8), [11]
+    monkeypatch.setitem(llms.SHARDED, model, llms.Sharded(None, model))  # now a copy is sampled from, as on a GPU
+    monkeypatch.setattr(llms, "has_bf16", lambda device: True)
+    size, ends = llms.Size(4, 4, 20, 8), [11]
     with torch.no_grad():
         copied = llms.decoding_batch(model, size, ends).model
         before = {name: weight.data_ptr() for name, weight in copied.named_parameters()}
@@ -588,7 +676,7 @@ def test_in_bf16_as_on_a_gpu_all_fits_together(checkpoint, monkeypatch, rank):  
     scored = llms.token_logprobs(model, exact.ids, exact.attention, exact.mask, 1.0)
     if rank:
         llms.add_lora(model, rank, 4.0)
-    monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(llms, "has_bf16", lambda device: True)
     reference = llms.frozen_copy(model)
     kept = {layer.weight.dtype for layer in llms.linear_layers(reference).values()}
     assert kept == {torch.float32 if rank else torch.bfloat16}  # with LoRA the weights are the policy's own
@@ -606,7 +694,7 @@ def test_in_bf16_as_on_a_gpu_all_fits_together(checkpoint, monkeypatch, rank):  
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_heads_gradient_by_hand_is_that_of_the_log_softmax(monkeypatch, bias):
-    monkeypatch.setattr(llms, "LOGITS_AT_ONCE", 3 * 11)  # chunks of 3 tokens
+    monkeypatch.setitem(llms.LOGITS_AT_ONCE, "cpu", 3 * 11)  # chunks of 3 tokens
     g = torch.Generator().manual_seed(0)
     hidden, weight, b, d = (torch.randn(*shape, generator=g).double() for shape in ((7, 5), (11, 5), (11,), (7,)))
     inputs = [x.requires_grad_() for x in (hidden, weight, b)[: 2 + bias]]
@@ -684,7 +772,7 @@ def test_an_index_that_names_a_pickle_is_refused_before_anything_is_opened(check
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     opened = []
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: opened.append(1))
-    with pytest.raises(llms.ModelError, match="not all in safetensors files") as error:
+    with pytest.raises(llms.ModelError, match="not all of the weights are in safetensors files") as error:
         llms.load(str(folder))
     assert not opened and "\n" not in str(error.value)
 
@@ -703,7 +791,7 @@ def test_a_configuration_that_names_a_pickle_as_its_weights_is_refused(checkpoin
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
     torch.save({}, folder / "adapter_model.bin")
-    with pytest.raises(llms.ModelError, match="not all in safetensors files"):
+    with pytest.raises(llms.ModelError, match="not all of the weights are in safetensors files"):
         llms.load(str(folder))
 
 
@@ -732,15 +820,28 @@ def test_with_the_adapter_off_the_model_is_its_base_bit_for_bit(checkpoint, fami
     batch = list(batch)
     new = llms.token_logprobs(model, *batch, 1.0)
     assert torch.equal(new, llms.token_logprobs(base, *batch, 1.0))  # B = 0: the KL of the first step is 0
-    assert torch.equal(new, llms.token_logprobs(llms.frozen_copy(model, adapter=False), *batch, 1.0))
+    assert torch.equal(new, llms.token_logprobs(llms.frozen_copy(model), *batch, 1.0))
     assert len(llms.lora_layers(model)) == 2 * 7  # q, k, v, o, gate, up and down of both layers
 
 
-def test_the_reference_of_a_lora_policy_holds_no_weight_of_its_own_and_stays_where_it_was(checkpoint):
+def test_an_adapter_adds_alpha_by_r_times_b_a_x():
+    linear = torch.nn.Linear(2, 3)
+    layer = llms.LoRALinear(linear, 2, 6.0)
+    A, B = torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]])
+    with torch.no_grad():
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+    x = torch.tensor([[1.0, -1.0]])  # A x is (1, 1), B A x is (1, 1, 0), and 6 / 2 is 3
+    assert (layer(x) - linear(x)).tolist()[0] == pytest.approx([3.0, 3.0, 0.0], abs=1e-6)
+
+
+def test_the_reference_of_a_lora_policy_holds_only_an_adapter_of_its_own_and_stays_where_it_was(checkpoint):
     model, _, batch = with_adapter(checkpoint("qwen2"))
     batch, ours = list(batch), {weight.data_ptr() for weight in model.parameters()}
-    reference = llms.frozen_copy(model, adapter=False)
-    assert all(weight.data_ptr() in ours and not weight.requires_grad for weight in reference.parameters())
+    reference = llms.frozen_copy(model)
+    own = {name for name, weight in reference.named_parameters() if weight.data_ptr() not in ours}
+    assert own == {name for name, weight in model.named_parameters() if weight.requires_grad}  # those of the adapter
+    assert not any(weight.requires_grad for weight in reference.parameters())
     before = llms.token_logprobs(reference, *batch, 1.0)
     for layer in llms.lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
@@ -750,8 +851,6 @@ def test_the_reference_of_a_lora_policy_holds_no_weight_of_its_own_and_stays_whe
     for layer in llms.lora_layers(model):
         torch.nn.init.zeros_(layer.lora_B)
     assert torch.equal(llms.token_logprobs(again, *batch, 1.0), trained)
-    own = {name for name, weight in again.named_parameters() if weight.data_ptr() not in ours}
-    assert own and all(".lora_" in name for name in own)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -768,6 +867,13 @@ def test_a_lora_model_is_saved_merged_as_a_plain_checkpoint(checkpoint, tmp_path
     assert (reference.plain(base)(input_ids=ids, attention_mask=attention).logits - merged).abs().max() > 1e-2
 
 
+def test_a_lora_model_that_was_saved_computes_as_before(checkpoint, tmp_path):
+    model, tokenizer, batch = with_adapter(checkpoint("qwen2"), trained=True)
+    before = llms.token_logprobs(model, *batch, 1.0)
+    llms.save(model, tokenizer, tmp_path / "merged")
+    assert (llms.token_logprobs(model, *batch, 1.0) - before).abs().max() < 1e-3
+
+
 def test_only_adapters_are_trained_and_without_a_rank_there_are_none(setup):
     plain, _ = setup(LORA_RANK=0)
     assert not any("lora" in name for name in tensors(plain))
@@ -780,10 +886,13 @@ def test_only_adapters_are_trained_and_without_a_rank_there_are_none(setup):
     }
     assert trained == {id(weight) for name, weight in state.policy.named_parameters() if ".lora_" in name}
     before = {name: weight.clone() for name, weight in tensors(state).items()}
-    main.update(state, rollout, torch.linspace(-1, 1, 12), None, main.log_probs(state, state.reference, rollout))
+    kept = {name for name in before if name.startswith("reference/")}
+    assert kept and all(".lora_" in name for name in kept)  # of the reference only the adapter is written
+    main.update(
+        state, rollout, torch.linspace(-1, 1, 12), None, llms.log_probs(state.reference, rollout, main.TEMPERATURE)
+    )
     moved = {name for name, weight in tensors(state).items() if name not in before or not weight.equal(before[name])}
-    assert moved and all(".lora_" in name for name in moved)
-    assert not any(name.startswith("reference/") for name in before)  # not written twice either
+    assert moved and all(".lora_" in name for name in moved) and not moved & kept
 
 
 def test_gradient_checkpointing_gives_the_same_gradient_and_runs_the_layers_again(checkpoint):
@@ -821,11 +930,23 @@ def test_the_peak_of_memory_grows_by_what_is_used():
     assert 0.4 < before < 5 and 0.38 < after - before < 0.42 and later == after  # GB: 400 MB of fp32
 
 
+def test_the_seconds_of_a_part_add_up_until_the_next_step(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 10.0, 14.0, 20.0])
+    monkeypatch.setattr(llms.time, "perf_counter", lambda: next(now))
+    llms.start_clock()
+    for _ in range(2):
+        with llms.timed("sample"):
+            pass
+    assert llms.SECONDS == {"seconds/sample": 2.0 + 4.0}
+    llms.start_clock()
+    assert llms.SECONDS == {}
+
+
 def test_the_copy_that_is_sampled_from_follows_the_model_is_used_again_and_can_be_freed(checkpoint, monkeypatch):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     expected = [draw(model, tokenizer, n=n, seed=n).texts for n in (4, 2, 8)]
     on_meta, _ = llms.load(checkpoint("qwen2"))
-    monkeypatch.setitem(llms.SHARDED, model, (None, on_meta))  # now a copy is sampled from, as on a GPU
+    monkeypatch.setitem(llms.SHARDED, model, llms.Sharded(None, on_meta))  # now a copy is sampled from, as on a GPU
     used = []
     for n, texts in zip((4, 2, 8), expected):  # fewer rows are no reason for another copy, more rows are
         assert draw(model, tokenizer, n=n, seed=n).texts == texts
@@ -834,9 +955,14 @@ def test_the_copy_that_is_sampled_from_follows_the_model_is_used_again_and_can_b
     longer = draw(model, tokenizer, n=4, longest=20)  # another limit is one too
     assert llms.DECODING[model] is not used[2] and longer.mask.shape[1] > 12
     assert draw(model, tokenizer, n=4, seed=4).texts == expected[0]
+    kept = llms.DECODING[model]
+    generator = torch.Generator().manual_seed(4)
+    model.generation_config.eos_token_id = list(range(30, 70))  # other end tokens are one, too
+    others = llms.sample(model, tokenizer, prompts(tokenizer), 4, 12, 1.0, generator)
+    assert llms.DECODING[model] is not kept and others.texts != expected[0]
     llms.free_copies()
     assert len(llms.DECODING) == 0
-    monkeypatch.setattr(llms, "precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(llms, "has_bf16", lambda device: True)
     for _ in range(2):
         draw(model, tokenizer)
         copied = dict(llms.DECODING[model].model.named_parameters())
@@ -850,3 +976,21 @@ def test_a_model_that_is_no_decoder_is_refused_in_one_line(tmp_path):
     with pytest.raises(llms.ModelError) as error:
         llms.load(str(tmp_path / "t5"))
     assert "\n" not in str(error.value)
+
+
+def test_a_reward_model_reads_no_more_than_it_can(reward_model):
+    judge, read = llms.load_reward_model(reward_model), []
+    judge.model.register_forward_hook(
+        lambda module, inputs, named, out: read.append(named["input_ids"].shape), with_kwargs=True
+    )
+    llms.reward_scores(judge, ["1 + 1?"] * 2, ["2", "word " * 1000])
+    assert read == [(2, 512)]
+
+
+def test_the_score_of_several_classes_is_the_log_odds_of_the_last(reward_model):
+    judge, logits = llms.load_reward_model(reward_model), []
+    judge.model.score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
+    judge.model.register_forward_hook(lambda module, inputs, out: logits.append(out.logits))
+    scores = llms.reward_scores(judge, ["1 + 1?"] * 3, ["2", "3", "a few words"])
+    good = logits[0].softmax(1)[:, 2]
+    assert scores == pytest.approx((good / (1 - good)).log().tolist(), abs=1e-4) and len(set(scores)) == 3

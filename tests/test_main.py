@@ -1,14 +1,20 @@
 """The maths and the loop of main.py."""
 
+import ast
+import importlib.util
 import itertools
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROBLEMS, sample, tensors, train
+from conftest import PROBLEMS, sample, save, tensors, train
 from torch import tensor
 from torch.testing import assert_close
 from tqdm import tqdm
@@ -19,6 +25,7 @@ import main
 import rldatasets
 from plots import report
 
+SOURCE = Path(main.__file__).read_text(encoding="utf-8")
 A2 = 0.8660254037844386  # the advantages of rewards 1, 0, 0, 1 are ± this, without the 1e-4
 
 
@@ -67,15 +74,17 @@ def test_advantages_ignore_a_shift_and_the_order_and_stay_below_their_bound():
 
 def test_groups_do_not_see_each_other():
     both = main.group_advantages(tensor([[1.0, 0, 0, 0], [1, 1, 1, 0]]))
-    assert_close(both, tensor([[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5]]), atol=1e-3, rtol=0)
+    expected = tensor([[1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5]], dtype=torch.float64)
+    assert_close(both, expected, atol=1e-3, rtol=0)
     assert torch.equal(both[0], main.group_advantages(tensor([[1.0, 0, 0, 0], [9, 2, 3, 1]]))[0])
 
 
-def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo(constants):
-    constants(SCALE="none")
-    advantages = main.group_advantages(tensor([[1.0, 0, 0, 0]]))
-    assert advantages.tolist() == [[0.75, -0.25, -0.25, -0.25]]
-    assert_close(advantages * 4 / 3, tensor([[1, -1 / 3, -1 / 3, -1 / 3]]))  # each against the mean of the others
+def test_without_the_std_advantages_are_dr_grpo_and_a_step_from_rloo():
+    rewards = tensor([[1.0, 0, 0, 0]])
+    assert main.dr_grpo(rewards).tolist() == [[0.75, -0.25, -0.25, -0.25]]
+    others = tensor([[1, -1 / 3, -1 / 3, -1 / 3]], dtype=torch.float64)  # each against the mean of the others
+    assert_close(main.rloo(rewards), others, atol=1e-12, rtol=0)
+    assert_close(main.dr_grpo(rewards) * 4 / 3, others, atol=1e-12, rtol=0)
 
 
 # process supervision: o_1 has 5 tokens and steps that end at 2, 5; o_2 has 4 and steps that end at 1, 3, 4
@@ -124,10 +133,11 @@ def test_steps_are_compared_within_their_question_only():
         assert (main.process_advantages(STEP_REWARDS, few) == 0).all()
 
 
-def test_advantages_are_at_least_fp32_and_carry_no_gradient():
-    rewards = tensor([[1, 0, 0, 0]], dtype=torch.bfloat16, requires_grad=True)
-    advantages = main.group_advantages(rewards)
-    assert advantages.dtype == torch.float32 and not advantages.requires_grad
+def test_advantages_are_computed_in_fp64():
+    for rewards in (tensor([[1, 0, 0, 0]], dtype=torch.bfloat16), tensor([[1, 0, 0, 0]], dtype=torch.float32)):
+        assert main.group_advantages(rewards).dtype == torch.float64
+    steps = main.process_advantages(STEP_REWARDS.float(), STEP_ENDS)
+    assert steps.dtype == torch.float64
 
 
 # ---- the objective -------------------------------------------------------------------------------------------------
@@ -148,6 +158,16 @@ def test_the_clip_stops_the_gradient_only_where_the_step_would_go_further(consta
     assert_close([-loss.item(), -grad.item()], [J, float(gradient)], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "gspo", "dual_clip"])
+def test_a_ratio_beyond_what_fp32_can_hold_has_a_value_and_a_gradient(constants, objective):
+    constants(BETA=0.0, OBJECTIVE=objective)
+    one, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1)
+    loss, gradient = loss_and_gradient(tensor([[100.0]]), zero, None, tensor([1.0]), one)  # fp32 has no e^100
+    assert -loss.item() == pytest.approx(1.2) and gradient.item() == 0
+    loss, gradient = loss_and_gradient(tensor([[100.0]]), zero, None, tensor([-1.0]), one)
+    assert loss > 1 and loss.isfinite() and gradient.isfinite()
+
+
 def test_clip_higher_frees_only_the_upper_side(constants):
     for high, expected in ((0.2, 0.0), (0.28, 1.25)):
         constants(BETA=0.0, EPSILON_HIGH=high)
@@ -157,6 +177,7 @@ def test_clip_higher_frees_only_the_upper_side(constants):
         assert_close((-2 * grad).flatten().tolist(), [expected, 0.0], atol=1e-12, rtol=0)
 
 
+DENOMINATORS = ("sequence", "token", "group", "constant")
 ON_POLICY = [
     ("sequence", 0.0, -0.07216878365),
     ("token", 0.1443375673, -0.07216878365),
@@ -207,6 +228,7 @@ def test_the_three_estimators_have_the_values_and_gradients_of_their_names(const
     assert_close(value, 0.5027774185, atol=1e-9, rtol=0)
     assert_close(gradient, [-0.3184892418, -0.1311615248, 0.4496507666], atol=1e-9, rtol=0)
     assert_close(expected("k2", z)[1], [-0.3331852833, -0.1529028005, 0.4860880838], atol=1e-9, rtol=0)
+    assert_close(expected("k1", z)[0], 0.5027774185, atol=1e-9, rtol=0)  # the same KL, as the mean of another estimator
     assert_close(expected("k1", z)[1], [0.0, 0.0, 0.0], atol=1e-9, rtol=0)
     assert_close(expected("k3", z_old)[0], 0.4180314514, atol=1e-9, rtol=0)
 
@@ -248,12 +270,44 @@ def test_a_worked_example_of_equation_3(constants, denominator, value):
 
 
 def test_the_sequence_ratio_is_the_geometric_mean_of_the_token_ratios(constants):
-    constants(RATIO="sequence", BETA=0.0)
+    constants(OBJECTIVE="gspo", BETA=0.0)
     logp, mask = ragged([[math.log(r) for r in (1.1, 0.9, 1.5)]])
     A = tensor([1.0], dtype=torch.float64)
     loss, grad = loss_and_gradient(logp, torch.zeros_like(logp), None, A, mask)
     s = 1.485 ** (1 / 3)  # 1.1 · 0.9 · 1.5 = 1.485; inside the clip, so dJ/dlogp is s/3 for each of the 3 tokens
     assert_close([-loss.item(), *(-grad[0]).tolist()], [s, s / 3, s / 3, s / 3], atol=1e-12, rtol=0)
+
+
+def test_by_groups_a_token_counts_as_one_of_its_question_and_questions_count_alike(constants):
+    # two questions, two outputs each: 1 + 3 = 4 and 2 + 2 = 4 tokens; then Σ|o| of a group is 4, and Q is 2
+    constants(DENOMINATOR="group", GROUP_SIZE=2, BETA=0.0)
+    assert main.denominators(tensor([1, 3, 2, 2]), 2).tolist() == [[8], [8], [8], [8]]
+    assert main.denominators(tensor([1, 3, 2, 5]), 2).tolist() == [[8], [8], [14], [14]]
+    logp, mask = ragged([[-1.0] * n for n in (1, 3, 2, 2)])
+    A = tensor([1.0, -1.0, 2.0, -1.0], dtype=torch.float64)
+    loss, grad = loss_and_gradient(logp, logp, None, A, mask)
+    # ½ ((1 - 3)/4 + (4 - 2)/4) = 0, and 1/8, -1/8, 2/8, -1/8 for each token
+    assert_close([-loss.item(), *(-grad[:, 0]).tolist()], [0.0, 0.125, -0.125, 0.25, -0.125], atol=1e-12, rtol=0)
+    # with 5 tokens the last output takes its question to 7: ½ ((1 - 3)/4 + (4 - 5)/7) = -9/28
+    logp, mask = ragged([[-1.0] * n for n in (1, 3, 2, 5)])
+    loss, grad = loss_and_gradient(logp, logp, None, A, mask)
+    expected = [-9 / 28, 1 / 8, -1 / 8, 1 / 7, -1 / 14]
+    assert_close([-loss.item(), *(-grad[:, 0]).tolist()], expected, atol=1e-12, rtol=0)
+    # micro-batches that cut through a question change nothing
+    divisor = main.denominators(mask.sum(1), 2)
+    parts = [loss_and_gradient(logp[r], logp[r], None, A[r], mask[r], divisor[r]) for r in ([0, 2], [3], [1])]
+    assert_close(sum(loss for loss, _ in parts), loss, atol=1e-12, rtol=0)
+    for rows, (_, part) in zip(([0, 2], [3], [1]), parts):
+        assert_close(part, grad[rows], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_two_ranks_divide_by_what_one_would_divide_by(constants, monkeypatch, denominator):
+    constants(DENOMINATOR=denominator)
+    lengths = tensor([1, 3, 2, 5, 4, 4])  # three questions: one on the first rank, two on the second
+    alone = main.denominators(lengths, 2)
+    monkeypatch.setattr(llms, "sums_over_ranks", lambda outputs, tokens: [6, 19])
+    assert torch.equal(torch.cat([main.denominators(lengths[:2], 2), main.denominators(lengths[2:], 2)]), alone)
 
 
 def noisy(seed=0, lengths=(6, 4, 1, 7, 2, 5)):
@@ -268,18 +322,16 @@ def noisy(seed=0, lengths=(6, 4, 1, 7, 2, 5)):
     return logp, old, ref, A, mask
 
 
-DENOMINATORS = ("sequence", "token", "constant")
-
-
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize(
     "split", [[[0, 1, 2], [3, 4, 5]], [[0], [1, 2, 3, 4, 5]], [[i] for i in range(6)], [[0, 3], [1, 2, 4, 5]]]
 )
 def test_any_split_into_micro_batches_adds_up_to_the_whole(constants, denominator, split):
-    constants(DENOMINATOR=denominator)
+    constants(DENOMINATOR=denominator, GROUP_SIZE=2)
     logp, old, ref, A, mask = noisy()
     whole, gradient = loss_and_gradient(logp, old, ref, A, mask)
-    parts = [loss_and_gradient(logp[r], old[r], ref[r], A[r], mask[r], 6, mask.sum()) for r in split]
+    divisor = main.denominators(mask.sum(1), 2)
+    parts = [loss_and_gradient(logp[r], old[r], ref[r], A[r], mask[r], divisor[r]) for r in split]
     assert_close(sum(loss for loss, _ in parts), whole, atol=1e-12, rtol=0)
     for rows, (_, part) in zip(split, parts):
         assert_close(part, gradient[rows], atol=1e-12, rtol=0)
@@ -288,7 +340,7 @@ def test_any_split_into_micro_batches_adds_up_to_the_whole(constants, denominato
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 @pytest.mark.parametrize("garbage", [float("nan"), 1e30, -1e30, float("inf")])
 def test_what_stands_in_padded_cells_does_not_matter(constants, denominator, garbage):
-    constants(DENOMINATOR=denominator)
+    constants(DENOMINATOR=denominator, GROUP_SIZE=2)
     logp, old, ref, A, mask = noisy()
     A = A[:, None].expand(-1, mask.shape[1])
     expected = loss_and_gradient(logp, old, ref, A, mask)
@@ -299,9 +351,9 @@ def test_what_stands_in_padded_cells_does_not_matter(constants, denominator, gar
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_the_order_of_the_rows_does_not_matter(constants, denominator):
-    constants(DENOMINATOR=denominator)
+    constants(DENOMINATOR=denominator, GROUP_SIZE=2)
     everything = noisy()
-    order = [3, 1, 5, 0, 2, 4]
+    order = [3, 1, 5, 0, 2, 4] if denominator != "group" else [3, 2, 5, 4, 0, 1]  # outputs of a question side by side
     loss, gradient = loss_and_gradient(*everything)
     turned, turned_gradient = loss_and_gradient(*(x[order] for x in everything))
     assert_close(turned, loss, atol=1e-12, rtol=0)
@@ -385,11 +437,16 @@ def sgd(policy):
     return torch.optim.SGD(policy.parameters(), lr=1.0)
 
 
+def measured_update(*inputs):
+    """What the metrics of a step tell of one update."""
+    return main.update_metrics([main.update(*inputs)])
+
+
 def step_gradient(state, rollout, advantages, logp_old=None, logp_ref=None):
     """The clipped gradient that one update hands to its optimizer."""
     seen = {}
     state.optimizer.step = lambda: seen.update(gradient=[p.grad.clone() for p in state.policy.parameters()])
-    measured = main.update(state, rollout, advantages, logp_old, logp_ref)
+    measured = measured_update(state, rollout, advantages, logp_old, logp_ref)
     return torch.cat([g.flatten() for g in seen["gradient"]]), measured
 
 
@@ -402,7 +459,8 @@ def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denom
     for budget in (8192, 60, 20):
         state, rollout = setup(TOKEN_BUDGET=budget, DENOMINATOR=denominator, MAX_GRAD_NORM=0.01)
         old = rollout.logp + 0.3 * torch.randn(rollout.logp.shape, generator=torch.Generator().manual_seed(1))
-        results.append(step_gradient(state, rollout, SPREAD, old, main.log_probs(state, state.reference, rollout)))
+        ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
+        results.append(step_gradient(state, rollout, SPREAD, old, ref))
     for gradient, measured in results:
         assert gradient.norm() == pytest.approx(0.01, rel=1e-3)  # clipped once, at the end
         assert measured["grad_norm"] > 0.02 and measured["grad_norm"] == pytest.approx(
@@ -413,22 +471,30 @@ def test_the_token_budget_changes_neither_the_gradient_nor_its_norm(setup, denom
             assert measured[name] == pytest.approx(results[0][1][name], rel=1e-4, abs=1e-6)
 
 
+def split(rollout, rows, budget):
+    """The micro-batches of some rows, on one rank."""
+    llms.limit_memory(budget, 1000)
+    batches = list(llms.micro_batches(rollout, rows))
+    assert all(weight == 1.0 for _, weight in batches)
+    return [rows for rows, _ in batches]
+
+
 def test_micro_batches_hold_every_row_once_and_keep_the_budget_with_their_padding():
     prompts, completions = [4, 60, 10, 30, 31, 1, 1, 1], [1, 30, 7, 10, 10, 2, 2, 30]
     ids, attention, mask = llms.batch([[7] * n for n in prompts], [[7] * n for n in completions], "cpu")
-    rollout = llms.Rollout(ids, attention, mask, None, None, None, None)
-    batches = rollout.micro_batches(range(8), 1, 100)
+    rollout = llms.Rollout(ids, attention, mask, None, None, None, None, group_size=1)
+    batches = split(rollout, range(8), 100)
     assert sorted(row for rows in batches for row in rows) == list(range(8))
     assert all(rollout.rows(rows)[0].numel() <= 100 for rows in batches)
     assert len(batches) == 4  # 90 | 41 40 | 1 + 30, 10 + 7 | the small ones
-    assert sorted(row for rows in rollout.micro_batches([6, 0], 1, 100) for row in rows) == [0, 6]
+    assert sorted(row for rows in split(rollout, [6, 0], 100) for row in rows) == [0, 6]
 
 
 def test_the_outputs_of_a_question_stay_together_longest_first():
     lengths = [1, 9, 5, 9, 1, 5]  # two questions with three outputs each
     ids, attention, mask = llms.batch([[7, 7]] * 3 + [[8, 8, 8]] * 3, [[7] * n for n in lengths], "cpu")
-    rollout = llms.Rollout(ids, attention, mask, None, None, None, None)
-    assert rollout.micro_batches(range(6), 3, 1000) == [[3, 5, 4, 1, 2, 0]]
+    rollout = llms.Rollout(ids, attention, mask, None, None, None, None, group_size=3)
+    assert split(rollout, range(6), 1000) == [[3, 5, 4, 1, 2, 0]]
 
 
 def test_outputs_without_advantage_are_left_out_where_that_keeps_the_gradient(setup, monkeypatch):
@@ -436,18 +502,16 @@ def test_outputs_without_advantage_are_left_out_where_that_keeps_the_gradient(se
     advantages[4:8] = 0.0
     real = llms.token_logprobs
     monkeypatch.setattr(llms, "token_logprobs", lambda *given: scored.append(len(given[1])) or real(*given))
-    for beta, drop, rows, same in ((0.0, False, 8, True), (0.04, False, 12, True), (0.04, True, 8, False)):
+    for beta, rows in ((0.0, 8), (0.04, 12)):
         gradients = []
         for left_out in (False, True):
-            state, rollout = setup(
-                BETA=beta, DROP_ZERO_ADVANTAGE=drop and left_out, DENOMINATOR="token", MAX_GRAD_NORM=1e9
-            )
+            state, rollout = setup(BETA=beta, DENOMINATOR="token", MAX_GRAD_NORM=1e9)
             elsewhere = rollout.logp + 0.3  # a reference, so that there is a KL to lose
             scored.clear()
             ref = elsewhere if beta or not left_out else None  # with a reference at β = 0 all rows are scored
             gradients.append(step_gradient(state, rollout, advantages, None, ref)[0])
         assert sum(scored) == rows
-        assert (gradients[0] - gradients[1]).abs().max() < 1e-6 if same else (gradients[0] - gradients[1]).norm() > 1e-3
+        assert (gradients[0] - gradients[1]).abs().max() < 1e-6
 
 
 def test_leaving_out_every_output_is_a_step_on_a_gradient_of_zero(setup):  # AdamW's momentum moves on all the same
@@ -472,33 +536,33 @@ def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, monkey
         return real(model, ids, *others)
 
     state, rollout = setup(BETA=0.0, MAX_GRAD_NORM=1e9, TOKEN_BUDGET=200)
-    state.memory.least = 17
+    monkeypatch.setattr(llms, "LEAST_LIMIT", 17, raising=False)
     monkeypatch.setattr(llms, "token_logprobs", limited)
     gradient, _ = step_gradient(state, rollout, SPREAD)
     assert_close(gradient, expected, atol=1e-6, rtol=0)  # what the broken attempts left behind is gone
     printed = capsys.readouterr().out
     assert "--token_budget 200; trying again with 100" in printed and "with 50" in printed
-    assert state.memory.limits["token_budget"] == 50 and main.TOKEN_BUDGET == 200  # a constant is never changed
-    state.memory.limits["token_budget"] = 17
+    assert llms.LIMITS["token_budget"] == 50 and main.TOKEN_BUDGET == 200  # a constant is never changed
+    llms.LIMITS["token_budget"] = 17
     monkeypatch.setattr(llms, "token_logprobs", lambda *given: limited(None, torch.zeros(200)))
     with pytest.raises(torch.OutOfMemoryError, match="out of memory with --token_budget 17"):
-        main.log_probs(state, state.policy, rollout)
+        llms.log_probs(state.policy, rollout, main.TEMPERATURE)
 
 
 def test_out_of_memory_while_sampling_halves_the_cache(setup, monkeypatch):
     state, _ = setup(CACHE_TOKENS=1000)
-    state.memory.least = 17
-    real, seen = llms.sample, []
+    monkeypatch.setattr(llms, "LEAST_LIMIT", 17, raising=False)
+    real, seen = llms.decoding_batch, []
 
     def limited(*inputs):
-        seen.append(inputs[-1])
-        if inputs[-1] > 300:
+        seen.append(llms.LIMITS["cache_tokens"])
+        if seen[-1] > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*inputs)
 
-    monkeypatch.setattr(llms, "sample", limited)
-    assert len(main.sample(state, state.policy, [[5, 6, 7]]).texts) == 4
-    assert seen == [1000, 500, 250] and state.memory.limits["cache_tokens"] == 250
+    monkeypatch.setattr(llms, "decoding_batch", limited)
+    assert len(sample(state).texts) == 12
+    assert seen == [1000, 500, 250] and llms.LIMITS["cache_tokens"] == 250
 
 
 def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
@@ -514,14 +578,93 @@ def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
     assert not measured["skipped_updates"] and measured["loss"] == 0 and (gradient == 0).all()
 
 
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_tokens_of_masked_outputs_are_in_no_denominator_and_the_outputs_still_count(setup, denominator):
+    settings = {"DENOMINATOR": denominator, "BETA": 0.0, "MAX_GRAD_NORM": 1e9}
+    state, rollout = setup(MASK_TRUNCATED=True, **settings)
+    rollout = rollout._replace(truncated=tensor([False] * 3 + [True] + [False] * 4 + [True] * 2 + [False] * 2))
+    gradient, _ = step_gradient(state, rollout, SPREAD)
+    lengths = rollout.mask.sum(1)
+    kept = torch.where(rollout.truncated, 0, lengths)
+    factor = {"sequence": 1.0, "token": lengths.sum() / kept.sum(), "constant": 1.0}
+    factor["group"] = (lengths.view(3, 4).sum(1) / kept.view(3, 4).sum(1)).repeat_interleave(4)
+    state, _ = setup(MASK_TRUNCATED=False, **settings)
+    alike = torch.where(rollout.truncated, 0.0, SPREAD) * factor[denominator]
+    assert_close(gradient, step_gradient(state, rollout, alike)[0], atol=1e-6, rtol=1e-5)
+    assert gradient.norm() > 0.01
+
+
+def test_what_is_recorded_of_an_update_by_hand(setup):
+    # all ratios are 1.25: above 1 + 0.2, below 1 + 0.28
+    for low, high, above in ((0.2, 0.28, 0.0), (0.28, 0.2, 1.0)):
+        state, rollout = setup(BETA=0.0, EPSILON_LOW=low, EPSILON_HIGH=high)
+        logp = llms.log_probs(state.policy, rollout, main.TEMPERATURE)
+        advantages = SPREAD.clone()
+        advantages[4:8] = 0.0  # the second question teaches nothing
+        measured = measured_update(state, rollout, advantages, logp - math.log(1.25), None)
+        lengths = rollout.mask.sum(1)
+        share = lengths[advantages > 0].sum() / lengths[advantages != 0].sum()  # of the tokens that are learnt from
+        assert measured["clip_high"] == pytest.approx(above * share.item(), abs=1e-6) and measured["clip_low"] == 0
+        assert measured["ratio_max"] == pytest.approx(1.25, abs=1e-4)
+        # log π_θold is lower than what was recorded while sampling: the gap is a distance
+        for name in ("sampler_gap", "sampler_gap_max"):
+            assert measured[name] == pytest.approx(math.log(1.25), abs=1e-4)
+    # all ratios are 0.75: below 1 - 0.2, above 1 - 0.28
+    for low, high, below in ((0.2, 0.28, 1.0), (0.28, 0.2, 0.0)):
+        state, rollout = setup(BETA=0.04, EPSILON_LOW=low, EPSILON_HIGH=high)
+        logp = llms.log_probs(state.policy, rollout, main.TEMPERATURE)
+        measured = measured_update(state, rollout, SPREAD, logp - math.log(0.75), logp + 0.5)
+        lengths = rollout.mask.sum(1)
+        share = lengths[SPREAD < 0].sum() / lengths.sum()
+        assert measured["clip_low"] == pytest.approx(below * share.item(), abs=1e-6) and measured["clip_high"] == 0
+        # with log(π_ref/π_θ) = ½: k3 = e^½ - ½ - 1 (k1 would be -0.5, k2 0.125)
+        assert measured["kl"] == pytest.approx(0.1487212707, abs=1e-4)
+        assert measured["kl_log_ratio_max"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_distance_to_the_reference_has_no_sign():
+    one = torch.ones(1, 1)
+    for logp_ref in (0.5, -0.5):
+        _, maxima = main.diagnostics(0 * one, 0 * one, logp_ref * one, None, one, one.bool())
+        assert maxima["kl_log_ratio_max"].item() == 0.5
+
+
+@pytest.mark.parametrize("estimator", main.KLS)
+def test_the_kl_that_is_recorded_is_k3_whichever_is_in_the_loss(constants, estimator):
+    constants(KL=estimator)
+    one = torch.ones(1, 1)
+    means, _ = main.diagnostics(0 * one, 0.2 * one, 0.5 * one, None, one, one.bool())
+    assert means["kl"].item() == pytest.approx(0.1487212707)  # e^½ - ½ - 1
+
+
+def test_the_second_update_of_a_rollout_has_ratios_to_the_policy_that_sampled_it(setup, monkeypatch):
+    state, _ = setup(STEPS=1, MU=2, REWARDS={"random": 1.0})
+    real, seen = main.update, []
+    monkeypatch.setattr(main, "update", lambda *inputs: seen.append(real(*inputs)) or seen[-1])
+    (row,) = train(state, PROBLEMS)
+    first, second = (update.maxima["ratio_max"] for update in seen)
+    assert first < 1.00001 and second > 1.0001 and row["ratio_max"] == second
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "online_rft"])
+def test_all_policies_are_read_at_the_temperature_that_sampled(setup, monkeypatch, algorithm):
+    state, _ = setup(ALGORITHM=algorithm, STEPS=1, MU=2, TEMPERATURE=0.7)
+    real, seen = main.update, []
+    monkeypatch.setattr(main, "update", lambda *inputs: seen.append(real(*inputs)) or seen[-1])
+    train(state, PROBLEMS)
+    first = seen[0].maxima  # nothing has moved: π_θ, π_θold, π_ref and the policy that sampled are the same
+    assert first["ratio_max"] < 1.0001 and first["kl_log_ratio_max"] < 1e-4 and first["sampler_gap_max"] < 1e-4
+
+
 def test_right_after_a_rollout_every_ratio_is_one_and_the_kl_and_the_loss_are_zero(setup):
     state, rollout = setup(MU=2)
-    old, ref = main.log_probs(state, state.policy, rollout), main.log_probs(state, state.reference, rollout)
-    measured = main.update(state, rollout, SPREAD, old, ref)
+    old = llms.log_probs(state.policy, rollout, main.TEMPERATURE)
+    ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
+    measured = measured_update(state, rollout, SPREAD, old, ref)
     assert measured["ratio_max"] == 1.0 and measured["clip_low"] == measured["clip_high"] == 0
     assert measured["kl"] < 1e-6 and abs(measured["loss"]) < 1e-6 and measured["sampler_gap_max"] < 1e-5
     frozen = old.clone(), ref.clone(), rollout.ids.clone()
-    again = main.update(state, rollout, SPREAD, old, ref)
+    again = measured_update(state, rollout, SPREAD, old, ref)
     assert again["ratio_max"] > 1.0001 and again["kl"] > 0
     assert all(torch.equal(a, b) for a, b in zip(frozen, (old, ref, rollout.ids)))
 
@@ -531,9 +674,9 @@ def test_one_step_raises_outputs_with_positive_advantage_and_lowers_the_others(s
         state, rollout = setup(BETA=0.0, optimizer=sgd, LEARNING_RATE=1e-4, MAX_GRAD_NORM=1.0)
         one = torch.zeros(12)
         one[3] = sign
-        before = main.log_probs(state, state.policy, rollout)[3].sum()
+        before = llms.log_probs(state.policy, rollout, main.TEMPERATURE)[3].sum()
         main.update(state, rollout, one, None, None)
-        assert (main.log_probs(state, state.policy, rollout)[3].sum() - before) * sign > 0
+        assert (llms.log_probs(state.policy, rollout, main.TEMPERATURE)[3].sum() - before) * sign > 0
 
 
 def test_without_any_advantage_the_weights_stay_bit_equal(setup):
@@ -545,26 +688,27 @@ def test_without_any_advantage_the_weights_stay_bit_equal(setup):
 
 def test_a_gradient_that_is_not_finite_leaves_weights_and_optimizer_alone(setup):
     state, rollout = setup()
-    ref = main.log_probs(state, state.reference, rollout)
+    ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
     main.update(state, rollout, SPREAD, None, ref)
     before = {name: value.clone() for name, value in tensors(state).items()}
     broken = SPREAD.clone()
     broken[0] = float("nan")
-    measured = main.update(state, rollout, broken, None, ref)
+    measured = measured_update(state, rollout, broken, None, ref)
     assert measured["skipped_updates"]
     assert all(torch.equal(value, before[name]) for name, value in tensors(state).items())
     assert all(p.grad is None or not p.grad.any() for p in state.policy.parameters())
 
 
-def outputs_of(texts):
+def outputs_of(texts, group_size):
     """A rollout of outputs of which only the texts matter."""
     nothing = torch.zeros(len(texts), 5)
-    return llms.Rollout(nothing.long(), nothing.long(), nothing.bool(), nothing, nothing, nothing[:, 0].bool(), texts)
+    masks = nothing.long(), nothing.long(), nothing.bool()
+    return llms.Rollout(*masks, nothing, nothing, nothing[:, 0].bool(), texts, group_size=group_size)
 
 
 def rewards_of(texts, problem):
     """The rewards of some outputs of one question, weighted and summed, [G], and each by name."""
-    by_name = main.score_outputs(outputs_of(texts), [problem])
+    by_name = main.score(main.State(None, None), [problem], outputs_of(texts, len(texts)))
     return main.weighted_sum(by_name)[0].tolist(), {name: values[0].tolist() for name, values in by_name.items()}
 
 
@@ -605,8 +749,8 @@ def test_the_order_of_events_is_algorithm_1(setup, monkeypatch):
 
     spy(llms, "frozen_copy", "ref")
     spy(llms, "sample", "sample")
-    spy(main, "score_outputs", "reward")
-    spy(main, "group_advantages", "advantage")
+    spy(main, "score", "reward")
+    spy(main, "outcome_advantages", "advantage")
     spy(main, "update", "update")
     spy(state.optimizer, "step", "step")
     spy(state.optimizer, "zero_grad", "zero")
@@ -617,7 +761,8 @@ def test_the_order_of_events_is_algorithm_1(setup, monkeypatch):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[1]["kl"] > 1e-6  # the policy has left the first reference
     first = [p.clone() for p in references[1].parameters()]
-    main.update(state, sample(state), SPREAD, None, main.log_probs(state, state.reference, sample(state)))
+    rollout = sample(state)
+    main.update(state, rollout, SPREAD, None, llms.log_probs(state.reference, rollout, main.TEMPERATURE))
     assert all(torch.equal(a, b) for a, b in zip(first, references[1].parameters()))  # updates do not reach it
 
 
@@ -644,26 +789,53 @@ def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup):
     assert 0.1 < row["memory"] < 24  # GB
 
 
-def test_updates_that_are_not_finite_leave_the_weights_intact_and_metrics_without_nan(setup, monkeypatch):
-    state, _ = setup(STEPS=3)
+def test_updates_that_are_not_finite_leave_the_weights_intact_and_metrics_without_nan(setup):
+    state, _ = setup(STEPS=3, REWARDS=main.REWARDS | {"tag_count": float("nan")})  # nan in every reward
     before = [p.clone() for p in state.policy.parameters()]
-    monkeypatch.setattr(main, "WEIGHT_TAG_COUNT", float("nan"))  # nan in every reward
     rows = train(state, PROBLEMS * 3)
     assert all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
     assert all(row["skipped_updates"] and row["reward"] is None for row in rows)
     assert "NaN" not in (state.run / "metrics.jsonl").read_text()
 
 
+def test_an_update_that_is_left_out_counts_in_the_schedule(setup):
+    state, _ = setup(STEPS=3, SCHEDULE="linear", REWARDS=main.REWARDS | {"tag_count": float("nan")})
+    rows = train(state, PROBLEMS * 3)
+    assert [row["updates"] for row in rows] == [1, 2, 3]
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+
+
+HEALTHY = dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
+HEALTHY |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
+HEALTHY |= {"step": 1, "skipped_updates": 0}
+
+
+def quiet_training(state):
+    """What happens around Algorithm 1, without tests and without a progress bar."""
+    training = main.Training(state, [], only_try=False)
+    training.bar = tqdm(disable=True)
+    return training
+
+
 def test_three_steps_in_a_row_that_are_not_finite_end_the_run(setup):
     state, _ = setup()
     state.step = 1  # nothing is saved or drawn
-    row = {"step": 1} | dict.fromkeys(("zero_advantage", "loss", "kl", "kl_log_ratio_max", "entropy", "accuracy"), 0.0)
-    row |= dict.fromkeys(("clip_low", "clip_high", "ratio_max", "truncated", "sampler_gap", "grad_norm"), 0.0)
-    quiet = [], lambda step: False, set(), tqdm(disable=True)
+    training = quiet_training(state)
     for failed in (1, 1, 0, 1, 1):
-        main.check_and_save(state, row | {"skipped_updates": failed}, *quiet)
+        training.after_step(state, HEALTHY | {"skipped_updates": failed})
     with pytest.raises(main.RunError, match="three steps"):
-        main.check_and_save(state, row | {"skipped_updates": 1}, *quiet)
+        training.after_step(state, HEALTHY | {"skipped_updates": 1})
+
+
+def test_no_checkpoint_is_written_while_updates_are_not_finite(setup, monkeypatch):
+    state, _ = setup(SAVE_EVERY=1)
+    saved = []
+    monkeypatch.setattr(main, "save_checkpoint", lambda state, writer: saved.append(state.step))
+    monkeypatch.setattr(main.plot, "draw", lambda *inputs: None)
+    training = quiet_training(state)
+    for state.step, failed in ((1, 0), (2, 1), (3, 0)):
+        training.after_step(state, HEALTHY | {"skipped_updates": failed})
+    assert saved == [1, 3]
 
 
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(setup, monkeypatch):
@@ -672,10 +844,13 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_at_the_next_step(se
 
     state, _ = setup()
     monkeypatch.setattr(llms, "write_checkpoint", write)
-    main.save_checkpoint(state)
-    assert llms.WRITING[0].exception()  # waits for it
+    state.step = 1  # nothing is saved or drawn
+    training = quiet_training(state)
+    main.save_checkpoint(state, training.writer)
     with pytest.raises(OSError, match="the disk is full"):
-        main.check_and_save(state, {}, [], lambda step: False, set(), tqdm(disable=True))
+        for _ in range(100):  # until the thread that writes has ended
+            training.after_step(state, HEALTHY)
+            time.sleep(0.1)
 
 
 # ---- steps on tokens, curricula, other rewards ---------------------------------------------------------------------
@@ -688,7 +863,7 @@ def written(setup, text, **values):
     ids, attention, mask = llms.batch([[5, 6, 7]] * 2, [ids, ids[:4]], "cpu")
     zeros = torch.zeros(mask.shape)
     texts = [text, state.tokenizer.decode(ids[1, 3:7], skip_special_tokens=True)]
-    return state, llms.Rollout(ids, attention, mask, zeros, zeros, tensor([False, True]), texts)
+    return state, llms.Rollout(ids, attention, mask, zeros, zeros, tensor([False, True]), texts, group_size=2)
 
 
 ONE = {"kind": "math", "question": "?", "answer": "2", "solution": "1 + 1 = 2"}
@@ -699,19 +874,28 @@ def test_the_reward_of_a_step_is_on_the_token_that_ends_it(setup, monkeypatch):
     state, rollout = written(setup, text, SUPERVISION="both")
     seen = []
     monkeypatch.setattr(main, "process_advantages", lambda *steps: seen.extend(steps) or torch.zeros(steps[0].shape))
-    _, means = main.supervise_steps(state, rollout, [ONE], tensor([[1.0, 0.0]]))
+    batch = main.Batch([ONE], rollout, {}, tensor([[1.0, 0.0]]))
+    main.step_advantages(state, batch)
     rewards, ends = seen  # [1, 2, T]
     at = ends[0, 0].nonzero().flatten().tolist()
     assert len(at) == 2 and rewards[0, 0, at].tolist() == [1.0, 0.0]
     decoded = [state.tokenizer.decode(rollout.ids[0, 3 : 3 + t + 1]) for t in at]
     assert decoded[0].rstrip().endswith("1 + 1 = 2.") and decoded[1].rstrip().endswith("2 * 2 = 5.")
-    assert not ends[0, 1].any() and means.tolist() == [[0.5, 0.0]]  # no step: the outcome alone
+    assert not ends[0, 1].any() and batch.by_name["steps"].tolist() == [[0.5, 0.0]]  # no step: the outcome alone
+
+
+def test_the_steps_of_an_output_are_judged_by_its_own_question(setup, monkeypatch):
+    state, rollout = setup(SUPERVISION="both")  # 3 questions with 4 outputs each
+    asked = []
+    monkeypatch.setattr(evaluator, "step_rewards", lambda text, problem: asked.append((text, problem)) or [])
+    main.step_advantages(state, main.Batch(PROBLEMS[:3], rollout, {}, torch.zeros(3, 4)))
+    assert asked == [(text, PROBLEMS[i // 4]) for i, text in enumerate(rollout.texts)]
 
 
 def test_as_printed_the_answer_is_the_last_step_and_its_reward_is_that_of_the_output(setup):
     text = "<reasoning>\n1 + 1 = 2\n</reasoning>\n<answer>\n2\n</answer>"
     state, rollout = written(setup, text, SUPERVISION="process")
-    advantages, _ = main.supervise_steps(state, rollout, [ONE], tensor([[4.0, 0.0]]))
+    advantages = main.step_advantages(state, main.Batch([ONE], rollout, {}, tensor([[4.0, 0.0]])))
     # the pool is 1 for the step and 4 for the answer of the first output, 0 for the second: mean 5/3, std √(13/3)
     std = (13 / 3) ** 0.5 + 1e-4
     step, answer, other = ((r - 5 / 3) / std for r in (1, 4, 0))
@@ -719,6 +903,21 @@ def test_as_printed_the_answer_is_the_last_step_and_its_reward_is_that_of_the_ou
     assert first[0].item() == pytest.approx(step + answer, abs=1e-5)
     assert first[end].item() == pytest.approx(answer, abs=1e-5) and first[end - 3].item() == pytest.approx(answer)
     assert advantages[1, :4].tolist() == pytest.approx([other] * 4, abs=1e-5) and not advantages[1, 4:].any()
+
+
+def test_the_recorded_mean_of_the_steps_leaves_out_the_answer(setup):
+    text = "<reasoning>\n1 + 1 = 2\n2 + 2 = 5\n</reasoning>\n<answer>\n2\n</answer>"
+    state, rollout = written(setup, text, SUPERVISION="process")
+    batch = main.Batch([ONE], rollout, {}, tensor([[4.0, 0.0]]))
+    main.step_advantages(state, batch)
+    assert batch.by_name["steps"].tolist() == [[0.5, 0.0]]
+
+
+def test_with_both_the_advantages_of_steps_have_the_weight_of_steps(setup, monkeypatch):
+    state, rollout = setup(SUPERVISION="both", REWARDS={"correctness": 1.0, "steps": 0.25})
+    monkeypatch.setattr(main, "process_advantages", lambda rewards, ends: torch.full(rewards.shape, 8.0))
+    advantages = main.step_advantages(state, main.Batch(PROBLEMS[:3], rollout, {}, tensor([[1.0, 0, 0, 0]] * 3)))
+    assert advantages[:2, 0].tolist() == pytest.approx([1.5 + 2.0, -0.5 + 2.0], abs=1e-3)
 
 
 @pytest.mark.parametrize("supervision", ["outcome", "process", "both"])
@@ -752,11 +951,10 @@ def test_a_curriculum_goes_through_its_stages_and_resumes_within_one(setup):
     assert [row["questions"] for row in rows] == [1, 2, 3, 4, 5] and (state.stage, state.position) == (1, 3)
     assert "rewards/integer" in rows[0] and "rewards/integer" not in rows[4]
     state.step = 4  # within the second stage
-    main.save_checkpoint(state)
-    llms.check_written(wait=True)
+    save(state)
     fresh, _ = setup(**constants)
     main.load_checkpoint(fresh)
-    ours, theirs = (next(main.next_questions(one)) for one in (state, fresh))
+    ours, theirs = (main.next_questions(one)[0] for one in (state, fresh))
     assert ours == theirs
 
 
@@ -764,33 +962,41 @@ def test_the_questions_of_two_stages_with_one_task_are_not_the_same(setup):
     state, _ = setup(DATASET="knights:1:2,knights:1:2", STEPS=4, MAX_PROMPT_TOKENS=400)
     first, _ = main.next_questions(state)
     state.step = 2
-    assert next(main.next_questions(state)) != first
+    assert main.next_questions(state)[0] != first
 
 
 def test_the_weighted_sum_takes_in_rewards_that_are_no_rules(constants):
-    constants(WEIGHT_OVERLONG=4.0, WEIGHT_REWARD_MODEL=0.5)
+    constants(REWARDS={"correctness": 2.0, "overlong": 4.0, "reward_model": 0.5})
     values = {"correctness": tensor([[1.0, 0.0]]), "overlong": tensor([[0.0, -0.5]])}
     assert main.weighted_sum(values | {"reward_model": tensor([[1.0, -1.0]])}).tolist() == [[2.5, -2.5]]
 
 
-def test_a_reward_is_one_function_and_its_weight_one_constant(monkeypatch, constants):
+def test_the_penalty_of_length_falls_over_the_last_fifth_of_the_limit(constants):
+    constants(MAX_NEW_TOKENS=10)
+    ids, attention, mask = llms.batch([[7]] * 4, [[7] * n for n in (1, 8, 9, 10)], "cpu")
+    rollout = llms.Rollout(ids, attention, mask, group_size=2)
+    assert main.overlong(rollout).tolist() == [[0.0, 0.0], [-0.5, -1.0]]
+
+
+def test_a_reward_is_one_function_and_its_weight_one_entry(monkeypatch, constants):
     monkeypatch.setitem(evaluator.REWARDS, "brevity", lambda completion, problem: float(len(completion) < 10))
     problem = {"question": "?", "answer": "2", "kind": "math"}
     rewards, by_name = rewards_of(["#### 2", "a longer output"], problem)
     assert by_name["brevity"] == [1.0, 0.0] and rewards == [2.5, 0.0]  # measured; without a weight it counts 0
-    monkeypatch.setitem(main.CONSTANTS, "WEIGHT_BREVITY", ("Rewards", 3.0, "short"))
-    monkeypatch.setattr(main, "WEIGHT_BREVITY", 3.0, raising=False)
+    constants(REWARDS=main.REWARDS | {"brevity": 3.0})
     assert rewards_of(["#### 2", "a longer output"], problem)[0] == [5.5, 0.0]
     main.check_settings()
     monkeypatch.delitem(evaluator.REWARDS, "brevity")
-    with pytest.raises(main.SettingsError, match="weight_brevity must be the weight of a reward of evaluator.py"):
+    with pytest.raises(main.SettingsError, match="--rewards: 'brevity' is not a reward"):
         main.check_settings()
 
 
 def test_every_rule_has_a_weight_and_every_constant_is_a_flag():
-    weights = {name[7:].lower() for name in main.CONSTANTS if name.startswith("WEIGHT_")} - {"decay"}
-    assert weights == {*evaluator.REWARDS.keys() - {"lenient"}, "overlong", "random", "reward_model", "judge", "steps"}
-    source = Path(main.__file__).read_text().split("# -- End of the constants")[0]
+    _, _, without_weight = main.CONSTANTS["REWARDS"].comment.partition("; also: ")
+    named = [*main.CONSTANTS["REWARDS"].value, *without_weight.split(", ")]
+    assert len(named) == len(set(named))
+    assert set(named) == {*evaluator.REWARDS, "overlong", "random", "reward_model", "judge", "steps"}
+    source = SOURCE.split("# -- End of the constants")[0]
     assert set(re.findall(r"^([A-Z][A-Z0-9_]+) =", source, re.MULTILINE)) == set(main.CONSTANTS)
 
 
@@ -805,28 +1011,28 @@ def test_the_random_reward_is_a_fair_coin_that_no_output_can_earn(setup, constan
     state, _ = setup()
     problems, rollout = (
         [{"question": "?", "answer": "1", "kind": "math"}] * 50,
-        outputs_of(["<answer>1</answer>"] * 1000),
+        outputs_of(["<answer>1</answer>"] * 1000, 20),
     )
-    assert "random" not in main.score_outputs(rollout, problems, state)
-    constants(WEIGHT_RANDOM=1.0)
+    assert "random" not in main.score(state, problems, rollout)
+    constants(REWARDS=main.REWARDS | {"random": 1.0})
     before, tosses = state.generator.get_state(), []
     for state.questions in (0, 50):
-        tosses.append(main.score_outputs(rollout, problems, state)["random"])
+        tosses.append(main.score(state, problems, rollout)["random"])
     assert torch.equal(state.generator.get_state(), before)  # sampling goes on as without it
     first, second = tosses
     assert first.shape == (50, 20) and set(first.unique().tolist()) == {0.0, 1.0} and 0.45 < first.mean() < 0.55
     assert 0.4 < (first == second).float().mean() < 0.6  # the same outputs, other tosses
-    assert "random" not in main.score_outputs(rollout, problems)  # and none in a test
+    assert "random" not in main.rule_rewards(problems, rollout)  # and none in a test
 
 
 def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
-    constants(WEIGHT_RANDOM=1.0)
+    constants(REWARDS=main.REWARDS | {"random": 1.0})
     state, _ = setup()
     problems = [{"question": "?", "answer": "1", "kind": "math"}] * 3
-    toss = lambda n: main.score_outputs(outputs_of(["1"] * 4 * n), problems[:n], state)["random"].tolist()
+    toss = lambda n: main.coin_tosses(state, problems[:n], outputs_of(["1"] * 4 * n, 4)).tolist()
     alone, parts = toss(3), []
     for rank, count in ((0, 1), (1, 2)):
-        monkeypatch.setattr(llms, "sums_over_ranks", lambda failed, outputs: [0, 12])
+        monkeypatch.setattr(llms, "sum_over_ranks", lambda questions: 3)
         monkeypatch.setattr(
             llms, "share", lambda rows, rank=rank: rows[len(rows) * rank // 2 : len(rows) * (rank + 1) // 2]
         )
@@ -837,25 +1043,19 @@ def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
     assert toss(3) != alone
 
 
-def test_a_run_tells_how_its_outputs_come_to_their_answers():
-    outputs = [(1, "worked", 30, 2), (1, "checked", 50, 3), (0, "guessed", 10, 0), (0, "guessed", 20, 0)]
-    names = ("correctness", "approach", "length", "num_steps")
-    told = report.behaviour([dict(zip(names, output)) | {"reflection": 0} for output in outputs])
-    assert [told[f"approach/{name}"] for name in ("guessed", "worked", "checked")] == [0.5, 0.25, 0.25]
-    assert (told["length_right"], told["length_wrong"], told["num_steps"]) == (40, 15, 1.25)
-    assert report.behaviour([dict(zip(names, outputs[0])) | {"reflection": 0}])["length_wrong"] is None
-
-
 def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model):
     state, rollout = setup()
-    judge = llms.load_reward_model(reward_model)
+    judge = llms.reward_model(reward_model)
     problems = PROBLEMS[:3]
     state.reward_model = judge
-    scores = main.score_outputs(rollout, problems, state)["reward_model"].flatten()
+    scores = main.score(state, problems, rollout)["reward_model"].flatten()
+    assert not scores.requires_grad
     assert scores.shape == (12,) and scores.mean().abs() < 1e-5 and abs(scores.std() - 1) < 1e-2
     questions = [problem["question"] for problem in problems for _ in range(4)]
-    raw = tensor(llms.reward_scores(*judge, questions, rollout.texts, rows=5))
-    alone = [llms.reward_scores(*judge, [q], [text])[0] for q, text in zip(questions, rollout.texts)]
+    raw = tensor(llms.reward_scores(judge, questions * 2, rollout.texts * 2))  # more than go into one batch
+    assert_close(raw[:12], raw[12:], atol=1e-5, rtol=1e-4)
+    raw = raw[:12]
+    alone = [llms.reward_scores(judge, [q], [text])[0] for q, text in zip(questions, rollout.texts)]
     assert_close(raw, tensor(alone), atol=1e-5, rtol=1e-4)
     assert_close(scores, (raw - raw.mean()) / raw.std(), atol=1e-3, rtol=1e-3)
 
@@ -866,6 +1066,13 @@ def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):
     state.stream = iter([PROBLEMS[0], too_long, PROBLEMS[1], PROBLEMS[2]])
     problems, _ = main.next_questions(state)
     assert problems == PROBLEMS[:2] and (state.position, state.prompts_skipped) == (3, 1)
+
+
+def test_a_prompt_may_be_as_long_as_the_limit(setup):
+    state, _ = setup(QUESTIONS_PER_STEP=1)
+    state.prompt_limit = len(main.prompt_ids(state.tokenizer, PROBLEMS[0]))
+    state.stream = iter([PROBLEMS[0]])
+    assert main.next_questions(state)[0] == [PROBLEMS[0]] and state.prompts_skipped == 0
 
 
 @pytest.mark.parametrize(
@@ -888,8 +1095,7 @@ def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
     state, _ = setup(STEPS=3)
     questions = PROBLEMS * 3
     train(state, questions)
-    main.save_checkpoint(state)
-    llms.check_written(wait=True)
+    save(state)
     fresh, _ = setup(STEPS=3)
     main.load_checkpoint(fresh)
     for one in (state, fresh):
@@ -901,10 +1107,20 @@ def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
     assert last == again
 
 
+def test_a_checkpoint_brings_back_counters_that_are_not_0(setup):
+    counters = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
+    state, _ = setup()
+    for number, name in enumerate(counters):
+        setattr(state, name, number + 1)
+    save(state)
+    fresh, _ = setup()
+    main.load_checkpoint(fresh)
+    assert [getattr(fresh, name) for name in counters] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, constants):
     state, _ = setup()
-    main.save_checkpoint(state)
-    llms.check_written(wait=True)
+    save(state)
     path = state.run / "checkpoint" / "state.safetensors"
     whole = bytearray(path.read_bytes())
     constants(BETA=0.5)
@@ -953,9 +1169,26 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(constants):
     assert [main.learning_rate(u) for u in (4, 9, 13)] == [1.0, 0.5, 0.1]
     constants(SCHEDULE="cosine")
     assert main.learning_rate(9) == pytest.approx(0.5) and main.learning_rate(13) < 0.03
-    constants(COLD_START=10, COLD_START_LEARNING_RATE=8.0, SCHEDULE="linear")  # then the same again, 10 updates later
-    assert [main.learning_rate(u) for u in (0, 4, 7, 9)] == [1.6, 8.0, 4.0, pytest.approx(8 / 6)]
+    constants(COLD_START=10, SCHEDULE="linear")  # then the same again, 10 updates later
+    for rank, rate in ((0, 2e-5), (8, 2e-4)):
+        constants(LORA_RANK=rank)
+        assert [main.learning_rate(u) / rate for u in (0, 4, 7, 9)] == pytest.approx([0.2, 1.0, 0.5, 1 / 6])
     assert [main.learning_rate(u) for u in (10, 14, 19, 23)] == [0.2, 1.0, 0.5, 0.1]
+
+
+def test_the_schedule_spans_all_updates_of_all_iterations(constants):
+    constants(LEARNING_RATE=1.0, WARMUP=4, COLD_START=0, SCHEDULE="linear")
+    for iterations, steps, mu in ((1, 14, 1), (2, 7, 1), (1, 7, 2)):  # 14 updates
+        constants(ITERATIONS=iterations, STEPS=steps, MU=mu)
+        assert [main.learning_rate(u) for u in (4, 9, 13)] == [1.0, 0.5, 0.1]
+
+
+def test_an_update_is_made_with_the_learning_rate_of_its_number(setup, monkeypatch):
+    state, _ = setup(STEPS=2, WARMUP=9, LEARNING_RATE=1e-2)
+    real, rates = state.optimizer.step, []
+    monkeypatch.setattr(state.optimizer, "step", lambda: rates.append(state.optimizer.param_groups[0]["lr"]) or real())
+    rows = train(state, PROBLEMS)
+    assert rates == [row["lr"] for row in rows] == pytest.approx([1e-3, 2e-3])
 
 
 def test_shots_are_the_first_training_problems_in_every_prompt_as_turns_of_the_dialogue(setup):
@@ -969,10 +1202,19 @@ def test_shots_are_the_first_training_problems_in_every_prompt_as_turns_of_the_d
         assert places == sorted(places) and text.count("<|im_start|>user") == 3 and text.count("system") == 1
 
 
+def test_the_limit_of_prompts_is_that_of_their_questions_without_the_shots(setup):
+    limits, lengths = [], []
+    for shots in (0, 1):
+        state, _ = setup(SHOTS=shots, MAX_PROMPT_TOKENS=100)
+        limits.append(state.prompt_limit)
+        lengths.append(len(main.prompt_ids(state.tokenizer, PROBLEMS[0])))
+    assert limits[0] == 100 and limits[1] - limits[0] == lengths[1] - lengths[0] > 20
+
+
 def test_a_first_step_without_form_or_right_answers_says_so_once_with_an_output_and_what_to_do(
     setup, capsys, monkeypatch
 ):
-    state, _ = setup(WEIGHT_SAFETY=1.0, STEPS=3)  # nearly every output earns this one
+    state, _ = setup(REWARDS=main.REWARDS | {"safety": 1.0}, STEPS=3)  # nearly every output earns this one
     train(state, PROBLEMS * 3)
     out = capsys.readouterr().out
     assert out.count("hardly an output of this step is right or has the form") == 1
@@ -1000,23 +1242,13 @@ def test_that_note_comes_below_one_in_fifty(monkeypatch, name, share, silent):
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
-    assert [report.pass_at_k(4, c, 2) for c in range(5)] == pytest.approx([0, 3 / 6, 5 / 6, 1, 1])  # of 6 pairs
-    assert report.pass_at_k(10, 3, 1) == pytest.approx(0.3)
-
-
-def test_the_interval_is_wilsons():
-    assert report.wilson(0.0, 100) == pytest.approx(0.0185, abs=1e-4)  # 0 to 0.0370
-    assert report.wilson(0.5, 100) == pytest.approx(0.0962, abs=1e-4)  # 0.4038 to 0.5962
-
-
 def test_an_evaluation_counts_right_answers_votes_and_passes(setup, monkeypatch):
     state, _ = setup(EVAL_SAMPLES=3, EVAL_QUESTIONS=0)
     texts = {
         1: ["<answer>0</answer>", "#### 3", "x"],
         3: ["0", "#### 0", "#### 0", "#### 2", "#### 2", "#### 1", "", "", ""],
     }
-    monkeypatch.setattr(llms, "sample", lambda *inputs: outputs_of(texts[inputs[3]]))
+    monkeypatch.setattr(llms, "sample", lambda *inputs: outputs_of(texts[inputs[3]], inputs[3]))
     metrics, records = main.evaluate(state, PROBLEMS[:3])  # golds 0, 2, 4
     assert metrics["eval/accuracy"] == pytest.approx(1 / 3) and metrics["eval/n"] == 3
     assert [record["correctness"] for record in records] == [1, 0, 0]
@@ -1027,7 +1259,7 @@ def test_an_evaluation_counts_right_answers_votes_and_passes(setup, monkeypatch)
 
 def test_all_ranks_decide_alike_whether_answers_are_voted_on(setup, monkeypatch):
     state, _ = setup(EVAL_SAMPLES=2)
-    monkeypatch.setattr(llms, "sample", lambda *inputs: outputs_of(["#### 0"] * len(inputs[2]) * inputs[3]))
+    monkeypatch.setattr(llms, "sample", lambda *inputs: outputs_of(["#### 0"] * len(inputs[2]) * inputs[3], inputs[3]))
     monkeypatch.setattr(llms, "share", lambda rows: rows[:2])  # this rank has no program
     program = PROBLEMS[2] | {"kind": "program"}
     for problems, votes in ((PROBLEMS[:3], True), ([*PROBLEMS[:2], program], False)):
@@ -1038,6 +1270,253 @@ def test_all_ranks_decide_alike_whether_answers_are_voted_on(setup, monkeypatch)
 def test_the_weights_of_the_rewards_are_the_constants(constants):
     text, problem = "<answer>72</answer>", {"question": "?", "answer": "72"}
     assert rewards_of([text] * 2, problem)[0] == [2.75, 2.75]  # 2 + 0.5 + 0.5 · 2/4
-    constants(WEIGHT_CORRECTNESS=0.0, WEIGHT_TAG_COUNT=4.0)
+    constants(REWARDS=main.REWARDS | {"correctness": 0.0, "tag_count": 4.0})
     assert rewards_of([text], problem)[0] == [2.5]
     assert evaluator.rewards(text, problem)["tag_count"] == 0.5  # unweighted by itself
+
+
+# ---- the constants -------------------------------------------------------------------------------------------------
+
+
+def line_of(name):
+    """The line of the source on which a constant begins."""
+    (line,) = re.findall(rf"^{name} = .*", SOURCE, re.MULTILINE)
+    return line
+
+
+def edited(folder, **lines):
+    """main.py after someone has edited the lines of some constants: a module from a copy."""
+    source = SOURCE
+    for name, line in lines.items():
+        source = source.replace(line_of(name), line)
+    path = folder / "main.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited_main", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_force(module, name, *argv):
+    """The value of a constant after a command line has been read by a fresh program."""
+    before = module.settings()
+    module.choose_settings(*module.parse(list(argv)))
+    value = getattr(module, name)
+    module.__dict__.update(before)
+    return value
+
+
+def test_what_stands_in_the_constants_is_in_force(tmp_path):
+    for tiny, other in ((50, 467), (7, 467), (50, 9)):
+        module = edited(tmp_path, STEPS=f"STEPS = of_model({tiny}, {other})  # steps")
+        assert module.STEPS == module.CONSTANTS["STEPS"].of("tiny") == tiny  # before any command line
+        assert module.CONSTANTS["STEPS"].of("another") == other
+        assert in_force(module, "STEPS") == in_force(module, "STEPS", "--model", "tiny") == tiny
+        assert in_force(module, "STEPS", "--model", "another") == other
+        for model in ("tiny", "another"):
+            assert in_force(module, "STEPS", "--model", model, "--steps", "3") == 3  # a flag wins
+        told = " ".join(module.new_parser().format_help().split())
+        assert f"default: {tiny} for the tiny model, {other} for others" in told
+
+
+def test_the_model_that_stands_in_the_constants_decides_between_the_two_values(tmp_path):
+    module = edited(tmp_path, MODEL='MODEL = "another"  # its name', BETA="BETA = 0.5  # β")
+    tiny, other = main.CONSTANTS["STEPS"].value
+    assert tiny != other and module.STEPS == in_force(module, "STEPS") == other
+    assert in_force(module, "STEPS", "--model", "tiny") == tiny
+    assert in_force(module, "BETA") == in_force(module, "BETA", "--model", "tiny") == 0.5  # one value for all
+    assert in_force(module, "BETA", "--beta", "0.1") == 0.1
+
+
+def test_a_constant_can_be_written_as_a_calculation(tmp_path):
+    module = edited(tmp_path, STEPS="STEPS = 7473 // 16  # one pass: 467")
+    assert module.STEPS == in_force(module, "STEPS") == in_force(module, "STEPS", "--model", "another") == 467
+    assert module.CONSTANTS["STEPS"].comment == "one pass: 467"
+
+
+NOT_CONSTANTS = [
+    "MU = 1",
+    "MU = 1  #without a blank",
+    "Mu = 1  # updates",
+    "print(1)  # no constant",
+    "MU, SEED = 1, 0  # two",
+]
+WRONG_TYPES = ["[1, 2]", "None", "1.5", '"1"', "True", 'of_model(1, "2")', "of_model([1], 2)"]
+
+
+@pytest.mark.parametrize("line", NOT_CONSTANTS)
+def test_a_line_among_the_constants_that_is_none_ends_the_program_with_its_number(tmp_path, line):
+    with pytest.raises(SystemExit) as ended:
+        edited(tmp_path, MU=line)
+    number = SOURCE.splitlines().index(line_of("MU")) + 1
+    assert re.fullmatch(rf"main.py: error: line {number}: .*NAME = value  # .*", ended.value.code)
+
+
+@pytest.mark.parametrize("value", WRONG_TYPES)
+def test_a_constant_of_another_type_ends_the_program_with_its_line(tmp_path, value):
+    with pytest.raises(SystemExit) as ended:
+        edited(tmp_path, MU=f"MU = {value}  # updates")
+    number = SOURCE.splitlines().index(line_of("MU")) + 1
+    assert ended.value.code.startswith(f"main.py: error: line {number}: MU must be a whole number, not ")
+
+
+@pytest.mark.parametrize(
+    "name, value, demand",
+    [("MASK_TRUNCATED", '"false"', "True or False"), ("BETA", '"x"', "a number"), ("KL", "3", "a text")],
+)
+def test_each_constant_has_a_type(tmp_path, name, value, demand):
+    with pytest.raises(SystemExit) as ended:
+        edited(tmp_path, **{name: f"{name} = {value}  # edited"})
+    assert f"{name} must be {demand}, not {value.replace(chr(34), chr(39))}" in ended.value.code
+
+
+def test_a_decimal_number_may_be_written_without_its_point(tmp_path):
+    module = edited(tmp_path, BETA="BETA = 0  # no KL")
+    assert in_force(module, "BETA") == 0.0 and in_force(module, "BETA", "--beta", "0.04") == 0.04
+
+
+def test_a_constant_cannot_be_left_out(tmp_path):
+    with pytest.raises(SystemExit, match="main.py: error: BETA is missing from the constants"):
+        edited(tmp_path, BETA="# BETA = 0.04  # off")
+
+
+def test_every_constant_stands_in_the_table_of_types():
+    assert set(main.TYPES) == set(main.CONSTANTS)
+    for name, value in main.settings().items():
+        assert type(value) is main.TYPES[name], name
+
+
+def test_such_a_line_is_all_that_the_program_prints(tmp_path):
+    (tmp_path / "main.py").write_text(SOURCE.replace(line_of("MU"), "MU = 1"), encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(Path(main.__file__).parent)}
+    command = [sys.executable, str(tmp_path / "main.py"), "--help"]
+    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and re.match(r"main.py: error: line \d+: ", done.stderr)
+
+
+def test_a_comment_names_every_method_of_its_table_and_no_other():
+    tables = {
+        "ALGORITHM": {"grpo", *main.TABLE_10},
+        "ADVANTAGE": main.ADVANTAGES.keys(),
+        "OBJECTIVE": main.OBJECTIVES.keys(),
+        "KL": main.KLS.keys(),
+        "CORRECTION": main.CORRECTIONS.keys(),
+    }
+    for name, methods in tables.items():
+        choices = main.CONSTANTS[name].choices()
+        assert set(choices) == methods and len(choices) == len(methods)
+    others = {name for name, constant in main.CONSTANTS.items() if constant.choices()} - tables.keys()
+    assert others == {"SUPERVISION", "DENOMINATOR", "SCHEDULE"}  # which have no table
+    assert set(main.CONSTANTS["DENOMINATOR"].choices()) == set(DENOMINATORS)
+
+
+@pytest.mark.parametrize("name", [*main.TABLES, "SUPERVISION", "DENOMINATOR", "SCHEDULE"])
+def test_another_value_is_refused_with_the_choices(constants, name):
+    constants(**{name: "another"})
+    choices = ", ".join(main.TABLES.get(name, main.CONSTANTS[name].choices()))
+    with pytest.raises(
+        main.SettingsError, match=re.escape(f"--{name.lower()} must be one of {choices}, not 'another'")
+    ):
+        main.check_settings()
+
+
+def test_there_are_few_enough_constants_to_read_them_all():
+    assert len(main.CONSTANTS) <= 60
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """refused(*words) -> the one line with which a command line is refused."""
+    monkeypatch.setattr(main, "run_training", lambda actions: pytest.fail("a run was started"))
+
+    def one_line(*argv):
+        assert main.main(list(argv)) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and len(printed.err.splitlines()) == 1
+        return printed.err
+
+    return one_line
+
+
+@pytest.mark.parametrize("text, name", [("correctness=2,politeness=1", "politeness"), ("=1", "")])
+def test_rewards_that_are_not_there_are_refused_with_those_that_are(refused, text, name):
+    error = refused("--rewards", text)
+    assert f"--rewards: {name!r} is not a reward; there are " in error
+    known = error.strip().partition("there are ")[2].split(", ")
+    assert {*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge"} <= set(known)
+
+
+@pytest.mark.parametrize("text", ["correctness", "correctness=", "correctness=two", "correctness=1,,integer=1", ""])
+def test_rewards_that_cannot_be_read_are_refused_in_one_line(refused, text):
+    error = refused("--rewards", text)
+    assert (
+        "--rewards: name=weight pairs, as in correctness=2,integer=0.5, not " in error and error.count(repr(text)) == 1
+    )
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-inf"])
+def test_a_weight_that_is_not_a_number_is_refused(refused, weight):
+    assert "the weight of integer must be below 2 to the 63" in refused("--rewards", f"correctness=1,integer={weight}")
+
+
+def test_rewards_replace_the_table_and_what_is_not_in_it_counts_nothing():
+    actions, flags = main.parse(["--rewards", "integer=0.25, correctness = -3"])
+    main.choose_settings(actions, flags)
+    assert main.REWARDS == {"integer": 0.25, "correctness": -3.0}
+    rewards, by_name = rewards_of(["<answer>2</answer>", "#### 3"], {"question": "?", "answer": "2", "kind": "math"})
+    assert rewards == [-2.75, 0.25] and by_name["tag_count"] == [0.5, 0.0]  # measured, with weight 0
+
+
+@pytest.mark.parametrize("flag, reward", [("--reward_model", "reward_model"), ("--judge", "judge")])
+def test_a_model_that_scores_needs_a_weight(refused, flag, reward):
+    for weights in ("correctness=2", f"correctness=2,{reward}=0"):
+        error = refused(flag, "somebody/something", "--rewards", weights)
+        assert f"--rewards must be given a weight for {reward}" in error
+    main.choose_settings(*main.parse([flag, "somebody/something", "--rewards", f"correctness=2,{reward}=0.5"]))
+
+
+def test_a_test_needs_no_method_and_no_weight_for_its_judge(constants):
+    arguments = "--evaluate tiny --against tiny --judge tiny --rewards correctness=1 --group_size 1 --algorithm sft"
+    main.choose_settings(*main.parse(arguments.split()))  # raises nothing
+    assert main.JUDGE == "tiny"
+
+
+def test_what_stands_in_the_block_is_not_ignored_by_a_method_that_cannot_use_it(constants, monkeypatch):
+    as_edited = main.CONSTANTS["ADVANTAGE"]._replace(value="rloo")
+    monkeypatch.setitem(main.CONSTANTS, "ADVANTAGE", as_edited)
+    with pytest.raises(main.SettingsError, match="--advantage must be grpo for sft, not 'rloo'"):
+        main.choose_settings(*main.parse(["--algorithm", "sft"]))
+
+
+# ---- how the paper's part is laid out ------------------------------------------------------------------------------
+
+PAPERS_FUNCTIONS = (
+    "grpo_step draw next_questions score rule_rewards weighted_sum step_advantages update backward diagnostics"
+    " learning_rate clipped k3 denominators group_advantages"
+)  # grpo_loss and process_advantages stand in sections of their own, before the loop
+
+
+def papers_part():
+    """The functions of main.py above the line where the paper ends, by name, and the tables: {name: functions in it}."""
+    above = SOURCE.partition(" Here the paper ends ")[0].count("\n")
+    functions, tables = {}, {}
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, ast.FunctionDef) and node.lineno < above:
+            functions[node.name] = node
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            tables[node.targets[0].id] = {value.id for value in ast.walk(node.value) if isinstance(value, ast.Name)}
+    return functions, tables
+
+
+@pytest.mark.parametrize("name", PAPERS_FUNCTIONS.split())
+def test_a_function_of_the_paper_stands_near_its_first_use(name):
+    functions, tables = papers_part()
+    uses = []  # lines; who reads a table uses what is in it
+    for other, node in functions.items():
+        for part in ast.walk(node):
+            if other != name and isinstance(part, ast.Name) and (part.id == name or name in tables.get(part.id, ())):
+                uses.append(part.lineno)
+    definition = functions[name]
+    first = min(uses)
+    assert max(definition.lineno - first, first - definition.end_lineno) <= 150

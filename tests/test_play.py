@@ -138,12 +138,12 @@ def test_in_training_a_move_is_right_if_the_game_is_won_when_the_policy_plays_on
     state, rollout = setup(GROUP_SIZE=4)  # a random model, whose moves are all illegal
     texts = ["2 from A", "1 from A", "3 from A", "1 from B"]
     rollout = rollout._replace(texts=[f"<answer>{move}</answer>" for move in texts] * 3)
-    by_name = main.score_outputs(rollout, [position({"A": 2, "B": 0})] * 3, state)
+    by_name = main.score(state, [position({"A": 2, "B": 0})] * 3, rollout)
     assert_close(
         by_name["correctness"], torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 3)
     )  # the second, as the other then fails
     assert_close(by_name["optimal"], torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3))
-    tested = main.score_outputs(rollout, [position({"A": 2, "B": 0})] * 3)  # a test asks for the best move
+    tested = main.rule_rewards([position({"A": 2, "B": 0})] * 3, rollout)  # a test asks for the best move
     assert_close(tested["correctness"], by_name["optimal"])
 
 
@@ -164,7 +164,7 @@ def test_an_evaluation_plays_in_both_seats_against_all_opponents(setup):
     openings = sum(min(problem["heaps"].values()) > 1 for problem in problems)
     assert metrics["eval/wins/random"] == metrics["eval/wins/perfect"] == 0.0 and metrics["eval/wins/reference"] == 0.5
     assert metrics["eval/games"] == 2 * openings > 0
-    assert f"wins against reference 0.500 ± {report.wilson(0.5, 2 * openings):.3f}" in report.eval_line(metrics)
+    assert f"wins against reference 0.500 ± {evaluator.wilson(0.5, 2 * openings):.3f}" in report.eval_line(metrics)
     assert "eval/games" not in main.evaluate(state, list(rldatasets.load("arithmetic:1", "test"))[:2])[0]
 
 
@@ -226,15 +226,14 @@ def test_a_story_is_right_with_all_words_and_as_many_sentences(text, right):
     assert evaluator.rewards(text, STORY)["lenient"] == right  # a story without the tags is still a story
 
 
-def test_what_is_counted_can_be_rewarded(setup, monkeypatch):
+def test_what_is_counted_can_be_rewarded(setup, constants):
     state, rollout = setup()
-    by_name = main.score_outputs(rollout._replace(texts=[GOOD, AGAIN, "", "x"] * 3), [STORY] * 3, state)
+    by_name = main.score(state, [STORY] * 3, rollout._replace(texts=[GOOD, AGAIN, "", "x"] * 3))
     assert by_name["words_used"].tolist() == [[1.0, 0.5, 0.0, 0.0]] * 3
     assert not {"words_used", "distinct_2"} & set(evaluator.rewards(GOOD, {"answer": "1", "kind": "math"}))
     before = main.weighted_sum(by_name)
-    for name in evaluator.story_counts("", STORY):  # as if each stood among the constants
-        monkeypatch.setitem(main.CONSTANTS, f"WEIGHT_{name.upper()}", ("Rewards", 0.0, "a count"))
-        monkeypatch.setattr(main, f"WEIGHT_{name.upper()}", 3.0 if name == "words_used" else 0.0, raising=False)
+    weights = dict.fromkeys(evaluator.story_counts("", STORY), 0.0) | {"words_used": 3.0}
+    constants(REWARDS=main.REWARDS | weights)
     main.check_settings()
     assert_close(main.weighted_sum(by_name) - before, torch.tensor([[3.0, 1.5, 0.0, 0.0]] * 3))
 
@@ -246,7 +245,8 @@ def test_fluency_is_the_mean_log_probability_under_the_reference(setup):
         next(state.reference.parameters()).mul_(1.1)
     problems = main.check_data()
     metrics, records = main.evaluate(state, problems)
-    rollout = main.sample(state, state.policy, [main.prompt_ids(state.tokenizer, p) for p in problems], 1, 0.0)
+    prompts = [main.prompt_ids(state.tokenizer, problem) for problem in problems]
+    rollout = llms.sample(state.policy, state.tokenizer, prompts, 1, 12, 0.0)
     logp = token_logprobs(plain(state.reference), *rollout[:3], 1.0)  # [3, T]
     expected = [float(logp[i, : int(n)].mean()) for i, n in enumerate(rollout.mask.sum(1))]
     assert [record["fluency"] for record in records] == pytest.approx(expected, abs=1e-4)
@@ -262,7 +262,7 @@ def test_in_a_mixed_test_each_measure_is_the_mean_over_its_own_kind():
         record | {"task": "w", "kind": "writing", "words_used": 0.5, "prefers_true": 0.0},
         record | {"task": "d", "kind": "dialogue", "words_used": 0.0, "prefers_true": 1.0, "lenient": 1.0},
     ]
-    metrics = report.eval_metrics(records)
+    metrics = evaluator.eval_metrics(records)
     assert metrics["eval/words_used"] == 0.5 and metrics["eval/prefers_true"] == 1.0
     assert "eval/distinct_2" not in metrics
     assert "words_used 0.500 | prefers_true 1.000" in report.eval_line(metrics)
@@ -379,27 +379,28 @@ def test_self_play_asks_the_policy_as_in_training_for_both_sides(setup, monkeypa
     state, _ = setup(SEED=3, TEMPERATURE=0.7)
     state.questions, asked = 5, []
 
-    def sample(state, model, prompts, group_size, temperature, generator):
-        asked.append((model, len(prompts), group_size, temperature, generator.initial_seed()))
+    def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator):
+        asked.append((model, len(prompts), group_size, max_new_tokens, temperature, generator.initial_seed()))
         return SimpleNamespace(texts=["<answer>1 from A</answer>"] * len(prompts))
 
-    monkeypatch.setattr(main, "sample", sample)
+    monkeypatch.setattr(llms, "sample", sample)
     problems = [position({"A": 3, "B": 0}), position({"A": 2, "B": 0})]
-    assert main.self_play(state, ["<answer>1 from A</answer>"] * 2, problems) == [1.0, 0.0]
-    assert asked == [(state.policy, 2, 1, 0.7, 8), (state.policy, 1, 1, 0.7, 8)]
+    rollout = SimpleNamespace(texts=["<answer>1 from A</answer>"] * 2, group_size=1)
+    assert main.self_play(state, problems, rollout).tolist() == [[1.0], [0.0]]
+    assert asked == [(state.policy, 2, 1, 12, 0.7, 8), (state.policy, 1, 1, 12, 0.7, 8)]
 
 
 def test_in_a_match_policy_and_reference_play_without_chance(setup, monkeypatch):
     state, _ = setup()
     state.reference, asked = object(), []
 
-    def sample(state, model, prompts, group_size, temperature, generator):
+    def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, generator=None):
         asked.append((model, temperature))
         return SimpleNamespace(
             texts=[f"<answer>1 from {'A' if model is state.policy else 'B'}</answer>"] * len(prompts)
         )
 
-    monkeypatch.setattr(main, "sample", sample)
+    monkeypatch.setattr(llms, "sample", sample)
     assert main.matches(state, [position({"A": 2, "B": 3})])["eval/wins/reference"] == 0.0
     assert set(asked) == {(state.policy, 0.0), (state.reference, 0.0)}
 
@@ -427,9 +428,9 @@ def test_who_must_move_in_a_game_that_is_over_loses():
 
 def test_fluency_does_not_depend_on_the_temperature(setup, constants):
     state, rollout = setup(TEMPERATURE=0.5)
-    cold = main.mean_log_prob(state, state.policy, rollout)
+    cold = main.mean_log_prob(state.policy, rollout)
     constants(TEMPERATURE=1.0)
-    assert_close(main.mean_log_prob(state, state.policy, rollout), cold)
+    assert_close(main.mean_log_prob(state.policy, rollout), cold)
 
 
 @pytest.mark.parametrize("algorithm", ["online_rft", "ppo"])

@@ -44,7 +44,7 @@ QUESTIONS = {  # what each question's outputs have for Â: on two ranks the firs
 DEFAULTS = {
     "GROUP_SIZE": 4, "MAX_NEW_TOKENS": 12, "STEPS": 10, "WARMUP": 0, "LEARNING_RATE": 1e-3, "TOKEN_BUDGET": 8192,
     "SHOW_EVERY": 0, "DATASET": "arithmetic", "BETA": 0.04, "DENOMINATOR": "sequence", "LORA_RANK": 0,
-    "ALGORITHM": "grpo", "WEIGHT_OVERLONG": 3.0, "OVERLONG_SHARE": 1.0,
+    "ALGORITHM": "grpo", "REWARDS": {"soft_format": 0.5, "tag_count": 0.5, "overlong": 3.0},
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def fresh_state(checkpoint, dtype=torch.float64, **settings):
     policy.to(dtype).generation_config.eos_token_id = list(range(20, 60))  # so many that outputs are ragged
     state = main.new_state(policy, tokenizer)
     if main.needs_reference():
-        state.reference = llms.frozen_copy(state.policy, adapter=False)
+        state.reference = llms.frozen_copy(state.policy)
         assert not any(weight.requires_grad for weight in state.reference.parameters())
     if main.LORA_RANK:
         with torch.no_grad():
@@ -64,16 +64,29 @@ def fresh_state(checkpoint, dtype=torch.float64, **settings):
     return state
 
 
+def sample(state, prompts):
+    """A rollout as in training."""
+    shape = main.GROUP_SIZE, main.MAX_NEW_TOKENS, main.TEMPERATURE
+    return llms.sample(state.policy, state.tokenizer, prompts, *shape, state.generator)
+
+
+def step(state):
+    """A step of Algorithm 1: its metrics."""
+    learnt = main.grpo_step(state)
+    state.step += 1
+    return main.record_step(state, learnt)
+
+
 def gradient(checkpoint, questions, **settings):
     """The gradient of one update, {weight: whole tensor}: ratios other than 1, a reference and a critic where asked."""
     state = fresh_state(checkpoint, QUESTIONS_PER_STEP=len(questions), **settings)
     prompts = [[5 + i] * (3 + i) for i in range(len(questions))]
-    rollout = main.sample(state, state.policy, llms.share(prompts))
+    rollout = sample(state, llms.share(prompts))
     advantages = torch.tensor(llms.share(questions), dtype=torch.float64).flatten()  # [N]
     old = rollout.logp.double() + 0.3 * (rollout.ids[:, -rollout.mask.shape[1] :] % 5 - 2) * rollout.mask  # [N, T]
-    ref = main.log_probs(state, state.reference, rollout) + 0.1 if state.reference else None
-    targets = (torch.zeros_like(old), old) if state.critic else None
-    measured = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets, main.TOKEN_BUDGET)
+    ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE) + 0.1 if state.reference else None
+    targets = main.Targets(torch.zeros_like(old), old) if state.critic else None
+    means, maxima = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets)
     networks = {"policy": state.policy, "critic": state.critic} if state.critic else {"policy": state.policy}
     gradients = {
         f"{network}.{name}": llms.full_tensor(weight.grad).clone()
@@ -81,37 +94,39 @@ def gradient(checkpoint, questions, **settings):
         for name, weight in module.named_parameters()
         if weight.grad is not None
     }
-    return gradients | {f"measured.{name}": torch.tensor(value).double() for name, value in measured.items()}
+    return gradients | {f"measured.{name}": torch.tensor(value).double() for name, value in (means | maxima).items()}
 
 
 def in_bf16(checkpoint):
     """The gradient where everything computes in bf16, as on a GPU: by autocast, with a reference held in bf16."""
     state, questions = fresh_state(checkpoint, torch.float32, QUESTIONS_PER_STEP=3), QUESTIONS["unequal"]
-    rollout = main.sample(state, state.policy, llms.share([[5] * 3, [6] * 4, [7] * 5]))
-    before, llms.precision = llms.precision, lambda device: torch.bfloat16
+    rollout = sample(state, llms.share([[5] * 3, [6] * 4, [7] * 5]))
+    before, llms.has_bf16 = llms.has_bf16, lambda device: True
     state.reference = llms.frozen_copy(state.policy)
-    ref = main.log_probs(state, state.reference, rollout)
+    ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
     assert {weight.dtype for weight in state.reference.parameters()} == {torch.float32, torch.bfloat16}
     A = torch.tensor(llms.share(questions)).flatten()
-    main.backward(state, rollout, A, None, ref, main.grpo_loss, None, main.TOKEN_BUDGET)
-    llms.precision = before
+    main.backward(state, rollout, A, None, ref, main.grpo_loss, None)
+    llms.has_bf16 = before
     return {name: llms.full_tensor(weight.grad).clone() for name, weight in state.policy.named_parameters()}
 
 
 def dpo(checkpoint):
     """DPO's coefficients where only one rank has pairs: Â_i of all outputs."""
     state = fresh_state(checkpoint, ALGORITHM="dpo", QUESTIONS_PER_STEP=3)
-    rollout = main.sample(state, state.policy, llms.share([[5] * 3, [6] * 4, [7] * 5]))
+    rollout = sample(state, llms.share([[5] * 3, [6] * 4, [7] * 5]))
     right = llms.share([[0.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
-    coefficients, _, extra = main.preference(state, rollout, {"correctness": torch.tensor(right)}, None, None)
-    return {"coefficients": torch.tensor(llms.gather(coefficients.tolist())), "loss": torch.tensor(extra["dpo/loss"])}
+    right = torch.tensor(right)
+    batch = main.Batch([], rollout, {"correctness": right}, right)
+    coefficients, _, metrics = main.preference(state, batch, None, None)
+    return {"coefficients": torch.tensor(llms.gather(coefficients.tolist())), "loss": torch.tensor(metrics["dpo/loss"])}
 
 
 def ten_steps(checkpoint, folder):
     """Ten steps of Algorithm 1: the weights after them, the metrics of each step, and an evaluation."""
     state = fresh_state(checkpoint, QUESTIONS_PER_STEP=3, EVAL_SAMPLES=2)
     state.run = folder
-    rows = [main.take_step(state) for _ in range(10)]
+    rows = [step(state) for _ in range(10)]
     names = [name for name in rows[0] if "seconds" not in name and name not in ("stage", "memory")]
     columns = {name: [float(row[name] or 0) for row in rows] for name in names}
     # 11 problems: more outputs than rank 0 has had before, but not more than rank 1
@@ -127,12 +142,13 @@ def ten_steps(checkpoint, folder):
 def variants(checkpoint, folder):
     """Three steps with one std for the batch, refill and outputs of a step before: what was drawn, and the weights."""
     state = fresh_state(
-        checkpoint, QUESTIONS_PER_STEP=3, STEPS=4, SCALE="batch", REFILL=3, STALENESS=1, IS_RATIO="token", BETA=0.0
-    )
+        checkpoint, QUESTIONS_PER_STEP=3, STEPS=4, ADVANTAGE="batch_std", REFILL=3, STALENESS=1, CORRECTION="tis",
+        BETA=0.0,
+    )  # fmt: skip
     state.run, real = folder, evaluator.rewards
     # a random model is never right: here the outputs with a multiple of 8 letters are
     evaluator.rewards = lambda text, problem: real(text, problem) | {"correctness": float(len(text) % 8 == 0)}
-    rows = [main.take_step(state) for _ in range(3)]
+    rows = [step(state) for _ in range(3)]
     (waiting,) = (main.groups_of(batch) for batch in state.queue)
     evaluator.rewards = real
     alike = torch.tensor([0.7, 2.1, 2.95])[:, None].expand(-1, 4)
@@ -146,12 +162,12 @@ def variants(checkpoint, folder):
         "accuracy",
         "grad_norm",
         "staleness_gap",
-        "is_weight",
+        "correction",
     )
     return weights | {
         "metrics": torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64),
-        "waiting": torch.tensor([token for _, outputs, _ in waiting for output in outputs for token in output[1]]),
-        "batch std": torch.tensor(llms.gather(main.group_advantages(torch.stack(llms.share(list(rewards)))).tolist())),
+        "waiting": torch.tensor([token for group in waiting for output in group["outputs"] for token in output[1]]),
+        "batch std": torch.tensor(llms.gather(main.batch_std(torch.stack(llms.share(list(rewards)))).tolist())),
     }
 
 
@@ -266,7 +282,7 @@ def test_two_ranks_draw_keep_and_scale_as_one_does(both):
 
 
 SMALL = "--dataset arithmetic --questions_per_step 3 --group_size 2 --max_new_tokens 8 --eval_every 2 --show_every 3"
-SMALL += " --eval_questions 3 --learning_rate 1e-5 --save_every 2 --weight_overlong 3 --overlong_share 1"
+SMALL += " --eval_questions 3 --learning_rate 1e-5 --save_every 2 --rewards correctness=2,tag_count=0.5,overlong=3"
 
 
 def on_two_ranks(folder, *arguments):

@@ -9,6 +9,8 @@ import random
 import re
 import subprocess
 import sys
+import time
+import zlib
 
 import pytest
 
@@ -473,6 +475,41 @@ def test_a_data_set_is_added_with_one_line(monkeypatch):
         rldatasets.load("read", "test")
     with pytest.raises(rldatasets.DataError, match="poker is none of .*, read, .*, made"):
         rldatasets.load("poker", "test")
+
+
+def test_a_maker_that_cannot_fill_its_split_is_named_and_not_waited_for():
+    def too_few(rng, difficulty):
+        number = rng.randrange(40)
+        return number, {"question": str(number)}
+
+    def one_split(rng, difficulty):
+        return "a", {"question": str(rng.random())}  # the key "a" is for training
+
+    found = []
+    with pytest.raises(rldatasets.DataError, match="^too_few:4, test split: no new problem found in 10000 tries$"):
+        for problem in rldatasets.generated([too_few], [4], "test"):
+            found.append(int(problem["question"]))
+    assert sorted(found) == [number for number in range(40) if zlib.crc32(str(number).encode()) % 5 == 0]
+    assert len(list(rldatasets.generated([one_split], [1], "train"))) == 1000
+    with pytest.raises(rldatasets.DataError, match="^one_split:1, test split: no new problem"):
+        list(rldatasets.generated([one_split], [1], "test"))
+
+
+@pytest.mark.parametrize(
+    "solution",
+    [r"\boxed{" * 20_000, "{" * 50_000 + "}" * 50_000, r"\boxed{" * 9999 + "5" + "}" * 9999, r"\boxed " * 20_000],
+)
+def test_no_solution_takes_long_to_search_for_boxes(tmp_path, solution):
+    start = time.process_time()
+    for paragraph in (solution, f"{solution}\n\n", rf"{solution}\boxed{{7}}"):
+        rldatasets.boxes(paragraph)
+    assert time.process_time() - start < 1
+
+
+def test_boxes_can_be_as_deep_as_they_like():
+    deep = "{" * 50 + "7" + "}" * 50
+    assert rldatasets.boxes(rf"a \boxed{deep} or \boxed 8.") == rf"\boxed{deep} or \boxed 8"
+    assert rldatasets.boxes(r"\boxed{1 or \boxed{2} or \boxed{\}}") == r"\boxed{2} or \boxed{\}}"
 
 
 # ---- logic puzzles: solved again from their English, by other means than the generator's -----------------------------

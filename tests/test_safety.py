@@ -132,8 +132,9 @@ def test_what_else_lies_in_a_model_folder_is_not_opened(model, trap):
 
 def test_a_pickle_in_the_place_of_a_checkpoint_is_refused(setup, trap):
     state, _ = setup()
-    main.save_checkpoint(state)
-    llms.check_written(wait=True)
+    writer = llms.CheckpointWriter()
+    main.save_checkpoint(state, writer)
+    writer.wait()
     main.load_checkpoint(state)
     for content in pickles(trap):
         (state.run / "checkpoint" / "state.safetensors").write_bytes(content)
@@ -206,7 +207,7 @@ def readers(checkpoint, reward_model):
     tokenizer, judge = llms.load(checkpoint("qwen2"))[1], llms.load_reward_model(reward_model)
     ask, score = (
         lambda: llms.encode(tokenizer, rldatasets.prompt(ROW)),
-        lambda: llms.reward_scores(*judge, ["q"], ["o"]),
+        lambda: llms.reward_scores(judge, ["q"], ["o"]),
     )
     return {"policy": (tokenizer, ask), "reward model": (judge[1], score)}
 

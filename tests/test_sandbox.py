@@ -1,5 +1,7 @@
 """Programs are graded by tests, in a sandbox that holds whatever a model may write: tests/test_sandbox.py"""
 
+import ast
+import builtins
 import os
 import pathlib
 import socket
@@ -787,6 +789,16 @@ def forks():
     tests += ["assert status()['NoNewPrivs'] == '1'", "assert '0' not in status()['Uid'].split('\\t')"]
     tests += [f"assert 0 < forks() < {evaluator.LIMITS['RLIMIT_NPROC']}"]
     assert evaluator.run_tests(code, problem(*tests, functions=["limits", "status", "forks"])) == (1, True)
+
+
+def test_what_runs_inside_knows_nothing_else_of_the_file():
+    tree = ast.parse(evaluator.INSIDE)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    made |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    made |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ExceptHandler))}
+    made |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert names <= made | set(dir(builtins))
 
 
 def test_two_sandboxes_of_root_are_two_users():

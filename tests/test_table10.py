@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROBLEMS, tensors, train
+from conftest import PROBLEMS, save, tensors, train
 from torch import nn, tensor
 from torch.testing import assert_close
 
@@ -35,6 +35,7 @@ class Toy(nn.Module):
     """log π(b | … a) = log softmax(W[:, a])_b, in float64."""
 
     device = torch.device("cpu")
+    dtype = torch.float64
 
     def __init__(self, seed):
         super().__init__()
@@ -49,29 +50,34 @@ class Step:
     """A toy policy, a reference elsewhere, four outputs of one question with their verdicts, and steps on them."""
 
     def __init__(self, monkeypatch, tmp_path):
-        self.monkeypatch, self.rows = monkeypatch, []
+        self.monkeypatch, self.metrics = monkeypatch, []  # the latter of each step
         ids, attention, mask = llms.batch([QUESTION] * 4, OUTPUTS, "cpu")
-        self.rollout = llms.Rollout(ids, attention, mask, None, None, torch.zeros(4).bool(), [""] * 4)
+        self.rollout = llms.Rollout(ids, attention, mask, None, None, torch.zeros(4).bool(), [""] * 4, group_size=4)
         policy, optimizer = Toy(0), torch.optim.SGD
         self.state = main.State(policy, None, tmp_path, optimizer(policy.parameters(), lr=1.0), reference=Toy(1))
-        self.state.memory = llms.Memory(100, 100)
-        self.rollout = self.rollout._replace(logp=main.log_probs(self.state, policy, self.rollout))
+        llms.limit_memory(100, 100)
+        self.rollout = self.rollout._replace(logp=llms.log_probs(policy, self.rollout, main.TEMPERATURE))
         self.rewards = tensor([RIGHT])
 
-    def budget(self, tokens):
-        self.state.memory.limits["token_budget"] = tokens
+    def batch(self):
+        """The four outputs with their rewards, as they were drawn."""
+        problems = [{"solution": "worked"}] * len(self.rewards)
+        return main.Batch(problems, self.rollout, {"correctness": self.rewards}, self.rewards)
 
     def gradient(self, algorithm):
         """The gradient on W in a whole step of this method, whose outputs and rewards are given."""
-        seen, problems = {}, [{"solution": "worked"}] * len(self.rewards)
+        seen, problems = {}, self.batch().problems
         self.state.optimizer.step = lambda: seen.update(W=self.state.policy.head.weight.grad.clone())
         self.monkeypatch.setattr(main, "next_questions", lambda state: (problems, [QUESTION] * len(self.rewards)))
-        self.monkeypatch.setattr(main, "sample", lambda *inputs: self.rollout)
-        self.monkeypatch.setattr(llms, "rollout_of", lambda *inputs: self.rollout)
+        self.monkeypatch.setattr(llms, "sample", lambda *inputs: self.rollout)
+        self.monkeypatch.setattr(llms, "rollout_from_texts", lambda *inputs: self.rollout)
         self.monkeypatch.setattr(rldatasets, "written_out", lambda problem: "worked")
-        self.monkeypatch.setattr(main, "score_outputs", lambda *inputs: {"correctness": self.rewards})
-        self.monkeypatch.setattr(main, "record_step", lambda *inputs: self.rows.append(inputs))
-        main.TABLE_10[algorithm](self.state)
+        self.monkeypatch.setattr(main, "score", lambda *inputs: {"correctness": self.rewards})
+        if algorithm == "grpo":
+            learnt = main.grpo_step(self.state)
+        else:
+            learnt = main.other_step(self.state, main.TABLE_10[algorithm])
+        self.metrics.append(learnt.metrics)
         return seen["W"]
 
 
@@ -79,7 +85,7 @@ class Step:
 def toy(constants, monkeypatch, tmp_path):
     constants(
         MAX_GRAD_NORM=1e9, BETA=0.5, BETA_DPO=0.5, MU=1, DENOMINATOR="sequence", GAMMA=1.0, LAMBDA=1.0, GROUP_SIZE=4,
-        WEIGHT_CORRECTNESS=1.0,
+        REWARDS={"correctness": 1.0}, SCHEDULE="constant",
     )  # fmt: skip
     return Step(monkeypatch, tmp_path)
 
@@ -118,8 +124,8 @@ def test_at_the_old_policy_the_gradient_is_the_coefficient_times_the_score_funct
     toy, constants, algorithm, budget, batches
 ):
     constants(ALGORITHM=algorithm)
-    toy.budget(budget)
-    assert len(toy.rollout.micro_batches(range(4), 4, budget)) == batches
+    llms.limit_memory(budget, 100)
+    assert len(list(llms.micro_batches(toy.rollout, range(4)))) == batches
     if algorithm == "ppo":
         toy.state.critic = llms.Critic(toy.state.policy)
         toy.state.critic.value_head.double()
@@ -143,26 +149,25 @@ def test_the_gradient_of_dpo_is_the_derivative_of_equation_12(toy):
     J = sum(-torch.log(1 + torch.exp(-margin)) for margin in margins) / 2
     J.backward()
     assert_close(gradient, -W.grad, atol=1e-7, rtol=0)
-    extra = toy.rows[0][-1]
+    extra = toy.metrics[0]
     assert extra["dpo/loss"] == pytest.approx(-J.item(), abs=1e-6) and extra["dpo/pairs"] == 2
 
 
-@pytest.mark.parametrize("denominator", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("denominator", ["sequence", "token", "group", "constant"])
 def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_gradient(toy, constants, denominator):
     constants(DENOMINATOR=denominator, ALGORITHM="ppo")
     state = toy.state
     state.critic = llms.Critic(state.policy)
     state.critic.value_head.double()
     nn.init.normal_(state.critic.value_head.weight, generator=torch.Generator().manual_seed(2))
-    logp_ref = main.log_probs(state, state.reference, toy.rollout)
+    logp_ref = llms.log_probs(state.reference, toy.rollout, main.TEMPERATURE)
     results = []
     for budget in (100, 13, 7):
-        toy.budget(budget)
+        llms.limit_memory(budget, 100)
         seen = {}
         state.optimizer.step = lambda seen=seen: seen.update(V=state.critic.value_head.weight.grad.clone())
-        by_name = {"correctness": toy.rewards}
-        A, targets, _ = main.ppo_advantages(state, toy.rollout, by_name, None, logp_ref)
-        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
+        A, targets, _ = main.ppo_advantages(state, toy.batch(), None, logp_ref)
+        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
         results.append((seen["V"], measured["value_loss"], measured["loss"]))
         state.critic.value_head.weight.grad = None  # the optimizer of this test does not know the critic
     for V, value_loss, loss in results:
@@ -178,27 +183,74 @@ def test_the_critic_learns_from_outputs_without_advantage_too(toy, constants):
     state.critic.value_head.double()
     state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
     values, returns = torch.zeros(toy.rollout.mask.shape), torch.ones(toy.rollout.mask.shape)
-    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, (values, returns))
+    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, main.Targets(values, returns))
     assert state.critic.value_head.bias.item() > 0  # from V = 0 up to the returns, 1
+
+
+def with_critic(toy):
+    """A toy state whose optimizer also trains a critic, and what PPO's update needs: V before it, and the returns."""
+    state = toy.state
+    state.critic = llms.Critic(state.policy)
+    state.critic.value_head.double()
+    state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
+    shape = toy.rollout.mask.shape
+    return state, main.Targets(torch.zeros(shape), torch.ones(shape))
+
+
+def test_the_gradient_of_the_critic_is_clipped_by_itself_and_that_of_the_policy_is_recorded(toy, constants):
+    seen = {}
+    for limit in (1e9, 0.01):
+        constants(BETA=0.0, MAX_GRAD_NORM=limit)
+        state, targets = with_critic(toy)
+
+        def step(state=state, limit=limit):
+            for name, network in (("policy", state.policy), ("critic", state.critic)):
+                seen[name, limit] = torch.cat([weight.grad.flatten() for weight in network.parameters()]).norm().item()
+
+        state.optimizer.step = step
+        A = tensor([2.0, -2.0, -2.0, 2.0])
+        means = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
+        assert means["grad_norm"] == pytest.approx(seen["policy", 1e9])  # as it was before the clipping
+    assert 0.02 < seen["policy", 1e9] and 0.02 < seen["critic", 1e9] != pytest.approx(seen["policy", 1e9])
+    assert seen["policy", 0.01] == pytest.approx(0.01, rel=1e-3) == seen["critic", 0.01]
+
+
+def test_a_gradient_of_the_critic_that_is_not_finite_leaves_out_the_update(toy, constants):
+    constants(BETA=0.0)
+    state, targets = with_critic(toy)
+    state.critic.value_head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = [weight.clone() for network in (state.policy, state.critic) for weight in network.parameters()]
+    A = tensor([1.0, -1.0, -1.0, 1.0])
+    means = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
+    assert means["skipped_updates"] == 1 and means["grad_norm"] > 0
+    after = [weight for network in (state.policy, state.critic) for weight in network.parameters()]
+    assert all(map(torch.equal, before, after))
 
 
 def test_dpo_without_a_right_and_a_wrong_output_learns_nothing(toy):
     for verdict in ([1.0] * 4, [0.0] * 4):
         toy.rewards = tensor([verdict])
-        assert not toy.gradient("dpo").any() and toy.rows[-1][-1] == {"dpo/pairs": 0}
+        assert not toy.gradient("dpo").any() and toy.metrics[-1] == {"dpo/pairs": 0}
 
 
 def test_an_output_that_is_masked_is_in_no_pair_of_dpo(toy, constants):
     constants(MASK_TRUNCATED=True)  # right: 0 and 3, wrong: 1 and 2
-    truncated = toy.rollout._replace(truncated=tensor([False, True, False, False]))
-    GC, _, _ = main.preference(toy.state, truncated, {"correctness": toy.rewards}, None, None)
+    toy.rollout = toy.rollout._replace(truncated=tensor([False, True, False, False]))
+    GC, _, _ = main.preference(toy.state, toy.batch(), None, None)
     assert GC[0] > 0 and GC[2] == -GC[0] and not GC[[1, 3]].any()
 
 
 def test_dpo_pairs_outputs_of_the_same_question_only(toy):
-    right = tensor([[1.0, 1.0], [0.0, 1.0]])  # two questions: rows 0, 1 and rows 2, 3
-    GC, _, _ = main.preference(toy.state, toy.rollout, {"correctness": right}, None, None)
+    toy.rewards = tensor([[1.0, 1.0], [0.0, 1.0]])  # two questions: rows 0, 1 and rows 2, 3
+    GC, _, _ = main.preference(toy.state, toy.batch(), None, None)
     assert GC[:2].tolist() == [0.0, 0.0] and GC[3] > 0 and GC[2] == -GC[3]
+
+
+def test_right_is_the_right_answer_whatever_else_is_rewarded(toy):
+    batch = toy.batch()  # right: 0 and 3
+    batch.rewards = tensor([[2.5, 0.5, 0.5, 3.0]])
+    assert main.is_right(toy.state, batch, None, None).GC.tolist() == RIGHT
+    assert [rows.tolist() for rows in main.right_and_wrong(batch)] == [[0, 3], [1, 2]]
 
 
 # ---- by hand -------------------------------------------------------------------------------------------------------
@@ -206,13 +258,22 @@ def test_dpo_pairs_outputs_of_the_same_question_only(toy):
 
 def test_a_pair_of_dpo_by_hand(toy, monkeypatch):
     # means of log π_θ/π_ref over |o⁺| = 2 and |o⁻| = 1 tokens: 0.2 and -0.2, so Δ = 0.5 · 0.4 = 0.2
-    rollout = toy.rollout._replace(mask=tensor([[True, True], [True, False]]), truncated=tensor([False, False]))
+    toy.rollout = toy.rollout._replace(mask=tensor([[True, True], [True, False]]), truncated=tensor([False, False]))
+    toy.rewards = tensor([[1.0, 0.0]])
     logp = {toy.state.policy: tensor([[0.4, 0.0], [-0.2, 0.0]]), toy.state.reference: torch.zeros(2, 2)}
-    monkeypatch.setattr(main, "log_probs", lambda state, model, rollout: logp[model])
-    GC, _, extra = main.preference(toy.state, rollout, {"correctness": tensor([[1.0, 0.0]])}, None, None)
+    monkeypatch.setattr(llms, "log_probs", lambda model, rollout, temperature: logp[model])
+    GC, _, extra = main.preference(toy.state, toy.batch(), None, None)
     assert extra["dpo/margin"] == pytest.approx(0.2) and extra["dpo/loss"] == pytest.approx(0.598139, abs=1e-6)
     # β σ(-0.2) = 0.5 · 0.450166, times N/P = 2
     assert GC.tolist() == pytest.approx([0.450166, -0.450166], abs=1e-6)
+
+
+def test_dpo_has_a_beta_of_its_own(toy, constants):
+    coefficients = []
+    for beta, beta_dpo in ((0.5, 0.5), (9.0, 0.5), (0.5, 0.25)):
+        constants(BETA=beta, BETA_DPO=beta_dpo)
+        coefficients.append(main.preference(toy.state, toy.batch(), None, None).GC)
+    assert torch.equal(coefficients[0], coefficients[1]) and (coefficients[0] - coefficients[2]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -234,17 +295,40 @@ def test_with_no_values_and_one_reward_at_the_end_ppos_advantage_is_the_reward(t
     constants(BETA=0.0)
     toy.state.critic = llms.Critic(toy.state.policy)
     toy.state.critic.value_head.double()
-    rewards = tensor([[3.0, -1.0, 0.5, 2.0]])
-    A, (values, returns), _ = main.ppo_advantages(toy.state, toy.rollout, {"correctness": rewards}, None, None)
-    assert_close(A, (rewards.view(4, 1) * toy.rollout.mask).to(A))
+    toy.rewards = tensor([[3.0, -1.0, 0.5, 2.0]])
+    A, (values, returns), _ = main.ppo_advantages(toy.state, toy.batch(), None, None)
+    assert_close(A, (toy.rewards.view(4, 1) * toy.rollout.mask).to(A))
     assert not values.any() and torch.equal(returns, A)
 
 
-def test_ppos_value_loss_by_hand(constants):  # arXiv 1707.06347: from 0 a value may go to ± 0.2
-    constants(EPSILON_VALUE=0.2, DENOMINATOR="sequence")
+def test_the_critic_learns_the_reward_and_the_advantage_is_what_it_did_not_expect(toy, constants):
+    constants(BETA=0.0)
+    toy.state.critic = llms.Critic(toy.state.policy)
+    toy.state.critic.value_head.double()
+    nn.init.constant_(toy.state.critic.value_head.bias, 0.25)  # V of every token
+    A, (values, returns), _ = main.ppo_advantages(toy.state, toy.batch(), None, None)
+    mask, rewards = toy.rollout.mask, tensor(RIGHT)[:, None]
+    assert_close(values, (0.25 * mask).to(A))
+    assert_close(returns, (rewards * mask).to(A))
+    assert_close(A, ((rewards - 0.25) * mask).to(A))
+
+
+def test_the_kl_in_ppos_rewards_is_that_of_the_old_policy_where_it_is_known(toy, constants):
+    constants(BETA=0.5)
+    toy.state.critic = llms.Critic(toy.state.policy)
+    toy.state.critic.value_head.double()
+    toy.rewards = torch.zeros(1, 4)
+    mask, recorded = toy.rollout.mask, toy.rollout.logp
+    to_come = mask.flip(1).cumsum(1).flip(1) * mask  # the tokens from t on
+    for logp_old, kl in ((None, 1.0), (recorded + 1.0 * mask, 2.0)):
+        A, _, _ = main.ppo_advantages(toy.state, toy.batch(), logp_old, recorded - 1.0 * mask)
+        assert_close(A, (-0.5 * kl * to_come).to(A))
+
+
+def test_ppos_value_loss_by_hand():  # arXiv 1707.06347: from 0 a value may go to ± 0.2
     values = tensor([[0.1], [0.5], [-0.5]]).requires_grad_()
     one = torch.ones(3, 1)
-    loss = main.value_loss(values, torch.zeros(3, 1), one, one.bool(), 1, 3)
+    loss = main.value_loss(values, torch.zeros(3, 1), one, one.bool(), one)
     loss.backward()
     assert loss.item() == pytest.approx(0.81 / 2 + 0.64 / 2 + 2.25 / 2)
     assert_close(values.grad, tensor([[-0.9], [0.0], [-1.5]]))  # 0.5 has gone far enough, -0.5 went the wrong way
@@ -254,15 +338,14 @@ def test_ppo_clips_as_grpo_does_and_has_no_kl_in_its_loss(constants):
     constants(BETA=0.7)
     logp = torch.log(tensor([[1.5, 0.5, 1.1]])).requires_grad_()
     zeros, mask = torch.zeros(1, 3), torch.ones(1, 3).bool()
-    loss = main.ppo_loss(logp, zeros, None, tensor([[1.0, -1.0, 2.0]]), mask, 1, 3)
+    loss = main.ppo_loss(logp, zeros, None, tensor([[1.0, -1.0, 2.0]]), mask, tensor([[3.0]]))
     loss.backward()
     assert -loss.item() == pytest.approx((1.2 - 0.8 + 2.2) / 3)
     assert_close(logp.grad, tensor([[0.0, 0.0, -2.2 / 3]]))
 
 
-def test_against_the_others_an_output_is_measured_as_rloo_does(constants):  # 1 - 0, and 0 - 1/3
-    constants(BASELINE="others", SCALE="none")
-    assert_close(main.group_advantages(tensor([[1.0, 0, 0, 0]])), tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
+def test_against_the_others_an_output_is_measured_as_rloo_does():  # 1 - 0, and 0 - 1/3
+    assert_close(main.rloo(tensor([[1.0, 0, 0, 0]])).float(), tensor([[1.0, -1 / 3, -1 / 3, -1 / 3]]))
 
 
 # ---- in the loop ---------------------------------------------------------------------------------------------------
@@ -300,19 +383,43 @@ def test_sft_learns_the_worked_solution_with_its_end_token(setup):
     problem = {"kind": "math", "question": "1 + 1?", "answer": "2", "solution": "1 + 1 = 2"}
     prompt = llms.encode(state.tokenizer, rldatasets.prompt(problem))
     solution = [rldatasets.written_out(problem)]
-    rollout = llms.rollout_of(state.policy, state.tokenizer, [prompt], solution, main.MAX_NEW_TOKENS)
+    rollout = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], solution, main.MAX_NEW_TOKENS)
     ids = rollout.ids[0, len(prompt) :].tolist()
     assert state.tokenizer.decode(ids[:-1]) == solution[0]
     assert ids[-1] == state.tokenizer.eos_token_id and rollout.mask.all() and not rollout.truncated.any()
-    before = main.log_probs(state, state.policy, rollout).sum()
+    before = llms.log_probs(state.policy, rollout, main.TEMPERATURE).sum()
     rows = train(state, [problem] * 8)
     assert rows[0]["loss"] == pytest.approx(-before.item() / len(ids), rel=1e-4)  # the mean of - log π
     assert rows[-1]["loss"] < rows[0]["loss"] - 2 and rows[0]["accuracy"] == 1.0
-    cut = llms.rollout_of(state.policy, state.tokenizer, [prompt], solution, 5)
+    cut = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], solution, 5)
     assert cut.mask.sum() == 5 and cut.truncated.all() and cut.ids[0, len(prompt) :].tolist() == ids[:5]
     state.step = 0
     with pytest.raises(main.RunError, match="no worked solution"):
         train(state, [problem | {"solution": ""}])
+
+
+def test_sft_counts_the_tokens_of_every_step(setup):
+    state, _ = setup(ALGORITHM="sft", STEPS=3, MAX_NEW_TOKENS=5)
+    rows = train(state, SOLVED * 3)
+    assert [row["tokens"] for row in rows] == [15, 30, 45]  # 3 solutions a step, each cut at 5 tokens
+
+
+@pytest.mark.parametrize("algorithm", ["online_rft", "ppo", "distill"])
+def test_the_second_update_of_a_rollout_has_ratios_to_the_policy_that_sampled_it(setup, judged, algorithm):
+    state, _ = setup(ALGORITHM=algorithm, STEPS=1, MU=2)
+    state.teacher = llms.frozen_copy(state.policy)
+    nn.init.normal_(state.teacher.get_output_embeddings().weight)  # another policy
+    (row,) = train(state)
+    assert row["grad_norm"] > 0 and row["ratio_max"] > 1.0001
+
+
+@pytest.mark.parametrize("algorithm, distance", [("dpo", "dpo/margin"), ("distill", "distill/kl")])
+def test_two_models_are_compared_at_the_same_temperature(setup, judged, algorithm, distance):
+    state, _ = setup(ALGORITHM=algorithm, STEPS=1, TEMPERATURE=0.7)
+    state.teacher = llms.frozen_copy(state.policy)
+    (row,) = train(state)  # policy, reference and teacher are the same
+    assert row["grad_norm"] > 0 if algorithm == "dpo" else row["grad_norm"] == 0
+    assert row[distance] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("algorithm, rank", [("ppo", 0), ("ppo", 2), ("grpo", 2), ("rft", 0), ("dpo", 2)])
@@ -322,8 +429,7 @@ def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tm
 
     def save_step_3(state, metrics):  # from within the second iteration
         if state.step == 3:
-            main.save_checkpoint(state)
-            llms.check_written(wait=True)
+            save(state)
         return 0
 
     train(whole, PROBLEMS * 20, after_step=save_step_3)
@@ -340,9 +446,22 @@ def test_a_checkpoint_of_every_kind_of_run_goes_on_bit_for_bit(setup, judged, tm
 SOLVED = [problem | {"solution": f"It is <<{i}+{i}={2 * i}>>{2 * i}."} for i, problem in enumerate(PROBLEMS)]
 
 
+def cold_start_at(monkeypatch, rate):
+    """Let the cold start have this learning rate, after its warm-up; what comes after it keeps its own."""
+    real = main.learning_rate
+
+    def learning_rate(number):
+        if number >= main.COLD_START:
+            return real(number)
+        return rate * (real(number) / (2e-4 if main.LORA_RANK else 2e-5))
+
+    monkeypatch.setattr(main, "learning_rate", learning_rate)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, rank):
-    both, _ = setup(COLD_START=3, COLD_START_LEARNING_RATE=3e-3, STEPS=2, LORA_RANK=rank)
+def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, monkeypatch, rank):
+    cold_start_at(monkeypatch, 3e-3)
+    both, _ = setup(COLD_START=3, STEPS=2, LORA_RANK=rank)
     rows = train(both, SOLVED * 20)
     sft, _ = setup(COLD_START=0, ALGORITHM="sft", LEARNING_RATE=3e-3, STEPS=3, LORA_RANK=rank)
     train(sft, SOLVED * 20)
@@ -352,7 +471,10 @@ def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, rank)
     then.optimizer.state.clear()
     then.stream = iter((SOLVED * 20)[9:])
     for row in rows[3:]:
-        again = main.take_step(then)
+        llms.start_clock()
+        learnt = main.grpo_step(then)
+        then.step += 1
+        again = main.record_step(then, learnt)
         assert {key: again[key] for key in ("reward", "loss", "kl", "grad_norm")} == {
             key: row[key] for key in ("reward", "loss", "kl", "grad_norm")
         }
@@ -360,42 +482,63 @@ def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, rank)
 
 
 def test_a_cold_start_has_one_update_a_step_and_its_own_learning_rate_and_its_rows_tell_of_no_samples(setup):
-    state, _ = setup(COLD_START=3, COLD_START_LEARNING_RATE=2e-3, STEPS=2, MU=2, WARMUP=1)
+    state, _ = setup(COLD_START=3, STEPS=2, MU=2, WARMUP=1)
     rows = train(state, SOLVED * 20)
     assert [(row["step"], row["updates"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 5), (5, 7)]
-    assert [row["lr"] for row in rows[:3]] == [1e-3, 2e-3, 2e-3] and rows[3]["lr"] == (0.5e-3 + 1e-3) / 2
+    assert [row["lr"] for row in rows[:3]] == [1e-5, 2e-5, 2e-5] and rows[3]["lr"] == (0.5e-3 + 1e-3) / 2
     assert [row["stage"] for row in rows] == ["cold start"] * 3 + ["arithmetic"] * 2
     assert "accuracy" not in rows[2] and rows[2]["loss"] > 0 and rows[2]["kl"] is None
     assert {"accuracy", "reward", "approach/guessed"} <= rows[3].keys()
 
 
+def test_a_signal_in_the_cold_start_ends_the_run_after_that_step(setup):
+    state, _ = setup(COLD_START=2, STEPS=2)
+    state.stream = iter(SOLVED * 20)
+    assert main.train(state, lambda state, metrics: 15 if state.step == 1 else 0) == 15
+    assert state.step == 1
+
+
 def test_the_critic_begins_as_the_policy_after_the_cold_start(setup):
-    state, _ = setup(ALGORITHM="ppo", COLD_START=2, COLD_START_LEARNING_RATE=1e-2, STEPS=1, LEARNING_RATE=0.0)
+    state, _ = setup(ALGORITHM="ppo", COLD_START=2, STEPS=1, LEARNING_RATE=0.0)
     loaded = [weight.clone() for weight in state.policy.base_model.parameters()]
     train(state, SOLVED * 20)  # the step of PPO itself changes nothing at this learning rate
     trunk, policy = list(state.critic.trunk.parameters()), list(state.policy.base_model.parameters())
     assert all(map(torch.equal, trunk, policy)) and not all(map(torch.equal, policy, loaded))
 
 
-def test_the_reference_is_the_model_after_the_cold_start(setup):
-    state, _ = setup(COLD_START=3, COLD_START_LEARNING_RATE=1e-2, STEPS=2, WEIGHT_RANDOM=2.0)
+def test_a_cold_start_has_the_questions_of_the_first_stage(setup):
+    settings = {"DATASET": "arithmetic:1:2,knights:1:2", "STEPS": 4, "MAX_PROMPT_TOKENS": 400}
+    state, _ = setup(COLD_START=3, **settings)
+    assert [main.stage_of(step)[1] for step in range(7)] == ["arithmetic:1"] * 5 + ["knights:1"] * 2
+
+
+def test_the_reference_is_the_model_after_the_cold_start(setup, monkeypatch):
+    cold_start_at(monkeypatch, 1e-2)
+    state, _ = setup(COLD_START=3, STEPS=2, REWARDS=main.REWARDS | {"random": 2.0})
     rows = train(state, SOLVED * 20)
     assert rows[3]["kl"] == 0.0 and rows[4]["kl"] > 0
 
 
+def test_a_first_step_without_right_answers_is_told_after_a_cold_start_too(setup, capsys):
+    state, _ = setup(COLD_START=2, STEPS=2)
+    train(state, SOLVED * 20)
+    out = capsys.readouterr().out
+    assert out.count("hardly an output") == 1 and out.index("step    2") < out.index("hardly an output")
+
+
 @pytest.mark.parametrize("rank, saved_at", [(0, 1), (0, 2), (0, 3), (0, 4), (2, 2), (2, 3)])
-def test_a_run_with_a_cold_start_goes_on_bit_for_bit_from_within_it_and_after_it(setup, rank, saved_at):
-    settings = {"COLD_START": 2, "STEPS": 2, "ITERATIONS": 2, "LORA_RANK": rank, "COLD_START_LEARNING_RATE": 1e-2}
+def test_a_run_with_a_cold_start_goes_on_bit_for_bit_from_within_it_and_after_it(setup, monkeypatch, rank, saved_at):
+    cold_start_at(monkeypatch, 1e-2)
+    settings = {"COLD_START": 2, "STEPS": 2, "ITERATIONS": 2, "LORA_RANK": rank}
     (whole, _), (resumed, _) = setup(**settings), setup(**settings)
 
-    def save(state, metrics):
+    def save_once(state, metrics):
         if state.step == saved_at:
-            main.save_checkpoint(state)
-            llms.check_written(wait=True)
+            save(state)
         return 0
 
     whole.reference = resumed.reference = None  # as at the start of the program
-    train(whole, SOLVED * 20, after_step=save)
+    train(whole, SOLVED * 20, after_step=save_once)
     main.load_checkpoint(resumed)
     assert resumed.step == saved_at and (resumed.reference is None) == (saved_at <= 2)
     rows = train(resumed, (SOLVED * 20)[resumed.position :])
@@ -409,11 +552,13 @@ def test_a_second_iteration_moves_the_reference_and_not_the_critic(setup):
     for layer in llms.lora_layers(state.policy):
         nn.init.normal_(layer.lora_B, std=0.1)
     nn.init.normal_(state.critic.value_head.weight)
-    before = main.per_token(state, llms.Critic.token_values, state.critic, rollout)
-    old, state.reference = main.log_probs(state, state.reference, rollout), llms.frozen_copy(state.policy)
-    assert torch.equal(main.log_probs(state, state.reference, rollout), main.log_probs(state, state.policy, rollout))
-    assert (main.log_probs(state, state.reference, rollout) - old).abs().max() > 1e-3
-    assert torch.equal(main.per_token(state, llms.Critic.token_values, state.critic, rollout), before) and before.any()
+    before = llms.values(state.critic, rollout)
+    old = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
+    state.reference = llms.frozen_copy(state.policy)
+    moved = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
+    assert torch.equal(moved, llms.log_probs(state.policy, rollout, main.TEMPERATURE))
+    assert (moved - old).abs().max() > 1e-3
+    assert torch.equal(llms.values(state.critic, rollout), before) and before.any()
 
 
 @pytest.mark.parametrize("rank", [0, 2])
