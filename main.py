@@ -27,8 +27,8 @@ Departures: where the code leaves the paper, or decides what the paper leaves op
  2. std(r) divides by G - 1 (the paper does not say; correction=0 divides by G), and 1e-4 is added to it, so that
     nothing is divided by 0: `group_advantages`.
  3. π_θ, π_θold and π_ref are read at the sampling temperature: TEMPERATURE = 1.0 gives the formulas as printed.
- 4. With μ = 1 (and STALENESS = 0) nothing moves between sampling and the update: log π_θold is logp.detach() in
-    `backward`, and ρ is 1.
+ 4. π_θold is the policy before the μ updates of a step. With μ = 1, log π_θold is logp.detach() in `backward`, and ρ
+    is 1. Where the outputs are older (STALENESS), CORRECTION weighs them.
  5. SUPERVISION = "process" is §4.1.3, with two choices of ours: a rule rewards the reasoning steps, and the answer is
     one more step at the end, with reward r_i. "both" is not in the paper: Â of the output, plus REWARDS["steps"] × Â
     of the steps.
@@ -83,8 +83,9 @@ class of_model(NamedTuple):
 
 # ==== Constants =====================================================================================================
 # What stands here is in force. Each constant is also a flag of the same name (--group_size 8), and its comment is the
-# flag's help. of_model(a, b) is a for the tiny model and b for any other: b is meant for Qwen2.5-1.5B-Instruct on GSM8K
-# with an 80 GB GPU, and is the paper's value (§4.2) where it gives one. "a | b: …" names the values to choose from.
+# flag's help. of_model(a, b) becomes a for the tiny model and b for any other, before anything runs: b is meant for
+# Qwen2.5-1.5B-Instruct on GSM8K with an 80 GB GPU, and is the paper's value (§4.2) where it gives one. "a | b: …" names
+# the values to choose from.
 
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model that is built here
@@ -104,7 +105,7 @@ STEPS = of_model(50, 467)  # M, steps per iteration (467 × 16 questions: one pa
 QUESTIONS_PER_STEP = 16  # Q: 16 × 64 outputs are the paper's batch of 1024
 GROUP_SIZE = of_model(8, 64)  # G, outputs per question (paper: 64): fewer are cheaper and noisier
 MU = 1  # μ, updates per rollout (paper: 1): with more, outputs are used again and the clip matters
-REFILL = 0  # draw at most this often, until Q groups have right and wrong outputs (DAPO: 10); 0: use all groups
+REFILL = 0  # most draws in a step, until Q groups have right and wrong outputs (DAPO: 10); 0: use all groups
 STALENESS = 0  # train on outputs that were sampled so many steps before; with CORRECTION
 # -- Sampling
 TEMPERATURE = 1.0  # divides the logits, in sampling and in log π alike: lower explores less
@@ -137,7 +138,7 @@ REWARDS = {
     "reward_model": 1.0,  # the score of REWARD_MODEL, standardised over the outputs of a step
     "judge": 1.0,  # how likely an output is better than the others of its group, by JUDGE
     "steps": 0.5,  # not in r_i: the weight of the advantages of reasoning steps, if SUPERVISION is both
-}  # r_i = Σ weight × reward; a flag replaces the whole table; also: safety, overlong, lenient, random
+}  # r_i = Σ weight × reward; --rewards replaces the whole table; also: safety, overlong, lenient, random
 REWARD_MODEL = ""  # a sequence classifier, hub name or folder, that scores every output; empty: rules only
 JUDGE = ""  # a causal model, hub name or folder, that compares the outputs of a group in pairs (keep G small)
 # -- Optimisation
@@ -214,12 +215,12 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, denominator=None, logp
     logp_old = torch.where(mask, logp_old, 0.0)  # [N, T]
     A = torch.where(mask, A.to(logp.dtype), 0.0)  # [N, T]
 
-    objective = OBJECTIVES[OBJECTIVE](logp, logp_old, A, mask)  # [N, T]  `clipped`, below
+    objective = OBJECTIVES[OBJECTIVE](logp, logp_old, A, mask)  # [N, T]  "grpo" is `clipped`, below
     if CORRECTION != "none":
         objective = objective * CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)  # [N, T]
     if BETA and logp_ref is not None:
         logp_ref = torch.where(mask, logp_ref, 0.0)  # [N, T]
-        objective = objective - BETA * KLS[KL](logp, logp_old, logp_ref)  # [N, T]  `k3`, below
+        objective = objective - BETA * KLS[KL](logp, logp_old, logp_ref)  # [N, T]  "k3": below
     # 1/G Σ_i 1/|o_i| Σ_t, and the mean over the Q questions
     return -sum_over_tokens(objective, mask, denominator)
 
@@ -317,7 +318,7 @@ def cold_start(state, after_step):
 
 
 def needs_reference():
-    """Is π_ref needed? RFT and DPO sample from it, GRPO and PPO have a KL, Online RFT records one."""
+    """Is π_ref needed? RFT and DPO sample from it. If BETA > 0, GRPO and PPO have a KL, and Online RFT records one."""
     if ALGORITHM in ("rft", "dpo"):
         return True
     if ALGORITHM in ("sft", "distill"):
@@ -349,7 +350,7 @@ def grpo_step(state):
 
 
 def outcome_advantages(batch):
-    """Line 9 with outcome supervision: [Q, G], by the function of ADVANTAGE: `group_advantages`."""
+    """Line 9 with outcome supervision: [Q, G], by the function of ADVANTAGE; "grpo" is `group_advantages`."""
     if ADVANTAGE == "gdpo":  # the only one that looks at each reward by itself
         return gdpo(batch.by_name)
     return ADVANTAGES[ADVANTAGE](batch.rewards)
@@ -395,7 +396,7 @@ def draw(state, source):
 
 
 def next_questions(state):
-    """QUESTIONS_PER_STEP problems whose prompts are short enough: this rank's problems, and its prompts as token ids."""
+    """All ranks draw the same QUESTIONS_PER_STEP problems with short enough prompts; each keeps its share of both."""
     open_stream(state)
     problems = []
     prompts = []
@@ -414,7 +415,7 @@ def next_questions(state):
 
 def open_stream(state):
     """Open state.stream at state.position, in the data set of the step that the next questions are for."""
-    stage, dataset = stage_of(state.step + len(state.queue))  # the queue has the batches of the steps before it
+    stage, dataset = stage_of(state.step + len(state.queue))  # each batch in the queue is for an earlier step
     if stage != state.stage:
         state.stage = stage
         state.position = 0
@@ -444,8 +445,8 @@ def score(state, problems, rollout):
     by_name = rule_rewards(problems, rollout)
     if rollout.group_size > 1:
         by_name |= rewards_of_groups(problems, rollout)
-    if problems[0].get("kind") == "nim":
-        by_name["optimal"] = by_name["correctness"]
+    if problems[0].get("kind") == "nim":  # a game, far below
+        by_name["optimal"] = by_name["correctness"]  # only recorded: is it the move of perfect play?
         by_name["correctness"] = self_play(state, problems, rollout)  # a move is right if it wins
     by_name["overlong"] = overlong(rollout)
     if state.reward_model:
@@ -462,7 +463,7 @@ def rule_rewards(problems, rollout):
     G = rollout.group_size
     asked = [problem for problem in problems for _ in range(G)]  # [N]
     threads = max(1, os.cpu_count() // llms.LOCAL_WORLD)
-    by_name, failures = evaluator.score(rollout.texts, asked, threads)
+    by_name, failures = evaluator.score(rollout.texts, asked, threads)  # failures: errors of a reward's code
     failed, outputs = llms.sums_over_ranks(len(failures), len(asked))
     if failed == outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
@@ -520,12 +521,14 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
 def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
     """Leave the gradient of the whole rollout in .grad; returns two dicts of diagnostics: means and maxima.
 
+    If the GPU's memory is too small, it begins again with half of the token budget.
+
     The denominators are those of the whole update, over all micro-batches and ranks. So the gradients of micro-batches
     add up to the gradient of the full batch, but for rounding.
     """
     for trained in state.optimizer.param_groups:
         for weight in trained["params"]:
-            weight.grad = torch.zeros_like(weight)  # not None: AdamW's momentum moves a weight without a gradient
+            weight.grad = torch.zeros_like(weight)  # where it is None, AdamW would not even apply its momentum
     lengths = rollout.mask.sum(1)  # [N]  |o_i|
     A = advantages.view(len(lengths), -1).to(lengths.device)  # [N, 1] or [N, T]
     counted = in_loss(rollout)  # [N]
@@ -537,7 +540,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     learnt_rows = has_gradient.nonzero().flatten().tolist()
     sums = Counter(loss=0.0)
     maxima = Counter()
-    for rows, factor in llms.micro_batches(rollout, learnt_rows):  # factor 0: an empty turn, while others have more
+    for rows, factor in llms.micro_batches(rollout, learnt_rows):  # factor 1; 0 where only other ranks have rows left
         ids, attention, mask = rollout.rows(rows)
         T = mask.shape[1]
         logp = llms.token_logprobs(state.policy, ids, attention, mask, TEMPERATURE)  # [n, T]
@@ -584,7 +587,7 @@ def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
         ratio = sequence_ratio(logp, logp_old, mask)  # [n, 1]
     below = ratio < 1 - EPSILON_LOW
     above = ratio > 1 + EPSILON_HIGH
-    if OBJECTIVE != "cispo":  # the others clip only a ratio that has moved in the direction of Â
+    if OBJECTIVE != "cispo":  # in a min(), the clip acts above only if Â > 0, and below only if Â < 0
         below = below & (A < 0)
         above = above & (A > 0)
     means = {"clip_low": below, "clip_high": above}
@@ -635,7 +638,7 @@ class Batch:
     """What a step trains on, this rank's share: Q questions, N = Q·G outputs, their rewards."""
 
     problems: list
-    rollout: llms.Rollout
+    rollout: llms.Rollout  # the outputs: ids [N, P + T], mask [N, T], logp [N, T] as sampled, texts, …
     by_name: dict  # {name of a reward: [Q, G]}, unweighted
     rewards: torch.Tensor  # [Q, G]  r_i
     learns: bool = True  # False: too few groups are left, and no update is made
@@ -669,7 +672,7 @@ class State:
     teacher: torch.nn.Module = None  # TEACHER
     stream: object = None  # iterator over the training problems
     queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
-    prompt_limit: int = 0  # MAX_PROMPT_TOKENS, or less for a model with a short context
+    prompt_limit: int = 0  # MAX_PROMPT_TOKENS and the SHOTS; less for a model with a short context
     step: int = 0  # of the cold start and of all iterations, as the counters below
     updates: int = 0  # optimizer steps, skipped ones included
     stage: int = 0  # finished stages of the curriculum
@@ -777,7 +780,7 @@ def preference(state, batch, logp_old, logp_ref):
     delta = BETA_DPO * (log_ratio[plus] - log_ratio[minus])  # [pairs]
     loss = -torch.nn.functional.logsigmoid(delta)  # [pairs]
     coefficient = BETA_DPO * torch.sigmoid(-delta)  # [pairs]  β σ(-Δ)
-    GC[plus] = (coefficient * num_outputs / num_pairs).to(GC)  # `update` divides by N, and (12) by the pairs
+    GC[plus] = (coefficient * num_outputs / num_pairs).to(GC)  # the loss divides by N, and (12) by the pairs
     GC[minus] = -GC[plus]
     metrics = {
         "dpo/pairs": num_pairs,
@@ -854,7 +857,7 @@ def value_loss(values, values_old, returns, mask, denominator):
     return sum_over_tokens(error / 2, mask, denominator)
 
 
-TABLE_10 = {  # a new method: one function, one line
+TABLE_10 = {  # a new method: one function, one line; distill, which is not in the paper, is added below
     "sft": Method("solutions", ones, likelihood_loss),
     "rft": Method("reference", is_right, likelihood_loss),
     "dpo": Method("reference", preference, likelihood_loss),
