@@ -624,7 +624,7 @@ def empty_and_truncated_outputs(work):
 def groups_without_spread(work):
     """Where no group has spread, and nothing else to learn from, the weights stay as they are to the last bit."""
     run = work / "runs" / "no-spread"
-    succeeds(new(work, run.name, "--rewards", "correctness=0", "--beta", "0", "--steps", "20"))
+    succeeds(new(work, run.name, "--rewards", "safety=1", "--beta", "0", "--steps", "20"))
     finite(run)
     base, now = (
         safetensors.torch.load_file(folder / "model.safetensors") for folder in (work / "model", run / "model")

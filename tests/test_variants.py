@@ -922,6 +922,7 @@ CONTRADICTIONS = [
     ("--advantage gdpo --supervision process", "--advantage must be grpo"), ("--advantage mean", "must be one of grpo"),
     ("--advantage maxrl --supervision process", "must be grpo"), ("--advantage rloo --supervision both", "be grpo"),
     ("--advantage pass_at_k --rewards correctness=-1", "--rewards must be correctness=1 with"),
+    ("--rewards judge=1", "--rewards must be a table with a weight that can be earned"),
     ("--objective dual_clip --delta 1.1", "--delta must be above 1"), ("--correction_max 0", "must be above 0"),
     ("--correction tis --algorithm rft", "--correction must be none for rft"),
     ("--staleness 1", "--correction must be tis, sequence_tis or icepop"),
