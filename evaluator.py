@@ -189,7 +189,8 @@ ORDINAL = rf"(?:third|(?:{'|'.join(ONES + TEENS)}|fif|eigh|nin|twelf|[a-z]+tie|h
 # After a number in words these divide it: seventy-two hundredths are not 72. `8 quarters` and `the third house` divide
 # nothing.
 FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters?[ ]of|(?<!the[ ]){ORDINAL})\b"
-OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"  # a number in words before one of these stays
+# a number in words stays as it is if one of these follows
+OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"
 # words that change a number: `Total: 72` is 72 with a label, but `not: 72` is not 72
 MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"

@@ -292,21 +292,16 @@ class Rollout(NamedTuple):
     texts: list = None  # [N]  the completions, without their end token
     group_size: int = 1  # G
 
-    @property
-    def prompt_width(self):
-        """P, the columns of the prompts."""
-        return self.attention.shape[1] - self.mask.shape[1]
-
     def rows(self, index):
         """ids, attention and mask of some of the rows, without the padding that only the others need."""
         prompt_lengths, lengths = token_counts(self.attention[index], self.mask[index])
-        P = self.prompt_width
+        P = self.ids.shape[1] - self.mask.shape[1]
         T = max(lengths)
         columns = slice(P - max(prompt_lengths), P + T)
         return self.ids[index, columns], self.attention[index, columns], self.mask[index, :T]
 
     def saved(self):
-        """Sampled outputs as plain lists, without padding: [prompt, tokens, log π, entropy, truncated, text] of each."""
+        """Sampled outputs as plain lists, without padding: each [prompt, tokens, log π, entropy, truncated, text]."""
         prompts, outputs = token_lists(self.ids, self.attention, self.mask)
         logp = self.logp.tolist()
         entropy = self.entropy.tolist()
@@ -560,7 +555,7 @@ def token_logprobs(model, ids, attention, mask, temperature):
 
 
 class Critic(nn.Module):
-    """PPO's value function: a copy of the policy's trunk, trained by itself, and on it a value head that begins at 0."""
+    """PPO's value function: a copy of the policy's trunk, trained by itself, with a value head that begins at 0."""
 
     def __init__(self, model):
         super().__init__()
@@ -1058,7 +1053,7 @@ class DecodingBatch:
                 bar.update(self.remove_ended())
 
     def prefill(self, prompts, group_size):
-        """Read each prompt once, copy its keys and values to the slots of its outputs, and sample their first tokens."""
+        """Read each prompt once, copy its keys and values to the slots of its outputs, sample their first tokens."""
         # an output of one token: nothing of it is read, the prompt's last token predicts it
         packed = PackedBatch([(prompt, [[0]]) for prompt in prompts], self.model.device, keep_kv=True)
         hidden = packed.read(self.model.base_model)[packed.predictors]  # [Q, D]
@@ -1634,7 +1629,7 @@ def share(rows):
     return rows[len(rows) * RANK // WORLD : len(rows) * (RANK + 1) // WORLD]
 
 
-def sum_over_ranks(number):
+def total_over_ranks(number):
     """A number, added up over all ranks."""
     return sum(gather([number]))
 

@@ -387,7 +387,7 @@ def draw(state, source):
     )
     if source is not state.policy:
         rollout = rollout._replace(logp=None, entropy=None)  # they are not π_θ's
-    state.tokens += llms.sum_over_ranks(int(rollout.mask.sum()))
+    state.tokens += llms.total_over_ranks(int(rollout.mask.sum()))
     by_name = score(state, problems, rollout)  # 8: {name of a reward: [Q, G]}
     return Batch(problems, rollout, by_name, weighted_sum(by_name))
 
@@ -495,8 +495,8 @@ class Update(NamedTuple):
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite.
 
-    advantages [N] or [N, T], or the gradient coefficient of another method (Table 10, below); logp_old None if π_θold is
-    π_θ; targets: what PPO's critic learns.
+    advantages [N] or [N, T], or the gradient coefficient of another method (Table 10, below). logp_old is None where
+    π_θold is π_θ. targets: what PPO's critic learns.
     """
     means, maxima = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     norms = []  # of the gradient, as they were before the clipping
@@ -536,7 +536,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     has_gradient = counted  # [N]
     if logp_ref is None and targets is None:
         has_gradient = counted & A.any(1)
-    learnt_tokens = llms.sum_over_ranks(int(lengths[has_gradient].sum()))
+    learnt_tokens = llms.total_over_ranks(int(lengths[has_gradient].sum()))
     learnt_rows = has_gradient.nonzero().flatten().tolist()
     sums = Counter(loss=0.0)
     maxima = Counter()
@@ -581,7 +581,8 @@ def part(x, rows, T):
 
 @torch.no_grad()
 def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
-    """Is the update healthy? Two dicts {name: a number of each token}, of which the mean, or the maximum, is recorded."""
+    """Is the update healthy? Two dicts {name: a number of each token}: of the first the mean is recorded, of the second
+    the maximum."""
     ratio = token_ratio(logp, logp_old)  # [n, T]
     if OBJECTIVE == "gspo":
         ratio = sequence_ratio(logp, logp_old, mask)  # [n, 1]
@@ -734,7 +735,7 @@ def other_step(state, method):
 
 
 def likelihood_loss(logp, logp_old, logp_ref, GC, mask, denominator, logp_sampled=None):
-    """Minus 1/N Σ_i 1/|o_i| Σ_t GC_i log π_θ: eq. (6) and (8). With DPO's GC it has the gradient of (12), not its value."""
+    """Minus 1/N Σ_i 1/|o_i| Σ_t GC_i log π_θ, eq. (6), (8). With DPO's GC it has the gradient of (12) only."""
     return -sum_over_tokens(GC * logp, mask, denominator)
 
 
@@ -746,7 +747,7 @@ def worked_solutions(state):
     texts = [rldatasets.written_out(problem) for problem in problems]
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
     if state.step >= COLD_START:
-        state.tokens += llms.sum_over_ranks(int(rollout.mask.sum()))
+        state.tokens += llms.total_over_ranks(int(rollout.mask.sum()))
     by_name = score(state, problems, rollout)
     return Batch(problems, rollout, by_name, weighted_sum(by_name))
 
@@ -851,7 +852,7 @@ def ppo_loss(logp, logp_old, logp_ref, advantages, mask, denominator, logp_sampl
 
 
 def value_loss(values, values_old, returns, mask, denominator):
-    """½ max( (V - R)², (clip(V, V_old ± 0.2) - R)² ), as in OpenAI's baselines: no gradient once V is 0.2 nearer to R."""
+    """½ max( (V - R)², (clip(V, V_old ± 0.2) - R)² ), as in OpenAI's baselines: no gradient once V is nearer by 0.2."""
     limited = values.clamp(values_old - 0.2, values_old + 0.2)  # [N, T]
     error = torch.maximum((values - returns) ** 2, (limited - returns) ** 2)  # [N, T]
     return sum_over_tokens(error / 2, mask, denominator)
@@ -1189,7 +1190,7 @@ def coin_tosses(state, problems, rollout):
     """A control that teaches nothing: 1 or 0 by chance, [Q, G]."""
     coin = random.Random(f"{SEED} {state.questions}")  # not the sampler's generator, which goes on as without it
     tosses = []  # of all ranks
-    for _ in range(llms.sum_over_ranks(len(problems))):
+    for _ in range(llms.total_over_ranks(len(problems))):
         tosses.append([float(coin.randrange(2)) for _ in range(rollout.group_size)])
     return torch.tensor(llms.share(tosses))
 
@@ -1342,7 +1343,7 @@ def prefers_true(state, problems, prompts):
 
 
 def output_records(rollout, problems, by_name):
-    """A dict for each output of all ranks: its problem, text, length, and its value of each of by_name, [Q, G] or [N]."""
+    """A dict for each output of all ranks: its problem, text, length, and its number of each of by_name, [Q, G]."""
     lengths = rollout.mask.sum(1)  # [N]
     columns = {name: values.flatten().tolist() for name, values in by_name.items()}
     columns["length"] = lengths.tolist()
@@ -1479,7 +1480,7 @@ class Constant(NamedTuple):
 
 
 def read_constants():
-    """The constants as they stand in this file, by name. What does not have their form ends the program with its line."""
+    """The constants as they stand in this file, by name. A line that is not one ends the program with its number."""
     source = Path(__file__).read_text(encoding="utf-8")
     lines = source.splitlines()
     first = lines.index("# -- Model and data")
@@ -1538,6 +1539,11 @@ def of_the_block(model):
     return values
 
 
+def put_in_force(values):
+    """Write constants, {name: value}, here and nowhere else."""
+    globals().update(values)
+
+
 KINDS = {
     bool: "True or False",
     int: "a whole number",
@@ -1545,8 +1551,7 @@ KINDS = {
     str: "a text",
     dict: "a table {name: number}",
 }
-TYPES = {}  # {constant: its type}; one that is not here, of yours, may have any of these types
-for kind, names in {
+OF_TYPE = {  # a constant of yours that is not here may have any of these types
     bool: "GRADIENT_CHECKPOINTING MASK_TRUNCATED TENSORBOARD",
     int: "SHOTS SEED LORA_RANK COLD_START ITERATIONS STEPS QUESTIONS_PER_STEP GROUP_SIZE MU REFILL STALENESS "
     "MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS PASS_K WARMUP TOKEN_BUDGET EVAL_EVERY EVAL_QUESTIONS EVAL_SAMPLES "
@@ -1556,10 +1561,10 @@ for kind, names in {
     str: "MODEL DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR CORRECTION "
     "REWARD_MODEL JUDGE SCHEDULE TEACHER",
     dict: "REWARDS",
-}.items():
-    TYPES |= dict.fromkeys(names.split(), kind)
+}
+TYPES = {name: kind for kind, names in OF_TYPE.items() for name in names.split()}
 CONSTANTS = read_constants()
-globals().update(of_the_block(MODEL))
+put_in_force(of_the_block(MODEL))
 # what a resumed run may change; of these only STEPS changes an update, as it moves the end of SCHEDULE
 MAY_CHANGE = ["STEPS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"]
 MAY_CHANGE += ["TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"]
@@ -1635,16 +1640,17 @@ def new_parser():
 
 def flag_options(name, constant):
     """How argparse reads and explains the flag of a constant."""
-    default = of_the_block("tiny")[name]
+    default = constant.of("tiny")
+    kind = TYPES.get(name, type(default))
     shown = f"default: {as_flag(default)}"
     if isinstance(constant.value, of_model):
         shown += f" for the tiny model, {as_flag(constant.value.other)} for others"
     options = {"default": argparse.SUPPRESS, "help": f"{constant.comment} ({shown})".replace("%", "%%")}
-    if isinstance(default, bool):  # --tensorboard alone is --tensorboard true
+    if kind is bool:  # --tensorboard alone is --tensorboard true
         return options | {"type": true_or_false, "nargs": "?", "const": True, "metavar": "BOOL"}
-    if isinstance(default, dict):
+    if kind is dict:
         return options | {"type": weights, "metavar": "NAME=WEIGHT,…"}
-    return options | {"type": type(default), "metavar": type(default).__name__.upper()}
+    return options | {"type": kind, "metavar": kind.__name__.upper()}
 
 
 def as_flag(value):
@@ -1676,7 +1682,7 @@ def weights(text):
 
 
 def choose_settings(actions, flags):
-    """Write the constants, here and nowhere else. A flag wins over a run's settings, and these over the defaults."""
+    """Put the constants in force. A flag wins over a run's settings, and these over what stands in the block."""
     run = actions.resume or actions.evaluate
     model = actions.evaluate or flags.get("MODEL", MODEL)
     values = of_the_block(model)
@@ -1695,7 +1701,7 @@ def choose_settings(actions, flags):
         values |= {"STEPS": 2, "ITERATIONS": 1}
         values["COLD_START"] = min(values["COLD_START"], 2)
         values["EVAL_QUESTIONS"] = min(values["EVAL_QUESTIONS"] or 8, 8)
-    globals().update(values)
+    put_in_force(values)
     check_settings(training=not actions.evaluate)
 
 
@@ -1721,7 +1727,7 @@ def steps_of_curriculum(values, flags):
 def require(holds, name, demand):
     """Refuse the value of a constant in one line."""
     if not holds:
-        raise SettingsError(f"--{name.lower()} must be {demand}, not {as_flag(globals()[name])}")
+        raise SettingsError(f"--{name.lower()} must be {demand}, not {as_flag(settings()[name])}")
 
 
 AT_LEAST_1 = ["ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "PASS_K", "MAX_NEW_TOKENS"]
@@ -1735,7 +1741,7 @@ def check_settings(training=True):
         check_value(name, value)
     check_rewards()
     for name in ("GAMMA", "LAMBDA", "EPSILON_LOW"):
-        require(globals()[name] <= 1, name, "from 0 to 1")
+        require(settings()[name] <= 1, name, "from 0 to 1")
     a_name = RUN == Path(RUN).name and RUN != ".." and len(os.fsencode(RUN)) < 256
     require(a_name, "RUN", "a name without folders")
     longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
@@ -1767,29 +1773,30 @@ def check_value(name, value):
 
 
 def check_rewards():
-    """Is each name of REWARDS a reward, and each weight a number?"""
+    """Is each name of REWARDS a reward, and each weight a number that fp32 can hold?"""
     known = [*evaluator.REWARDS, *evaluator.GROUP_REWARDS, "overlong", "random", "reward_model", "judge", "steps"]
     known += [name for name in evaluator.MEASURES["writing"] if name != "fluency"]  # the counts of a story
     for name, weight in REWARDS.items():
         if name not in known:
             raise SettingsError(f"--rewards: {name!r} is not a reward; there are {', '.join(known)}")
-        if not isinstance(weight, (int, float)) or not abs(weight) < 2**63:
+        if not abs(weight) < 2**63:
             raise SettingsError(f"--rewards: the weight of {name} must be below 2 to the 63, not {weight}")
 
 
 def check_methods():
     """Which settings of the methods contradict each other?"""
+    now = settings()
     if ALGORITHM != "grpo":
         for name, value in {"SUPERVISION": "outcome", "ADVANTAGE": "grpo", "REFILL": 0, "STALENESS": 0}.items():
-            require(globals()[name] == value, name, f"{value} for {ALGORITHM}")
+            require(now[name] == value, name, f"{value} for {ALGORITHM}")
     if ALGORITHM in ("sft", "rft", "dpo", "online_rft"):  # they have no ratio
         for name, value in {"OBJECTIVE": "grpo", "CORRECTION": "none"}.items():
-            require(globals()[name] == value, name, f"{value} for {ALGORITHM}")
+            require(now[name] == value, name, f"{value} for {ALGORITHM}")
     compares = ALGORITHM in ("grpo", "dpo")
     require(GROUP_SIZE > 1 or not compares, "GROUP_SIZE", f"at least 2: {ALGORITHM} compares outputs")
     require(GROUP_SIZE > 1 or not JUDGE, "JUDGE", "empty with --group_size 1: it compares outputs")
     for name in ("REWARD_MODEL", "JUDGE"):
-        if globals()[name]:
+        if now[name]:
             rewarded = ALGORITHM not in ("sft", "rft", "dpo", "online_rft", "distill")
             require(rewarded, name, f"empty for {ALGORITHM}: it uses no rewards")
             require(REWARDS.get(name.lower()), "REWARDS", f"given a weight for {name.lower()}")
@@ -1825,7 +1832,7 @@ def check_variants():
         demand = f"correctness=1 with --advantage {ADVANTAGE}: an output is right or wrong"
         require(alone and not REWARD_MODEL and not JUDGE, "REWARDS", demand)
     if ADVANTAGE == "maxrl":
-        negative = REWARDS.get("overlong") or REWARD_MODEL or min(REWARDS.values(), default=0) < 0
+        negative = REWARDS.get("overlong") or REWARD_MODEL or min(REWARDS.values()) < 0
         require(not negative, "ADVANTAGE", "another than maxrl: a reward can be negative")
     if SUPERVISION == "both":
         require(REWARDS.get("steps"), "REWARDS", "given a weight for steps with --supervision both")

@@ -59,8 +59,8 @@ def written_out(problem):
 
 # ---- generated problems --------------------------------------------------------------------------------------------
 # A maker is a function (rng, difficulty) -> (split key, problem). Problems with equal keys are in the same split. The
-# key is read as text, which must be the same in every process: do not use a set. The problem has a question, an answer and a
-# solution; its kind is the maker's name, unless the maker gives another.
+# key is read as text, which must be the same in every process: do not use a set. The problem has a question, an answer
+# and a solution. Its kind is the maker's name, unless the maker gives another.
 
 SIZES = {"train": 1000, "test": 200}  # problems of each maker and difficulty
 TRIES = 10_000  # a maker that has found nothing new after so many tries has too few problems

@@ -1032,7 +1032,7 @@ def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
     toss = lambda n: main.coin_tosses(state, problems[:n], outputs_of(["1"] * 4 * n, 4)).tolist()
     alone, parts = toss(3), []
     for rank, count in ((0, 1), (1, 2)):
-        monkeypatch.setattr(llms, "sum_over_ranks", lambda questions: 3)
+        monkeypatch.setattr(llms, "total_over_ranks", lambda questions: 3)
         monkeypatch.setattr(
             llms, "share", lambda rows, rank=rank: rows[len(rows) * rank // 2 : len(rows) * (rank + 1) // 2]
         )
