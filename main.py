@@ -1989,10 +1989,12 @@ def new_optimizer(networks):
 
 def prompt_limit(policy, tokenizer):
     """How long a training prompt may be: MAX_PROMPT_TOKENS and the SHOTS, or less for a model with a short context."""
-    empty = {"question": ""}
-    without_shots = llms.encode(tokenizer, rldatasets.prompt(empty))
-    shots = len(prompt_ids(tokenizer, empty)) - len(without_shots)
-    return min(MAX_PROMPT_TOKENS + shots, llms.context_length(policy) - MAX_NEW_TOKENS)
+    limit = MAX_PROMPT_TOKENS
+    if SHOTS:
+        empty = {"question": ""}
+        without_shots = llms.encode(tokenizer, rldatasets.prompt(empty))
+        limit += len(prompt_ids(tokenizer, empty)) - len(without_shots)
+    return min(limit, llms.context_length(policy) - MAX_NEW_TOKENS)
 
 
 def load_teacher(tokenizer):

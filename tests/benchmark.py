@@ -26,6 +26,7 @@ import transformers
 import llms
 import main
 
+main.put_in_force(main.of_the_block(model="another than the tiny one"))
 SHAPES = {  # hidden size, layers, inner size, heads, key heads, vocabulary
     "small": (384, 8, 1024, 6, 2, 32_000),
     "smaller": (256, 4, 688, 4, 2, 32_000),
@@ -159,7 +160,7 @@ def update_share(shape, rows=128, tokens=700):
     main.__dict__.update(TOKEN_BUDGET=16_384, BETA=0.0, MAX_PROMPT_TOKENS=PROMPT)
     state = main.new_state(ours(shape), None)
     prompts = [prompt for prompt in questions(rows // 16, SHAPES[shape][-1]) for _ in range(16)]
-    rollout = given(prompts, torch.randint(2, 9999, (rows, tokens - PROMPT)).tolist(), state.policy)
+    rollout = given(prompts, torch.randint(2, 9999, (rows, tokens - PROMPT)).tolist(), state.policy, 16)
     seconds = []
     for _ in range(3):
         began = clock()
@@ -182,7 +183,7 @@ def padded_logprobs(model, ids, attention, mask, temperature):
     T, head = mask.shape[1], model.get_output_embeddings().weight
     with llms.autocast(model):
         hidden = model.base_model(**reference.padded_inputs(ids, attention)).last_hidden_state[:, -T - 1 : -1][mask]
-    dtype = llms.precision(model.device)
+    dtype = llms.compute_dtype(model)
     logp = llms.HeadLogprobs.apply(hidden, head, None, ids[:, -T:][mask], temperature, dtype)
     return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
@@ -198,7 +199,9 @@ def packing(shape, group_sizes=(8, 16), count=4, repeats=3):
         torch.manual_seed(0)
         lengths = (102 * (0.6 * torch.randn(count * group_size)).exp()).clamp(1, 512).long().tolist()
         prompts = [prompt for prompt in questions(count, SHAPES[shape][-1]) for _ in range(group_size)]
-        rollout = given(prompts, [torch.randint(2, 9999, (length,)).tolist() for length in lengths], states[0].policy)
+        rollout = given(
+            prompts, [torch.randint(2, 9999, (length,)).tolist() for length in lengths], states[0].policy, group_size
+        )
         advantages, seconds = torch.randn(len(prompts)).to(rollout.ids.device), []
         for _ in range(repeats + 1):  # the first is a warm-up
             times = [clock()]
@@ -211,11 +214,12 @@ def packing(shape, group_sizes=(8, 16), count=4, repeats=3):
         print(f"{group_size:4}{a:16.2f} s{b:14.2f} s{b / a:8.2f}", flush=True)
 
 
-def given(prompts, completions, model):
+def given(prompts, completions, model, group_size=1):
     """A rollout of given tokens that nobody sampled."""
     rows = len(prompts)
     truncated = torch.zeros(rows, dtype=torch.bool, device=model.device)
-    return llms.Rollout(*llms.batch(prompts, completions, model.device), None, None, truncated, [""] * rows)
+    tensors = llms.batch(prompts, completions, model.device)
+    return llms.Rollout(*tensors, truncated=truncated, texts=[""] * rows, group_size=group_size)
 
 
 def sample(state, prompts):
@@ -403,7 +407,8 @@ def memory(model, copies, cache_tokens, token_budget, checkpointing, on_gpu, ran
 def fits():
     """An estimate of what each GPU needs."""
     groups = {"defaults": {}, "light": {"GROUP_SIZE": 16, "CACHE_TOKENS": 131072}}
-    ways, defaults = {"all weights": 0, "LoRA, rank 32": 32}, main.settings()
+    ways = {"all weights": 0, "LoRA, rank 32": 32}
+    defaults = main.of_the_block(model="another than the tiny one")
     print("\nGB on each of 1, 8 and 16 GPUs, with --gradient_checkpointing; light: " + ", ".join(
         f"--{name.lower()} {value}" for name, value in groups["light"].items()
     ))  # fmt: skip

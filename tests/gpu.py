@@ -29,7 +29,7 @@ SHAPE, GPU = "Qwen2.5-1.5B", torch.device("cuda")
 VOCABULARY = benchmark.SHAPES[SHAPE][-1]
 ENDS = list(range(1000, 1560))  # so many end tokens that a random model's outputs have about 270 tokens
 MORE_ENDS = list(range(1000, 3000))  # about 75 tokens
-WORDS, DEFAULTS, LIMITS, PRECISION = benchmark.Words(), main.settings(), dict(llms.LIMITS), llms.precision
+WORDS, DEFAULTS, LIMITS, HAS_BF16 = benchmark.Words(), main.settings(), dict(llms.LIMITS), llms.has_bf16
 LORA = "--lora_rank 32 --gradient_checkpointing --learning_rate 2e-5 --group_size 16 --cache_tokens 131072"  # README
 TINY = "--model model --dataset arithmetic --questions_per_step 8 --group_size 8 --max_new_tokens 64 --eval_questions 8"
 
@@ -108,7 +108,7 @@ def cap(size):
 
 def put_back():
     """Undo what a check may have changed, and free its memory."""
-    llms.precision = PRECISION
+    llms.has_bf16 = HAS_BF16
     llms.LIMITS.update(LIMITS)
     torch.cuda.set_sync_debug_mode("default")
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -218,7 +218,7 @@ def renewal():
 
 def full_precision():
     """In fp32 sampling is the plain loop, and log π and its gradient are those of all logits."""
-    llms.precision = lambda device: torch.float32
+    llms.has_bf16 = lambda device: False
     model, seed, results = policy(MORE_ENDS), torch.Generator().manual_seed, []
     with torch.no_grad():
         model.model.norm.weight.mul_(3)  # a random model is almost uniform: sharpen it, so that mistakes show
@@ -313,11 +313,11 @@ def speed():
 
 def in_parts():
     """The token budget that is left of 8192 with too little memory, and how far the gradient is from the whole."""
-    llms.precision = lambda device: torch.float32  # bf16 would round the gradient of every part
+    llms.has_bf16 = lambda device: False  # bf16 would round the gradient of every part
     settings(BETA=0.0, TOKEN_BUDGET=8192)
     state, advantages, gradients = new_state(), torch.randn(16), []
     prompts = [prompt for prompt in benchmark.questions(2, VOCABULARY) for _ in range(8)]
-    rollout = benchmark.given(prompts, torch.randint(2, 9999, (16, 300)).tolist(), state.policy)
+    rollout = benchmark.given(prompts, torch.randint(2, 9999, (16, 300)).tolist(), state.policy, 8)
     inputs = (state, rollout, advantages, None, None, main.grpo_loss, None)
     llms.peak_memory()  # forgets the peak
     before = torch.cuda.memory_allocated()
