@@ -63,10 +63,16 @@ def extract_answer(completion):
     elif BOX.search(text):
         answer = boxed(text)
     elif "####" in text:
-        answer = text.rpartition("####")[2].strip().partition("\n")[0]
+        answer = after_hashes(text)
     else:
         return None
     return answer.strip() or None
+
+
+def after_hashes(text):
+    """The line after the last `####` of a text; without one, the text."""
+    _, hashes, after = text.rpartition("####")
+    return after.strip().partition("\n")[0] if hashes else text
 
 
 def outside_reasoning(completion):
@@ -312,6 +318,7 @@ REWRITES = [  # pattern; what a match is replaced by; an example, tested: what t
     (r"^\((\d+)\)(?=_)", r"\1", "(101)_2 → 101_2"),
     (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", "", "Total: 72 → 72"),
     (rf"(?<=\S) \((?!.*{MEANINGFUL})[A-Za-z -]{{3,}}\)$", "", "72 (seventy-two) → 72"),
+    (r"(?<=[\d)%]) x +(?=[\d(])", " * ", "12 x 3 → 12 * 3"),
     (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1=", r"x \approx 5 → x= 5"),
     (r"(?<=\S)\s*\\approx.*", "", r"8\sqrt2 \approx 11.3 → 8\sqrt2"),  # we take the exact value
     (rf"(?i)^\s*(?:{ABOUT}|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", "", "about 72 → 72"),
@@ -343,8 +350,14 @@ def tidy(text):
 
 # a word has 4 letters or more, or 3 with a vowel if a space precedes; other letters are variables: 2xy
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
-UNIT_NAMES = "|".join(name for name in UNITS if re.fullmatch("[A-Za-z]{2,}", name))  # m and h alone are variables
+UNIT_NAMES = "|".join(
+    name for name in {**UNITS, **dict.fromkeys(UNITS.values())} if re.fullmatch("[A-Za-z]{2,}", name)
+)  # m and h alone are variables
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"  # cm, feet, cm^2
+# what is counted: a word in the plural, one with another plural, or any word after 1; `18 factorial` counts nothing
+PLURALS = "people|[a-z]*children|women|feet|teeth|fish|sheep|mice|geese|dice|money|change|water|candy|fruit|old|each|left|total"
+NOUN = rf"(?:(?!(?:minus|plus|times|less|halves|\w*wards)\b)[A-Za-z]{{2,}}s|{PLURALS}|(?<=\b1 )[a-z]+)\b"
+COUNTED = re.compile(rf"(?i)(?:.*\W)?(?:{UNIT_NAMES}|{NOUN}|per [a-z]+|[a-z]{{0,2}}|%)(?:\W*\d)?\W*")
 TRAILING_UNITS = re.compile(rf"""(?x)
     (?: (?<=[\d)}}.]) | (?<=\\pi) )                        # they directly follow a number
     (?: \s?%
@@ -722,10 +735,14 @@ class Reading(NamedTuple):
 
 def reading(text):
     """A text read as mathematics, or None if it cannot be read."""
-    if len(text) > LONGEST:
+    if len(text) > LONGEST or re.search(r"\d \([^()]*=", text):  # 36 (= 12*3)
         return None
+    for sides in itertools.pairwise(text.split("=")):
+        numbers = [exact_number(reading(side)) for side in sides]
+        if None not in numbers and common_value(sides) is None:  # 41 = 42
+            return None
     units = unit_names(" ".join(TRAILING_UNITS.findall(text)))
-    tokens = tokenize(TRAILING_UNITS.sub("", text))  # 8 cm^2 is 8
+    tokens = tokenize(TRAILING_UNITS.sub(unless_counted, text))  # 8 cm^2 is 8
     points = POINTS if any(kind in NAMES for kind, _ in tokens) else POINTS[:1]
     values = []
     for point in points:
@@ -734,6 +751,11 @@ def reading(text):
             return None
         values.append(value)
     return Reading(values, units)
+
+
+def unless_counted(words):
+    """What is left of the words after a number: nothing if they say what is counted, as in `18 red apples`."""
+    return "" if COUNTED.fullmatch(words[0]) else words[0]
 
 
 def value_at(tokens, point):
@@ -787,11 +809,11 @@ def spaced_like(text, other):
 
 
 def as_text(text):
-    """A text without spaces, with words in lower case. (C) becomes C. Single letters stay as they are: R is not r."""
+    """A text without spaces, with words in lower case. (C), C) and option C become C. Single letters stay as they are: R is not r."""
     word = r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])"
     text = re.sub(word, lambda match: match[0].lower(), text)
     text = re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
-    return re.sub(r"^\((\w)\)$", r"\1", text)
+    return re.sub(r"^(?:(?i:option|choice))?\(?(\w)\)?$", r"\1", text)
 
 
 def agree(one, other):
@@ -886,26 +908,90 @@ DOUBT = "no|not|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|per
 DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
 CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
     \b(?:than|at[ ](?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple
-    |squared|cubed|{FRACTION_WORD})\b
+    |squared|cubed|power|{FRACTION_WORD})\b
   | [\\^_] | \w\(
 """)
-STATED = re.compile(rf"""(?x)  # one word with one number: (-$1,080.50), 3/4kg
-    [^\w.^/*+-]*
-    ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/])
-    \D*
+# Only these words, next to a number, leave it as it is: `a total of 18 clips in all`, but not `a factor of 18`.
+VERBS = """(?:need|cost|tak|mak|spend|buy|receiv|sav|us|earn|sell|pay|eat|drink|read|scor|weigh|pick|run|walk|collect|gain|plant
+    |travel|travell|perform|carr|rais|climb|produc|play|contain|driv|jump|writ|keep|gather|charg|watch|bak|purchas|consum|teach
+    |burn|ow|own|want|requir|hold|hit|reach|attend|deliver|contribut|donat|sleep|last|add|find|win|lose|losing|lead|leav|get
+    |giv|put|throw|catch|see|send|bring|becom|remov|build|live|work|visit|order|count|wait|serv|grow|chang|stay|remain|left
+    |hav|return|increas|decreas|rais|watch|listen|complet|finish|start|scor|miss|borrow|lend|invest|wash|cover|prepar|cook|spar|equal|learn|fit|fill|cut|cross)"""
+BEFORE = (
+    VERBS
+    + r"""(?:e?s|e|i?ed|ies|y|ing|t|ting)?
+    |is|are|was|were|be|been|has|had|got|made|took|taken|sold|spent|paid|bought|ate|eaten|ran|drove|lost|won|found|gave|given
+    |drank|caught|saw|seen|wrote|held|taught|sent|brought|became|drew|kept|threw|led|built|slept|grew|rode|does|did|do|went|met
+    |worth|only|just|exactly|now|then|so|thus|therefore|hence|means|answer|total|difference|altogether|all|another|additional
+    |extra|still|already|for|with|at|on|in|about|around|away|off|out|up|down|him|her|them|me|you|us|it|the|his|its|their|our
+    |my|your|that's|it's|there's|day|week|month|year|hour|days|weeks|together|away|profit
+    |(?:equal|come|comes|came|amounts?|adds? up|sums?) to
+    |(?:total|sum|length|width|height|area|perimeter|volume|distance|cost|price|profit|change|average|mean|speed|rate|weight
+    |age|answer|amount|balance|score|number|value|earnings|salary|pay|bill|income|savings) of"""
+)
+BEFORE = re.sub(r"\n\s+", "", BEFORE).replace(" ", r"\s")
+AFTER = """in|for|on|per|an?|to|from|of|at|after|each|total|by|during|worth|are|were|when|every|and|long|old|tall|wide
+    |deep|high|away|left|altogether|remaining|overall|now|today|together|more|fewer|less|farther|longer|faster|cheaper|that
+    |who|which|with|because|since|so|through|this|last|next|out|heavier|taller|older|younger|the|before|until|while|as|if|all"""
+AFTER = re.sub(r"\n\s+", "", AFTER)
+CLAUSE_END = re.compile(r"[;:()?!]|[,.](?=\s|$)|\s-+\s")
+SIDE = r"(?:[\d+\-*/()% ]|[.,](?=\d))*"  # of an equation between numbers
+EQUATION = re.compile(rf"(?:(?<![\w.,]){SIDE})?(?:={SIDE})+")
+FORMULA = re.compile(r"^(?!.*(?:(?<![\\A-Za-z])[A-Za-z]{4}|,\s).*=).*[\\^_(].*=")  # one that is not read: \angle A = 20
+REMARK = re.compile(r"\s\(([^()]*[=A-Za-z][^()]*)\)")  # (12*3=36), but not (3 + 4)
+STATED = re.compile(rf"""(?xi)  # what stands around one number in a clause: is (-$1,080.50), 3/4kg of
+    (?: \D*\b(?:{BEFORE})\s+ )? [^\w.^/*+-]*
+    ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/\d])
+    (?: \s?/?\s? (?:[a-z-]+\s){{0,3}}? (?:{UNIT_NAMES}|{NOUN}) (?![a-z]) \D* | \s (?:{AFTER})\b \D* | \W* )
 """)
 
 
 def stated(text):
-    """The one number in a sentence, or None: 'It is 72 clips.' None for 'not 72', '72 or 73', '72 (of 100)'."""
-    result = text.rpartition("=")[2].strip()
-    if len(text) > LONGEST or DOUBTFUL.search(text) or CHANGED.search(result):
+    """The one number in a sentence, or None: 'It is 72 clips.' None for 'not 72', '72 or 73', 'a factor of 72'.
+
+    A calculation counts as its result: '48 + 24 = 72 clips' states 72, and so does '72 (48 + 24 = 72)'. But '71, as
+    48 + 24 = 72' states nothing: its numbers differ.
+    """
+    if len(text) > LONGEST or DOUBTFUL.search(text):
         return None
-    result = re.sub(r"^([+-])\s+", r"\1", result)  # - 5 as -5
-    result = re.sub(r"\s?/\s?", "/", result)  # 3 / 4 as 3/4
-    word = re.fullmatch(r"(?:\D*\s)?(\S*\d\S*)(?:\s\D*)?", result)  # the only one with a digit
-    match = word and STATED.fullmatch(word[1])
-    return exact_number(reading(match[1])) if match else None
+    text = REMARK.sub(r"; \1;", text)
+    text = re.sub(rf"(?<=\d) {NOUN}(?= ?[-+*/=])", "", text)  # 5 cups + 3 cups = 8 cups
+    text = EQUATION.sub(result_of, FORMULA.sub(": ", text))
+    if CHANGED.search(text):
+        return None
+    text = re.sub(r"(?i)(^|\b(?:is|are|was|be)\s)([+-])\s+", r"\1\2", text)  # - 5 as -5
+    text = re.sub(r"\s?/\s?", "/", text)  # 3 / 4 as 3/4
+    numbers = set()
+    for clause in CLAUSE_END.split(text):
+        if re.search(r"\d", clause):
+            match = STATED.fullmatch(clause)
+            numbers.add(exact_number(reading(match[1])) if match else None)
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def result_of(equation):
+    """Of '48 + 24 = 72' the 72, after a colon where nothing stands left of the =. An equation that is wrong stays."""
+    sides = equation[0].split("=")
+    value = common_value([side for side in sides if side.strip()])
+    if value is None:
+        return equation[0]
+    return f" {value} " if sides[0].strip() else f": {value} "
+
+
+def common_value(sides):
+    """The value of all sides of an equation, or None where they differ: 10/3 = 3.33 is rounded, 1/4 = 25% is equal."""
+    factors = (1, 100, Fraction(1, 100)) if "%" in "".join(sides) else (1,)
+    value = None
+    for side in sides:
+        result = exact_number(reading(side))
+        if result is None:
+            return None
+        decimals = len(re.search(r"(?:\.(\d+))?\D*$", side)[1] or "")
+        equal = value is None or any(close(value * factor, result) for factor in factors)
+        if not equal and not (decimals and round(value, decimals) == result):
+            return None
+        value = result
+    return value
 
 
 # ---- logic puzzles: who is what, who came when ---------------------------------------------------------------------
@@ -924,12 +1010,13 @@ NUMBERING = {  # the first that fits counts: `first to last` is neither a doubt 
 }
 
 
-def words_that_matter(answer, names, choices):
+def words_that_matter(answer, problem, choices):
     """The names and the given words in an answer, in their order: [("name", "ada"), ("knight", "knight"), …].
     Nothing if one of them is a doubt. choices: {kind: its words as a pattern}."""
+    names = re.findall(r"[A-Z]\w*", problem["answer"])
     markup = r"""\\[a-zA-Z]+|[\s*_`"“”{}()\[\]$]"""  # of LaTeX, markdown and JSON
     answer = re.sub(markup, " ", answer[:10_000])
-    choices = choices | {"name": "|".join(map(re.escape, names))}
+    choices = choices | {"name": "|".join(map(re.escape, names)).lower()}
     pattern = "|".join(rf"(?P<{kind}>(?<!\w)(?:{words})(?!\w))" for kind, words in choices.items())
     found = []
     for match in re.finditer(pattern, " ".join(answer.lower().split())):
@@ -939,10 +1026,9 @@ def words_that_matter(answer, names, choices):
     return found
 
 
-def knights_equal(answer, problem):
-    """Does an answer give each person the right role: `Ada: knight, Ben: knave`, or `Knights: Ada. Knaves: Ben`?"""
-    gold = dict(pair.split(": ") for pair in problem["answer"].lower().split(", "))
-    words = words_that_matter(re.sub(NOBODY, "", answer), gold, ROLES)
+def said_roles(answer, problem):
+    """Who is what: {("ada", "knight"), …} of `Ada: knight, Ben: knave` or `Knights: Ada. Knaves: Ben`; or None."""
+    words = words_that_matter(re.sub(NOBODY, "", answer), problem, ROLES)
     if words and words[0][0] != "name":
         words.reverse()  # `Knights: Ada. Knaves: Ben` backwards is `Ben knaves, Ada knights`: names before their role
     claims = set()
@@ -956,21 +1042,20 @@ def knights_equal(answer, problem):
             waiting = []
             last_role = kind
         elif kind != last_role:
-            return False  # Ada is a knight and a knave
-    return claims == set(gold.items())
+            return None  # Ada is a knight and a knave
+    return claims
 
 
-def order_equal(answer, problem):
-    """Does an answer give every name once, in the right order? They may be numbered: `1. Ben 2. Ada`, `first Ben`."""
-    gold = problem["answer"].lower().split(", ")
+def said_order(answer, problem):
+    """The names in their order: ["ben", "ada"]. They may be numbered: `1. Ben 2. Ada`, `first Ben`. Else None."""
     names = []
     numbers = []
-    for kind, word in words_that_matter(answer, gold, NUMBERING):
+    for kind, word in words_that_matter(answer, problem, NUMBERING):
         if kind == "name":
             names.append(word)
         elif kind == "number":
             numbers.append(PLACES.get(word) or int(re.match(r"\d+", word)[0]))
-    return names == gold and numbers in ([], list(range(1, len(gold) + 1)))
+    return names if numbers in ([], list(range(1, len(names) + 1))) else None
 
 
 # ---- countdown -----------------------------------------------------------------------------------------------------
@@ -1069,12 +1154,12 @@ def words_of(text):
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
-def dialogue_equal(answer, problem):
-    """Does an answer name the fact that was asked for, and none of the others that were told?"""
+def said_facts(answer, problem):
+    """Which of the facts that were told an answer names."""
     told = set()
     for turn in problem["turns"][::2]:  # each fact ends a sentence
         told.update(re.findall(r"(\w+)\.", turn["content"]))
-    return told & set(re.findall(r"\w+", answer)) == {problem["answer"]}
+    return told & set(re.findall(r"\w+", answer))
 
 
 # ---- programs, graded by tests in a sandbox ------------------------------------------------------------------------
@@ -1318,38 +1403,56 @@ INSIDE = "import json, os, sys, types, warnings\n" + "".join(
 
 
 def value_equal(answer, problem):
-    """Does an answer mean the same as the right one? Of a GSM8K answer field, what follows `####` counts."""
-    return math_equal(answer, problem["answer"].rpartition("####")[2].strip())
+    """Does an answer mean the same as the right one? Of a GSM8K answer field, the line after `####` counts."""
+    return math_equal(answer, after_hashes(problem["answer"]))
 
 
+READINGS = {  # {kind of problem: what an answer says}; an answer is right if it says what the right one says
+    "knights": said_roles,
+    "order": said_order,
+    "dialogue": said_facts,
+}
 CHECKERS = {  # {kind of problem: a function of an answer and the problem}; programs are graded by test_results
     "math": value_equal,
-    "knights": knights_equal,
-    "order": order_equal,
     "countdown": countdown_equal,
     "nim": nim_equal,
     "writing": writing_equal,
-    "dialogue": dialogue_equal,
 }
 
 
 def right(answer, problem):
     """Is an answer right, by the rules of the kind of its problem? None is not."""
-    return answer is not None and CHECKERS[problem.get("kind", "math")](answer, problem)
+    kind = problem.get("kind", "math")
+    if answer is None:
+        return False
+    if kind in CHECKERS:
+        return CHECKERS[kind](answer, problem)
+    return alike(answer, problem["answer"], problem)
+
+
+def alike(one, other, problem):
+    """Do two answers to a problem say the same?"""
+    if problem.get("kind") not in READINGS:
+        return math_equal(one, other)
+    said = READINGS[problem["kind"]]
+    meaning = said(one, problem)
+    return bool(meaning) and meaning == said(other, problem)
 
 
 def grade(completion, gold):
-    """Is a completion's answer right? The gold is a plain answer or a GSM8K answer field: what follows `####`."""
+    """Is a completion's answer right? The gold is a plain answer or a GSM8K answer field: the line after `####`."""
     return right(extract_answer(completion), {"answer": gold})
 
 
-def majority(completions):
+def majority(completions, problem=None):
     """The answer that most completions give, the earliest of equals, or None: the vote of maj@k (self-consistency)."""
     votes = Counter(filter(None, map(extract_answer, completions)))
     best = None
     most = 0
     for answer in votes:
-        count = sum(votes[other] for other in votes if math_equal(other, answer))  # with those that mean the same
+        count = sum(
+            votes[other] for other in votes if alike(other, answer, problem or {})
+        )  # with those that say the same
         if count > most:
             best = answer
             most = count
@@ -1518,17 +1621,25 @@ def lenient(completion, problem):
         return False
     text = extract_answer(completion) or boxed(completion) or completion
     if kind == "math":
-        return right(last_number(text), problem)
-    if kind != "writing":  # a story is all of the text, another answer its last line
+        text = announced(text) or last_statement(text)
+    elif kind != "writing":  # a story is all of the text, another answer its last line
         text = text.strip().rpartition("\n")[2]
     return right(text, problem)
 
 
-def last_number(text):
-    """The last number of a text as it is written, or None: -1,080.5 or 3/4."""
-    text = text.rpartition("####")[2].replace("−", "-")
-    numbers = re.findall(r"(?:(?<![\w.)])-)?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text)
-    return numbers[-1] if numbers else None
+def announced(text):
+    """What follows the last `answer is`, `answer:` or ####, up to the end of the sentence or a remark in brackets."""
+    found = re.findall(r"(?i)(?:\banswer\b[^.\n\d]{0,40}?(?:\bis\b|[:=])|####)(\W*(?:[^\n.;(]|\.(?=\d))*)", text)
+    return found[-1].strip() if found else None
+
+
+def last_statement(text):
+    """The last clause with a number in it, or None. Of several numbers in it, only what follows the last but one."""
+    clauses = re.split(r"[\n;]|[.?!,](?=\s|$)", text)
+    clauses = [clause for clause in clauses if re.search(r"\d", clause) and len(clause) <= LONGEST]
+    if not clauses or "=" in clauses[-1]:
+        return clauses[-1] if clauses else None
+    return re.sub(r"^.*\d(?:\s(?=[A-Za-z]\D*\d[\d.,/]*\D*$)|-(?=\d))", "", clauses[-1])
 
 
 @reward
@@ -1537,7 +1648,7 @@ def integer(completion, problem):
     if problem.get("kind", "math") != "math":
         return None
     answer = number(extract_answer(completion) or "")
-    gold = number(problem["answer"].rpartition("####")[2])
+    gold = number(after_hashes(problem["answer"]))
     return all(value is not None and value.denominator == 1 for value in (answer, gold))
 
 

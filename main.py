@@ -1311,7 +1311,7 @@ def sampled_metrics(state, problems, prompts, votes):
         if votes:
             elected = []
             for problem, texts in zip(problems, groups_of_texts(rollout)):
-                elected.append(evaluator.right(evaluator.majority(texts[:k]), problem))
+                elected.append(evaluator.right(evaluator.majority(texts[:k], problem), problem))
             elected = llms.gather(elected)
             metrics[f"eval/maj@{k}"] = sum(elected) / len(elected)
     return metrics

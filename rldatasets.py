@@ -20,6 +20,7 @@ To add a data set whose columns are among the FORMATS, add one line to DATASETS.
 """
 
 import ast
+import csv
 import functools
 import gzip
 import itertools
@@ -496,7 +497,8 @@ def answer_after(mark, question, solution):
     explanation, found, answer = solution.rpartition(mark)
     if not found or not answer.strip():
         raise ValueError(f"its solution must end in `{mark} result` (a plain answer: name the columns problem, answer)")
-    return {"question": question, "answer": answer.strip(), "kind": "math", "solution": explanation.strip()}
+    answer = answer.strip().partition("\n")[0]  # a remark may follow on the next line
+    return {"question": question, "answer": answer, "kind": "math", "solution": explanation.strip()}
 
 
 def mathematics(row):
@@ -506,7 +508,7 @@ def mathematics(row):
     if answer is None:
         for paragraph in re.split(r"\n\s*\n", solution):
             answer = boxes(paragraph) or answer  # those of the last paragraph that has some
-    if type(answer) not in (str, int) or not str(answer).strip():
+    if type(answer) not in (str, int, float) or str(answer).strip() in ("", "nan"):
         raise ValueError(r"it needs an answer, or a solution with its answer in \boxed{}")
     return {"question": row["problem"], "answer": str(answer).strip(), "kind": "math", "solution": solution.strip()}
 
@@ -658,23 +660,35 @@ def files_of(path, split):
     raise ValueError(f"a data file ends in {', '.join(SUFFIXES)}; in a folder its path must name the split {split!r}")
 
 
-def json_rows(path):
-    """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
+def opened(path):
+    """A text file, unpacked if its name ends in .gz."""
     read = gzip.open if path.endswith(".gz") else open
-    with read(path, "rt", encoding="utf-8-sig") as file:
-        lines = filter(str.strip, file)  # the lines that are not blank
-        first = next(lines, "")
-        if re.fullmatch(r"\s*\{.*\}\s*", first):  # one row on each line
-            texts = itertools.chain([first], lines)
-        else:
-            texts = [first + file.read()]
-        for text in texts:
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                before = error.doc[: error.pos][-30:]
-                raise ValueError(f"{path}, after {before!r}: {error.msg}") from error
-            yield from value if isinstance(value, list) else [value]
+    return read(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def csv_rows(file, path):
+    """Stream the rows of a CSV file; every value is a text."""
+    reader = csv.DictReader(file)
+    if not reader.fieldnames:
+        raise ValueError(f"{path} is empty")
+    yield from reader
+
+
+def json_rows(file, path):
+    """Stream the rows of a JSON file: one on each line, or a list of rows, or one row over several lines."""
+    lines = filter(str.strip, file)  # the lines that are not blank
+    first = next(lines, "")
+    if re.fullmatch(r"\s*\{.*\}\s*", first):  # one row on each line
+        texts = itertools.chain([first], lines)
+    else:
+        texts = [first + file.read()]
+    for text in texts:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            before = error.doc[: error.pos][-30:]
+            raise ValueError(f"{path}, after {before!r}: {error.msg}") from error
+        yield from value if isinstance(value, list) else [value]
 
 
 def rows(entry, split):
@@ -696,13 +710,14 @@ def rows(entry, split):
                 yield row
         return
     suffix, files = files_of(Path(entry["path"]), split)
-    if suffix in (".csv", ".parquet"):
+    if suffix == ".parquet":
         # `datasets` calls the split of given files "train", whatever it is
-        yield from datasets.load_dataset(suffix[1:], data_files=files, split="train", streaming=True)
+        yield from datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         return
     # not with `datasets`: it makes a date of the text "2020-01-01", and a number of "005"
     for file in files:
-        yield from json_rows(file)
+        with opened(file) as lines:
+            yield from csv_rows(lines, file) if suffix == ".csv" else json_rows(lines, file)
 
 
 def problems(name, entry, split):

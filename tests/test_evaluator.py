@@ -331,6 +331,110 @@ def test_the_majority_counts_equal_values_together_and_prefers_the_earliest():
     assert evaluator.majority(["nothing"]) is None
 
 
+def test_votes_are_counted_by_the_rule_of_the_kind_of_the_problem():
+    order = {"kind": "order", "answer": "Ada, Ben, Cleo"}
+    votes = ["Cleo, Ben, Ada", "Ada, Ben, Cleo", "1. Ada 2. Ben 3. Cleo", "who knows", "nobody", "no idea"]
+    assert evaluator.majority([f"<answer>{vote}</answer>" for vote in votes], order) == "Ada, Ben, Cleo"
+    assert evaluator.majority([f"<answer>{vote}</answer>" for vote in votes[:2]], order) == "Cleo, Ben, Ada"
+    roles = {"kind": "knights", "answer": "Ada: knight, Ben: knave"}
+    votes = ["Ada: knave, Ben: knight", "Knights: Ada. Knaves: Ben", "Ben: knave, Ada: knight"]
+    assert evaluator.majority([f"<answer>{vote}</answer>" for vote in votes], roles) == "Knights: Ada. Knaves: Ben"
+    assert evaluator.majority([f"#### {vote}" for vote in ("41", "42", "41 (since 6*7=42)")]) == "41"
+
+
+@pytest.mark.parametrize("answer", ["(E)", "E)", "E", "E.", "Option E", "choice (E)", "option E)", "**E**"])
+def test_a_choice_is_its_letter(answer):
+    assert evaluator.math_equal(answer, "E") and evaluator.math_equal("E", answer)
+    assert not evaluator.math_equal(answer, "D") and not evaluator.math_equal(answer, "e")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "41 (since 6*7=42)", "41, because 6*7 = 42", "It is 41. Check: 6*7 = 42", "The total is 41 = 42", "41 = 42",
+        "6*7 = 41 = 42", "41; 6*7 = 42", "41 6*7 = 42", "41 (= 42)", "6*7 = 42, so 41", "41 or rather 42", "41 apples = 42",
+        "41, 6 × 7 = 42", "41.5 = 42", r"41, since $6 \cdot 7 = 42$",
+    ],
+)  # fmt: skip
+def test_a_number_that_is_not_the_result_contradicts_it(said):
+    assert not evaluator.math_equal(said, "42") and not evaluator.math_equal(said, "41")
+
+
+@pytest.mark.parametrize(
+    "said, gold",
+    [
+        ("36 (12*3=36)", "36"), ("36 = 12 x 3", "36"), ("36 (= 12 x 3)", "36"), ("36 = 12 × 3", "36"),
+        ("It is 36. Check: 12*3 = 36", "36"), ("12 x 3 = 36 apples", "36"), ("5 cups + 3 cups = 8 cups", "8"),
+        ("10/3 = 3.33", "3.33"), ("1/4 = 25%", "25%"), ("1/4 = 25%", "1/4"), ("36 * 50% = 18", "18"), ("(12/48) * 100 = 25%", "25"),
+        (r"\angle A = 60^\circ - 40^\circ = 20^\circ", "20"), ("f(1,0) = 1", "1"), ("the value is x=5", "x=5"),
+    ],
+)  # fmt: skip
+def test_a_calculation_says_its_result_and_may_repeat_it(said, gold):
+    assert evaluator.math_equal(said, gold)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "the reciprocal of 18", "18 factorial", "a factor of 18", "18 squared", "the square of 18", "18 choose 2", "18 modulo",
+        "a multiple of 18", "the opposite of 18", "18 halved", "18 doubled", "18 reversed", "log 18", "18 prime", "up to 18",
+        "exceeds 18", "18 short", "divisible by 18", "18 to the power of two", "It is - 18", "18 backwards", "18 inverted",
+    ],
+)  # fmt: skip
+def test_words_that_are_not_known_to_leave_a_number_as_it_is_make_it_another(said):
+    assert not evaluator.math_equal(said, "18")
+    assert not evaluator.lenient(f"I think it is {said}", {"answer": "18"})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "18 apples", "a total of 18", "18 red apples", "18 in total", "18 apples in all", "She has 18 left", "18 people",
+        "He earned 18 dollars last week", "It took them 18 hours to build", "18 more", "Total: 18", "They sold 18 tickets each",
+        "18 years old", "It costs $18 per day", "18 eggs for breakfast", "1/2 * 36 = 18", "18 miles per hour", "18 hours a day",
+    ],
+)  # fmt: skip
+def test_words_that_say_what_is_counted_leave_a_number_as_it_is(said):
+    assert evaluator.math_equal(said, "18") and not evaluator.math_equal(said, "19")
+
+
+@pytest.mark.parametrize(
+    "completion, answer, found",
+    [
+        ("The answer is 18. Note that this assumes 7 days a week.", "18", True),
+        ("The answer is 18 (see step 3)", "18", True),
+        ("The answer is 18. (see step 3)", "3", False),
+        ("The answer is not 18", "18", False),
+        ("The answer is 3.5.", "3.5", True),
+        ("Answer: 17\nNo, the answer: 18\nStep 4 was hard.", "18", True),
+        ("It is −5 degrees", "5", False),
+        ("It is − 5 degrees", "5", False),
+        ("It is − 5 degrees", "-5", True),
+        ("–5 degrees", "5", False),
+        ("It is 1 1/2", "1/2", False),
+        ("It is 5 kg", "5 cm", False),
+        ("It is 3 × 10^5", "5", False),
+        ("The answer is 3 × 10^5", "300000", True),
+        ("It is 2 million", "2", False),
+        ("The answer is \\frac{1}{2}", "2", False),
+        ("It is half of 18", "18", False),
+        ("In 3 days she has 72 clips", "72", True),
+        ("She sold 48 + 24 = 72 clips", "72", True),
+        ("$5k", "5", False),
+    ],
+)
+def test_lenient_reads_a_number_whole_where_the_answer_is_announced_or_last(completion, answer, found):
+    assert evaluator.lenient(completion, {"answer": answer}) == found
+
+
+@pytest.mark.parametrize("gold", ["6*7 = 42\n#### 42\nThis assumes 7 days.", "#### 42", "42"])
+def test_a_remark_after_the_line_of_the_gold_is_not_a_part_of_it(gold):
+    assert (
+        evaluator.grade("#### 42\nAs said above.", gold)
+        and evaluator.rewards("#### 7", {"answer": gold})["integer"] == 1
+    )
+
+
 # ---- mathematics ---------------------------------------------------------------------------------------------------
 
 SAME = r"""
@@ -455,7 +559,7 @@ def test_what_is_not_the_same(left, right):
 @pytest.mark.parametrize("sentence", ["It is 72 clips.", "Therefore, 72", "She sold 48 + 24 = 72 clips in all.", "72?"])
 def test_a_sentence_with_one_number_in_it_says_that_number(sentence):
     assert evaluator.math_equal(sentence, "72") and not evaluator.math_equal(sentence, "73")
-    assert evaluator.math_equal(sentence.replace("72", "1,272"), "1,272")
+    assert evaluator.math_equal(sentence.replace("72", "1,272").replace("48", "1,248"), "1,272")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 import evaluator
 import rldatasets
 
-KNIGHTS = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ada: knight, Ben: knave, Cleo: knave"}
-TWO = {"names": ["Ada", "Ben"], "answer": "Ada: knight, Ben: knight"}
-KNAVES = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ada: knave, Ben: knave, Cleo: knave"}
-ORDER = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ben, Ada, Cleo"}
+KNIGHTS = {"kind": "knights", "names": ["Ada", "Ben", "Cleo"], "answer": "Ada: knight, Ben: knave, Cleo: knave"}
+TWO = {"kind": "knights", "names": ["Ada", "Ben"], "answer": "Ada: knight, Ben: knight"}
+KNAVES = {"kind": "knights", "names": ["Ada", "Ben", "Cleo"], "answer": "Ada: knave, Ben: knave, Cleo: knave"}
+ORDER = {"kind": "order", "names": ["Ada", "Ben", "Cleo"], "answer": "Ben, Ada, Cleo"}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ ORDER = {"names": ["Ada", "Ben", "Cleo"], "answer": "Ben, Ada, Cleo"}
     ],
 )
 def test_a_right_assignment_counts_in_every_notation_that_names_each_person(problem, answer):
-    assert evaluator.knights_equal(answer, problem)
+    assert evaluator.right(answer, problem)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_right_assignment_counts_in_every_notation_that_names_each_person(prob
     ],
 )
 def test_a_wrong_incomplete_or_hedged_assignment_does_not_count(problem, answer):
-    assert not evaluator.knights_equal(answer, problem)
+    assert not evaluator.right(answer, problem)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_wrong_incomplete_or_hedged_assignment_does_not_count(problem, answer)
     ],
 )
 def test_a_right_order_counts_in_any_notation(answer):
-    assert evaluator.order_equal(answer, ORDER)
+    assert evaluator.right(answer, ORDER)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_right_order_counts_in_any_notation(answer):
     ],
 )
 def test_a_wrong_incomplete_or_hedged_order_does_not_count(answer):
-    assert not evaluator.order_equal(answer, ORDER)
+    assert not evaluator.right(answer, ORDER)
 
 
 def swapped(problem, rng):
@@ -187,13 +187,14 @@ def swapped(problem, rng):
 @pytest.mark.parametrize("kind", ["knights", "order"])
 @pytest.mark.parametrize("difficulty", range(1, 6))
 def test_the_answer_of_a_puzzle_is_right_and_with_one_change_it_is_wrong(kind, difficulty):
-    equal, rng = {"knights": evaluator.knights_equal, "order": evaluator.order_equal}[kind], random.Random(0)
+    rng = random.Random(0)
     for problem in rldatasets.load(f"{kind}:{difficulty}", "test"):
-        assert equal(problem["answer"], problem) and not equal(swapped(problem, rng), problem)
-        assert not equal(problem["question"], problem)
+        assert evaluator.right(problem["answer"], problem)
+        assert not evaluator.right(swapped(problem, rng), problem)
+        assert not evaluator.right(problem["question"], problem)
 
 
-@pytest.mark.parametrize("equal", [evaluator.knights_equal, evaluator.order_equal])
+@pytest.mark.parametrize("problem", [KNIGHTS, ORDER])
 @pytest.mark.parametrize(
     "text",
     [
@@ -215,8 +216,7 @@ def test_the_answer_of_a_puzzle_is_right_and_with_one_change_it_is_wrong(kind, d
     ]
     + ["second-to-", "truth ", "\0", "😀", "٣ ", "²", "Ada: knight, ", "knights: Ada ", "no one ", '{"', "İ", "ß "],
 )
-def test_any_text_is_judged_in_time_and_without_an_exception(equal, text):
-    problem = KNIGHTS if equal is evaluator.knights_equal else ORDER
+def test_any_text_is_judged_in_time_and_without_an_exception(problem, text):
     long, start = (text * 100_000)[:100_000], time.perf_counter()
-    assert equal(long, problem) is False
+    assert evaluator.right(long, problem) is False
     assert time.perf_counter() - start < 0.3  # 10 to 50 ms on an idle core

@@ -4,6 +4,7 @@ import ast
 import gzip
 import itertools
 import json
+import math
 import operator
 import random
 import re
@@ -298,7 +299,7 @@ def test_an_mbpp_row_becomes_a_program_whose_question_shows_the_tests(tmp_path):
         {"problem": "", "solution": r"\boxed{1}"},
         {"problem": "?", "solution": 1, "answer": "1"},
         {"problem": "?", "answer": " "},
-        {"problem": "?", "answer": 0.5},
+        {"problem": "?", "answer": math.nan},
         {"problem": "?", "answer": ["1"]},
         {"problem": "?"},
         {"query": "?", "response": "5"},
@@ -361,6 +362,21 @@ def test_a_line_that_is_not_json_is_named_by_its_file_and_row(tmp_path, bad):
         with pytest.raises(rldatasets.DataError, match=f'row {bad}: .*train.jsonl.* "answer" \'') as error:
             list(rldatasets.load(str(name), "train"))
         assert "\n" not in str(error.value)
+
+
+def test_numbers_in_data_files_are_what_stands_there(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"problem": "?", "answer": 2.5}\n{"problem": "?", "answer": -3}\n')
+    assert [row["answer"] for row in rldatasets.load(str(tmp_path / "train.jsonl"), "train")] == ["2.5", "-3"]
+    (tmp_path / "rows.csv").write_text('problem,answer\n?,2\n?,2.5\n?,07\n"1,\n2?",NA\n?,2020-01-01\n')
+    problems = list(rldatasets.load(str(tmp_path / "rows.csv"), "train"))
+    assert [row["answer"] for row in problems] == ["2", "2.5", "07", "NA", "2020-01-01"]
+    assert problems[3]["question"] == "1,\n2?"
+
+
+def test_a_remark_after_the_line_of_the_answer_is_left_out(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "6*7=42\n#### 42\nSee step 3."}))
+    problem = next(iter(rldatasets.load(str(tmp_path / "rows.jsonl"), "train")))
+    assert (problem["answer"], problem["solution"]) == ("42", "6*7=42")
 
 
 def test_a_list_of_rows_can_be_on_one_line_or_on_several(tmp_path):
