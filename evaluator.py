@@ -350,12 +350,12 @@ def tidy(text):
 
 # a word has 4 letters or more, or 3 with a vowel if a space precedes; other letters are variables: 2xy
 WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
-UNIT_NAMES = "|".join(
-    name for name in {**UNITS, **dict.fromkeys(UNITS.values())} if re.fullmatch("[A-Za-z]{2,}", name)
-)  # m and h alone are variables
+UNIT_NAMES = "|".join(name for name in (*UNITS, *UNITS.values()) if re.fullmatch("[A-Za-z]{2,}", name))  # not m and h
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"  # cm, feet, cm^2
 # what is counted: a word in the plural, one with another plural, or any word after 1; `18 factorial` counts nothing
-PLURALS = "people|[a-z]*children|women|feet|teeth|fish|sheep|mice|geese|dice|money|change|water|candy|fruit|old|each|left|total"
+PLURALS = (
+    "people|[a-z]*children|women|feet|teeth|fish|sheep|mice|geese|dice|money|change|water|candy|fruit|old|each|left"
+)
 NOUN = rf"(?:(?!(?:minus|plus|times|less|halves|\w*wards)\b)[A-Za-z]{{2,}}s|{PLURALS}|(?<=\b1 )[a-z]+)\b"
 COUNTED = re.compile(rf"(?i)(?:.*\W)?(?:{UNIT_NAMES}|{NOUN}|per [a-z]+|[a-z]{{0,2}}|%)(?:\W*\d)?\W*")
 TRAILING_UNITS = re.compile(rf"""(?x)
@@ -809,7 +809,10 @@ def spaced_like(text, other):
 
 
 def as_text(text):
-    """A text without spaces, with words in lower case. (C), C) and option C become C. Single letters stay as they are: R is not r."""
+    """A text without spaces, with words in lower case. Single letters stay as they are: R is not r.
+
+    (C), C) and option C become C.
+    """
     word = r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])"
     text = re.sub(word, lambda match: match[0].lower(), text)
     text = re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
@@ -911,38 +914,48 @@ CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
     |squared|cubed|power|{FRACTION_WORD})\b
   | [\\^_] | \w\(
 """)
+
+
+def any_of(words):
+    """A pattern for any of some words."""
+    return f"(?:{'|'.join(words.split())})"
+
+
 # Only these words, next to a number, leave it as it is: `a total of 18 clips in all`, but not `a factor of 18`.
-VERBS = """(?:need|cost|tak|mak|spend|buy|receiv|sav|us|earn|sell|pay|eat|drink|read|scor|weigh|pick|run|walk|collect|gain|plant
-    |travel|travell|perform|carr|rais|climb|produc|play|contain|driv|jump|writ|keep|gather|charg|watch|bak|purchas|consum|teach
-    |burn|ow|own|want|requir|hold|hit|reach|attend|deliver|contribut|donat|sleep|last|add|find|win|lose|losing|lead|leav|get
-    |giv|put|throw|catch|see|send|bring|becom|remov|build|live|work|visit|order|count|wait|serv|grow|chang|stay|remain|left
-    |hav|return|increas|decreas|rais|watch|listen|complet|finish|start|scor|miss|borrow|lend|invest|wash|cover|prepar|cook|spar|equal|learn|fit|fill|cut|cross)"""
-BEFORE = (
-    VERBS
-    + r"""(?:e?s|e|i?ed|ies|y|ing|t|ting)?
-    |is|are|was|were|be|been|has|had|got|made|took|taken|sold|spent|paid|bought|ate|eaten|ran|drove|lost|won|found|gave|given
-    |drank|caught|saw|seen|wrote|held|taught|sent|brought|became|drew|kept|threw|led|built|slept|grew|rode|does|did|do|went|met
-    |worth|only|just|exactly|now|then|so|thus|therefore|hence|means|answer|total|difference|altogether|all|another|additional
-    |extra|still|already|for|with|at|on|in|about|around|away|off|out|up|down|him|her|them|me|you|us|it|the|his|its|their|our
-    |my|your|that's|it's|there's|day|week|month|year|hour|days|weeks|together|away|profit
-    |(?:equal|come|comes|came|amounts?|adds? up|sums?) to
-    |(?:total|sum|length|width|height|area|perimeter|volume|distance|cost|price|profit|change|average|mean|speed|rate|weight
-    |age|answer|amount|balance|score|number|value|earnings|salary|pay|bill|income|savings) of"""
-)
-BEFORE = re.sub(r"\n\s+", "", BEFORE).replace(" ", r"\s")
-AFTER = """in|for|on|per|an?|to|from|of|at|after|each|total|by|during|worth|are|were|when|every|and|long|old|tall|wide
-    |deep|high|away|left|altogether|remaining|overall|now|today|together|more|fewer|less|farther|longer|faster|cheaper|that
-    |who|which|with|because|since|so|through|this|last|next|out|heavier|taller|older|younger|the|before|until|while|as|if|all"""
-AFTER = re.sub(r"\n\s+", "", AFTER)
+STEMS = any_of("""
+    add attend bak becom borrow bring build burn buy carr catch chang charg climb collect complet consum contain contribut
+    cook cost count cover cross cut deliver donat drink driv earn eat equal fill find finish fit gain gather get giv grow
+    hav hit hold increas invest jump keep lead learn leav lend listen liv los mak miss need order ow own pay perform pick
+    plant play prepar produc purchas put rais reach read receiv remain remov requir return run sav scor see sell send serv
+    sleep spend start stay tak teach throw travel travell us visit wait walk want wash watch weigh win work writ
+""")
+BEFORE = any_of("""
+    is are was were be been has had got made took taken sold spent paid bought ate eaten ran drove left lost won found gave
+    given drank caught saw seen wrote held taught sent brought became drew kept threw led built slept grew rode does did do
+    went met worth only just exactly now then so thus therefore hence means answer total difference altogether all another
+    additional extra still already for with at on in about around away off out up down together him her them me you us it
+    the his its their our my your that's it's there's profit day days week weeks month year hour hours
+""")
+QUANTITY = any_of("""
+    age amount answer area average balance bill change cost distance earnings gain height income length loss mean number
+    pay perimeter price profit rate salary savings score speed sum total value volume weight width
+""")
+SAME = any_of("equal equals come comes came amount amounts add adds add\\sup adds\\sup sum sums")
+LEAD = rf"(?:{STEMS}(?:e?s|e|ed|ies|ied|y|t?ing)?|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"
+AFTER = any_of("""
+    in for on per a an to from of at after each total by during worth are were when every and long old tall wide deep high
+    away left altogether remaining overall now today together more fewer less farther longer faster cheaper heavier taller
+    older younger that who which with because since so through this last next out the before until while as if all
+""")
 CLAUSE_END = re.compile(r"[;:()?!]|[,.](?=\s|$)|\s-+\s")
 SIDE = r"(?:[\d+\-*/()% ]|[.,](?=\d))*"  # of an equation between numbers
 EQUATION = re.compile(rf"(?:(?<![\w.,]){SIDE})?(?:={SIDE})+")
 FORMULA = re.compile(r"^(?!.*(?:(?<![\\A-Za-z])[A-Za-z]{4}|,\s).*=).*[\\^_(].*=")  # one that is not read: \angle A = 20
 REMARK = re.compile(r"\s\(([^()]*[=A-Za-z][^()]*)\)")  # (12*3=36), but not (3 + 4)
 STATED = re.compile(rf"""(?xi)  # what stands around one number in a clause: is (-$1,080.50), 3/4kg of
-    (?: \D*\b(?:{BEFORE})\s+ )? [^\w.^/*+-]*
+    (?: \D*\b{LEAD}\s+ )? [^\w.^/*+-]*
     ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/\d])
-    (?: \s?/?\s? (?:[a-z-]+\s){{0,3}}? (?:{UNIT_NAMES}|{NOUN}) (?![a-z]) \D* | \s (?:{AFTER})\b \D* | \W* )
+    (?: \s?/?\s? (?:[a-z-]+\s){{0,3}}? (?:{UNIT_NAMES}|{NOUN}) (?![a-z]) \D* | \s {AFTER}\b \D* | \W* )
 """)
 
 
