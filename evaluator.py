@@ -75,8 +75,15 @@ def after_hashes(text):
     return after.strip().partition("\n")[0] if hashes else text
 
 
+def after_thinking(completion):
+    """The completion without its thoughts: up to </think>, and from a <think> that is never closed on."""
+    return re.sub(r"(?s)(?:\A|<think>).*?</think>|<think>.*", "", completion)
+
+
 def outside_reasoning(completion):
-    """The completion without its reasoning. A <reasoning> that is never closed ends at <answer>, or at the end."""
+    """The completion without its thoughts and its reasoning. A <reasoning> that is never closed ends at <answer>, or at
+    the end."""
+    completion = after_thinking(completion)
     # before the last </reasoning> every <reasoning> is closed, after it none is: so both searches are quick
     before, end_tag, after = completion.rpartition("</reasoning>")
     before = re.sub(r"(?s)<reasoning>.*?</reasoning>", "", before + end_tag)
@@ -923,29 +930,32 @@ def any_of(words):
 
 # Only these words, next to a number, leave it as it is: `a total of 18 clips in all`, but not `a factor of 18`.
 STEMS = any_of("""
-    add attend bak becom borrow bring build burn buy carr catch chang charg climb collect complet consum contain contribut
-    cook cost count cover cross cut deliver donat drink driv earn eat equal fill find finish fit gain gather get giv grow
-    hav hit hold increas invest jump keep lead learn leav lend listen liv los mak miss need order ow own pay perform pick
-    plant play prepar produc purchas put rais reach read receiv remain remov requir return run sav scor see sell send serv
-    sleep spend start stay tak teach throw travel travell us visit wait walk want wash watch weigh win work writ
+    add attend bak becom borrow bring build burn buy carr catch chang charg climb collect complet consum contain
+    contribut cook cost count cover cross cut deliver donat drink driv earn eat equal fill find finish fit gain
+    gather get giv grow hav hit hold increas invest jump keep lead learn leav lend listen liv los mak miss need
+    order ow own pay perform pick plant play prepar produc purchas put rais reach read receiv remain remov requir
+    return run sav scor see sell send serv sleep spend start stay tak teach throw travel travell us visit wait walk
+    want wash watch weigh win work writ
 """)
 BEFORE = any_of("""
-    is are was were be been has had got made took taken sold spent paid bought ate eaten ran drove left lost won found gave
-    given drank caught saw seen wrote held taught sent brought became drew kept threw led built slept grew rode does did do
-    went met worth only just exactly now then so thus therefore hence means answer total difference altogether all another
-    additional extra still already for with at on in about around away off out up down together him her them me you us it
-    the his its their our my your that's it's there's profit day days week weeks month year hour hours
+    is are was were be been has had got made took taken sold spent paid bought ate eaten ran drove left lost won
+    found gave given drank caught saw seen wrote held taught sent brought became drew kept threw led built slept
+    grew rode does did do went met worth only just exactly now then so thus therefore hence means answer total
+    difference altogether all another additional extra still already for with at on in about around away off out up
+    down together him her them me you us it the his its their our my your that's it's there's profit day days week
+    weeks month year hour hours
 """)
 QUANTITY = any_of("""
-    age amount answer area average balance bill change cost distance earnings gain height income length loss mean number
-    pay perimeter price profit rate salary savings score speed sum total value volume weight width
+    age amount answer area average balance bill change cost distance earnings gain height income length loss mean
+    number pay perimeter price profit rate salary savings score speed sum total value volume weight width
 """)
 SAME = any_of("equal equals come comes came amount amounts add adds add\\sup adds\\sup sum sums")
 LEAD = rf"(?:{STEMS}(?:e?s|e|ed|ies|ied|y|t?ing)?|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"
 AFTER = any_of("""
-    in for on per a an to from of at after each total by during worth are were when every and long old tall wide deep high
-    away left altogether remaining overall now today together more fewer less farther longer faster cheaper heavier taller
-    older younger that who which with because since so through this last next out the before until while as if all
+    in for on per a an to from of at after each total by during worth are were when every and long old tall wide
+    deep high away left altogether remaining overall now today together more fewer less farther longer faster
+    cheaper heavier taller older younger that who which with because since so through this last next out the before
+    until while as if all
 """)
 CLAUSE_END = re.compile(r"[;:()?!]|[,.](?=\s|$)|\s-+\s")
 SIDE = r"(?:[\d+\-*/()% ]|[.,](?=\d))*"  # of an equation between numbers
@@ -1632,7 +1642,8 @@ def lenient(completion, problem):
         return True
     if kind == "program":  # it was looked for in all of the text already
         return False
-    text = extract_answer(completion) or boxed(completion) or completion
+    text = after_thinking(completion)
+    text = extract_answer(text) or boxed(text) or text
     if kind == "math":
         text = announced(text) or last_statement(text)
     elif kind != "writing":  # a story is all of the text, another answer its last line
@@ -1686,24 +1697,27 @@ def program_results(completion, problem):
 
 @reward
 def strict_format(completion, problem):
-    """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty."""
+    """1 for exactly the format of the prompt: each tag once, in order, on its own line, and no part empty. In all
+    rewards of the format, thoughts up to </think> may stand before it."""
     if tag_count(completion, problem) < 1:
         return False
     # between two tags there is more than space
     form = r"(?s)<reasoning>\n(?!\s*</reasoning>).*\n</reasoning>\n<answer>\n(?!\s*</answer>).*\n</answer>"
-    return bool(re.fullmatch(form, completion.strip()))
+    return bool(re.fullmatch(form, after_thinking(completion).strip()))
 
 
 @reward
 def soft_format(completion, problem):
     """1 if the completion begins with closed reasoning and then a closed answer. Anything may follow."""
-    return bool(re.match(r"(?s)\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>", completion))
+    form = r"(?s)\s*<reasoning>(?>.*?</reasoning>)\s*<answer>.*?</answer>"
+    return bool(re.match(form, after_thinking(completion)))
 
 
 @reward
 def tag_count(completion, problem):
     """1 if each of the four tags stands there exactly once; a part of 1 for a part of them."""
-    return [completion.count(tag) for tag in TAGS].count(1) / len(TAGS)
+    text = after_thinking(completion)
+    return [text.count(tag) for tag in TAGS].count(1) / len(TAGS)
 
 
 UNSAFE = re.compile(r"""(?xi)

@@ -97,6 +97,11 @@ def load(name):
         raise ModelError(f"{name} has no tokenizer")
     if not end_tokens(model, tokenizer):
         raise ModelError(f"{name} names no end token, neither in its generation config nor in its tokenizer")
+    rows = len(model.get_input_embeddings().weight)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        few = f"its tokenizer has a token {largest}, and its embedding {rows} rows"
+        raise ModelError(f"{name} cannot be run: {few} (in transformers: model.resize_token_embeddings)")
     # with several ranks it comes to the GPU when it is sharded
     if torch.cuda.is_available() and WORLD == 1:
         model.cuda()
@@ -146,6 +151,9 @@ def explain(name, error):
     # names and texts of all errors that led to it
     causes = "".join(traceback.format_exception(error, limit=0))
     suffixes = {path.suffix for path in (Path(name), *Path(name).glob("*"))}
+    if (Path(name) / "adapter_config.json").exists():
+        merged = "merge it into its base model (in peft: merge_and_unload), save that and give its folder"
+        return f"{name} is a LoRA adapter without its base model: {merged}"
     if ".gguf" in suffixes and ".safetensors" not in suffixes:
         return f"{name} is a GGUF model, quantised to be run and not to be trained: give the original, in safetensors"
     if suffixes & {".bin", ".pt", ".pth"} and ".safetensors" not in suffixes:
@@ -207,10 +215,13 @@ def enable_gradient_checkpointing(model):
 # ---- prompts and batches -------------------------------------------------------------------------------------------
 
 
+TEMPLATE_OPTIONS = {}  # {name: value} for chat templates, such as enable_thinking: False
+
+
 def apply_template(tokenizer, messages, **options):
     """A dialogue as the text that the tokenizer's chat template makes of it."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_OPTIONS, **options)
     except Exception as error:  # a template is a program, and raises what it likes
         reason = f"the chat template of {tokenizer.name_or_path} fails: {error}"
         raise ModelError(reason.splitlines()[0]) from error
@@ -227,19 +238,48 @@ def encode(tokenizer, messages):
     plain = "\n\n".join(paragraphs)
     if not tokenizer.chat_template:
         return tokenizer(plain + "\n\n")["input_ids"]
+    has_instruction = messages[0]["role"] == "system"
+    text = ""
     try:
         text = apply_template(tokenizer, messages, add_generation_prompt=True)
-    except ModelError:  # some templates refuse a system message: then everything is one message of the user
-        text = apply_template(tokenizer, [{"role": "user", "content": plain}], add_generation_prompt=True)
+    except ModelError:
+        if not has_instruction:
+            raise
+    if has_instruction and messages[0]["content"] not in text:  # the template refuses or drops it
+        _, question, *rest = messages
+        question = {"role": "user", "content": f"{messages[0]['content']}\n\n{question['content']}"}
+        text = apply_template(tokenizer, [question, *rest], add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def end_tokens(model, tokenizer):
-    """Every id that ends a completion: those of the model's generation config, and the tokenizer's."""
+    """Every id that ends a completion: those of the model's generation config, the tokenizer's, the chat template's."""
     ends = model.generation_config.eos_token_id
     if not isinstance(ends, list):
         ends = [ends]
-    return sorted({*ends, tokenizer.eos_token_id} - {None})
+    return sorted({*ends, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None})
+
+
+def end_of_turn(tokenizer):
+    """The token that the chat template writes after what the assistant says, or None: some base models' configs name
+    another."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    said = "So it is 42."
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}]
+    after = apply_template(tokenizer, messages).rpartition(said)[2]
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def opening(tokenizer, prompt):
+    """What the prompt has written of the output already: `<think>` where it ends so, as some chat templates make it."""
+    return "<think>" if tokenizer.decode(prompt[-8:], skip_special_tokens=False).rstrip().endswith("<think>") else ""
+
+
+def text_of(tokenizer, prompt, tokens):
+    """The tokens of an output as text, without the special ones."""
+    return opening(tokenizer, prompt) + tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def context_length(model):
@@ -327,20 +367,22 @@ def rollout_from_saved(saved, group_size, device):
 
 
 def rollout_from_texts(model, tokenizer, prompts, texts, max_new_tokens):
-    """A rollout of given texts, one for each prompt, each with an end token; too long ones are cut, ids and text."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        end = end_tokens(model, tokenizer)[0]
+    """A rollout of given texts, one for each prompt, each with an end token; too long ones are cut.
+
+    Its texts are those that the tokenizer makes of their tokens.
+    """
+    ends = [end_of_turn(tokenizer), tokenizer.eos_token_id, *end_tokens(model, tokenizer)]
+    end = next(token for token in ends if token is not None)
     texts = list(texts)
     completions = []
     truncated = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
     for row, text in enumerate(texts):
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
-        if len(tokens) > max_new_tokens:
-            tokens = tokens[:max_new_tokens]
-            texts[row] = tokenizer.decode(tokens, skip_special_tokens=True)
-            truncated[row] = True
-        completions.append(tokens)
+        closing = "</think>\n\n" if opening(tokenizer, prompts[row]) else ""
+        tokens = tokenizer(closing + text, add_special_tokens=False)["input_ids"]
+        truncated[row] = len(tokens) >= max_new_tokens
+        tokens = tokens[:max_new_tokens]
+        texts[row] = text_of(tokenizer, prompts[row], tokens)
+        completions.append(tokens if truncated[row] else [*tokens, end])
     return Rollout(*batch(prompts, completions, model.device), truncated=truncated, texts=texts)
 
 
@@ -352,10 +394,11 @@ def at_tokens(tokenizer, rollout, marks):
     """
     numbers = torch.zeros(rollout.mask.shape)
     marked = torch.zeros(rollout.mask.shape, dtype=torch.bool)
-    _, outputs = token_lists(rollout.ids, rollout.attention, rollout.mask)
+    prompts, outputs = token_lists(rollout.ids, rollout.attention, rollout.mask)
     for row, pairs in enumerate(marks):
+        before = len(opening(tokenizer, prompts[row]))
         for position, number in pairs:
-            token = token_at(tokenizer, outputs[row], position)
+            token = token_at(tokenizer, outputs[row], position - before)
             numbers[row, token] = number
             marked[row, token] = True
     return numbers, marked
@@ -412,7 +455,10 @@ def use_packed_attention(model, name):
     """Give a model the attention of this section. ModelError if a short text has other logits with it."""
     prompt = [3, 1, 4, 1, 5]  # any tokens
     output = [2, 6, 5]
-    expected = model(torch.tensor([prompt + output], device=model.device)).logits[0, :-1]  # [7, V]
+    try:
+        expected = model(torch.tensor([prompt + output], device=model.device)).logits[0, :-1]  # [7, V]
+    except Exception as error:  # a config that contradicts itself raises whatever it likes
+        raise ModelError(f"{name} cannot be run: its own forward pass fails: {error}") from error
     check_finite(expected)
     transformers.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation("packed")
@@ -881,11 +927,11 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     completions = [row[:length] for row, length in zip(decoding.tokens[:N].tolist(), lengths)]
     truncated = [tokens[-1] not in ends for tokens in completions]
     texts = []
-    for tokens, too_long in zip(completions, truncated):
+    asked = [prompt for prompt in prompts for _ in range(group_size)]
+    for prompt, tokens, too_long in zip(asked, completions, truncated):
         if not too_long:
             tokens = tokens[:-1]  # without the end token
-        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
-    asked = [prompt for prompt in prompts for _ in range(group_size)]
+        texts.append(text_of(tokenizer, prompt, tokens))
     ids, attention, mask = batch(asked, completions, model.device)
     logp = decoding.logp[:N, : mask.shape[1]].where(mask, 0.0)  # [N, T]
     entropy = decoding.entropy[:N, : mask.shape[1]].where(mask, 0.0)

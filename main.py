@@ -90,6 +90,7 @@ class of_model(NamedTuple):
 # -- Model and data
 MODEL = "tiny"  # π_θinit: a hub name, a folder, or tiny: a small model that is built here
 DATASET = of_model("arithmetic", "gsm8k")  # D: a name, a file, a folder; or stages, name:steps,name:steps
+TEMPLATE_OPTIONS = ""  # options of the model's chat template, as in enable_thinking=false; several with commas
 SHOTS = 0  # worked training problems in every prompt, before its question: for base models (try 4)
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
@@ -1558,7 +1559,7 @@ OF_TYPE = {  # a constant of yours that is not here may have any of these types
     "SAVE_EVERY SHOW_EVERY",
     float: "LORA_ALPHA TEMPERATURE EPSILON_LOW EPSILON_HIGH DELTA BETA CORRECTION_MAX LEARNING_RATE MAX_GRAD_NORM "
     "BETA_DPO GAMMA LAMBDA EVAL_TEMPERATURE",
-    str: "MODEL DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR CORRECTION "
+    str: "MODEL TEMPLATE_OPTIONS DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR CORRECTION "
     "REWARD_MODEL JUDGE SCHEDULE TEACHER",
     dict: "REWARDS",
 }
@@ -1703,6 +1704,17 @@ def choose_settings(actions, flags):
         values["EVAL_QUESTIONS"] = min(values["EVAL_QUESTIONS"] or 8, 8)
     put_in_force(values)
     check_settings(training=not actions.evaluate)
+    llms.TEMPLATE_OPTIONS = template_options()
+
+
+def template_options():
+    """The options of TEMPLATE_OPTIONS: {name: True, False, or a text}."""
+    options = {}
+    for pair in filter(None, TEMPLATE_OPTIONS.split(",")):
+        name, _, value = pair.partition("=")
+        require(name.isidentifier() and value, "TEMPLATE_OPTIONS", "name=value pairs, as in enable_thinking=false")
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
 
 
 def refuse_changes(run, known, flags):
@@ -1940,6 +1952,27 @@ def check_prompts(state, tests, training=()):
             raise SettingsError(f"every prompt of {name} is longer than {limit} tokens: {advice}")
 
 
+def note_lost_rewards(state):
+    """Say which rewards a worked solution of the training questions loses as an output: as tokens, and read again."""
+    problem = next(iter(rldatasets.load(stage_of(0)[1], "train")))
+    text = rldatasets.written_out(problem)
+    prompt = prompt_ids(state.tokenizer, problem)
+    rollout = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], [text], MAX_NEW_TOKENS)
+    output = rollout.texts[0]
+    earned = evaluator.rewards(output, problem)
+    lost = []
+    for name, value in evaluator.rewards(text, problem).items():
+        if REWARDS.get(name) and earned.get(name, 0) < value:
+            lost.append(name)
+    if lost:
+        written = evaluator.after_thinking(output).lstrip()
+        same = len(os.path.commonprefix([text, written]))
+        reason = (
+            f"after {text[:same][-20:]!r} its tokens go on with {written[same:][:20]!r}, not with {text[same:][:20]!r}"
+        )
+        say(f"note: out of reach, even for a worked solution: {', '.join(lost)}; {reason}.")
+
+
 # ==== A run =========================================================================================================
 
 
@@ -2096,6 +2129,8 @@ def run_training(actions):
     training = Training(state, tests, only_try=actions.test)
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         begin(state)
+        if state.step == 0 and llms.RANK == 0:
+            note_lost_rewards(state)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, training.ask_to_stop)
         if state.step == 0:

@@ -205,6 +205,23 @@ def test_the_format_rewards(completion, strict, soft, tags):
     assert (names["strict_format"], names["soft_format"], names["tag_count"]) == (strict, soft, tags)
 
 
+@pytest.mark.parametrize(
+    "completion, answer, soft",
+    [
+        ("<think>Maybe \\boxed{5}?", None, 0),  # cut
+        ("Maybe \\boxed{5}? <answer>5</answer> No.</think>\n" + TIDY.format("so", "6"), "6", 1),  # the prompt began it
+        ("<think>5?</think>\n\n" + TIDY.format("so", "6"), "6", 1),
+        ("<think>5?</think>\\boxed{6}", "6", 0),
+        ("<think>5?</think> <think>\\boxed{7}", None, 0),
+        ("<think>" + TIDY.format("so", "6"), None, 0),
+    ],
+)
+def test_thoughts_stand_before_the_form_and_are_no_answer(completion, answer, soft):
+    assert evaluator.extract_answer(completion) == answer
+    found = evaluator.rewards(completion, {"answer": "6"})
+    assert (found["soft_format"], found["strict_format"]) == (soft, soft) and found["lenient"] == (answer is not None)
+
+
 def test_the_form_that_the_prompt_asks_for_earns_everything():
     for problem in rldatasets.load("arithmetic", "test"):
         assert set(evaluator.rewards(rldatasets.written_out(problem), problem).values()) == {1.0}

@@ -557,6 +557,126 @@ def test_a_chat_template_without_a_system_role_gets_one_message(checkpoint):
     assert text.startswith("[user] Respond") and text.endswith("How many eggs?")
 
 
+CHATML = llms.CHAT_TEMPLATE
+NO_SYSTEM = """{% for m in messages %}{% if m.role == 'user' %}<|user|>
+{{ m.content }}<|end|>
+{% elif m.role == 'assistant' %}<|assistant|>
+{{ m.content }}<|end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""  # as Phi-3's
+REFUSES = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('not in turns') }}{% endif %}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) }}
+{{ m.content | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""  # as Gemma's
+LLAMA_2 = """{% if messages[0].role == 'system' %}{% set said = '<<SYS>>' + messages[0].content + '<</SYS>>' %}
+{%- set messages = messages[1:] %}{% else %}{% set said = '' %}{% endif %}{% for m in messages %}
+{%- if m.role == 'user' %}{{ '[INST] ' + (said if loop.index0 == 0 else '') + m.content + ' [/INST]' }}
+{%- else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"""
+THINKS = """{% for m in messages %}{% set content = m.content.split('</think>')[-1] %}<|im_start|>{{ m.role }}
+{{ content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% if enable_thinking is defined and not enable_thinking %}
+
+</think>
+
+{% endif %}{% endif %}"""  # as those of Qwen3 and of R1's pupils
+
+
+def with_template(folder, template, ends=(), eos=None):
+    """A tokenizer with a chat template, with the tokens that end a turn in it, and with another eos."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([*ends, "<think>", "</think>"])
+    tokenizer.chat_template = template
+    if eos:
+        tokenizer.add_special_tokens({"eos_token": eos})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, end",
+    [
+        (CHATML, "<|im_end|>"), (NO_SYSTEM, "<|end|>"), (REFUSES, "<end_of_turn>"), (LLAMA_2, "</s>"),
+        (THINKS, "<|im_end|>"), ("{% for m in messages %}{{ m.content }}\n\n{% endfor %}", None), (None, None),
+    ],
+)  # fmt: skip
+def test_what_the_template_writes_after_a_turn_ends_an_output_and_a_written_one_too(checkpoint, template, end):
+    model, _ = llms.load(checkpoint("qwen2"))
+    model.generation_config.eos_token_id = None
+    tokenizer = with_template(checkpoint("qwen2"), template, [end] if end else [], eos="<|endoftext|>")
+    named = {"<|endoftext|>", end or "<|endoftext|>"}
+    assert set(tokenizer.convert_ids_to_tokens(llms.end_tokens(model, tokenizer))) == named
+    written = llms.rollout_from_texts(model, tokenizer, [[3]], ["42"], 9)
+    assert tokenizer.decode(written.ids[0, 1:]).removeprefix("42") == (end or "<|endoftext|>")
+    assert written.texts == ["42"] and not written.truncated.any()
+
+
+def test_a_template_that_breaks_on_an_answer_names_no_end(checkpoint):
+    _, tokenizer = llms.load(checkpoint("qwen2"))
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
+    with pytest.raises(llms.ModelError, match="the chat template of .* fails"):
+        llms.end_of_turn(tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, REFUSES, LLAMA_2, THINKS])
+def test_the_instruction_is_in_the_prompt_whatever_the_template_does_with_it(checkpoint, template):
+    tokenizer = with_template(checkpoint("qwen2"), template, ["<|end|>", "<end_of_turn>"])
+    worked = {"question": "1 + 1?", "solution": "1 + 1 = 2", "answer": "2"}
+    for examples in ([], [worked]):
+        messages = rldatasets.prompt({"question": "How many eggs?"}, examples)
+        text = tokenizer.decode(llms.encode(tokenizer, messages))
+        assert text.count("Respond in the following") == 1 and text.count("How many eggs?") == 1
+        assert text.index("Respond") < text.index("How many eggs?")
+        assert ("1 + 1 = 2" in text) == bool(examples)
+
+
+def test_a_prompt_may_end_in_thoughts_and_options_go_to_the_template(checkpoint, monkeypatch):
+    model, _ = llms.load(checkpoint("qwen2"))
+    tokenizer = with_template(checkpoint("qwen2"), THINKS)
+    model.resize_token_embeddings(len(tokenizer))
+    messages = rldatasets.prompt({"question": "How many eggs?"})
+    prompt = llms.encode(tokenizer, messages)
+    rollout = llms.sample(model, tokenizer, [prompt], 2, 4, 1.0, torch.Generator())
+    assert all(text.startswith("<think>") for text in rollout.texts)
+    _, outputs = llms.token_lists(rollout.ids, rollout.attention, rollout.mask)
+    first = len("<think>") + len(tokenizer.decode(outputs[0][:1]))
+    _, marked = llms.at_tokens(tokenizer, rollout, [[(first, 1.0)], []])
+    assert marked[0].tolist() == [True, False, False, False][: len(marked[0])]
+    written = llms.rollout_from_texts(model, tokenizer, [prompt], ["42"], 99)
+    assert written.texts == ["<think></think>\n\n42"]
+    monkeypatch.setitem(llms.TEMPLATE_OPTIONS, "enable_thinking", False)
+    closed = llms.encode(tokenizer, messages)
+    assert tokenizer.decode(closed).endswith("<think>\n\n</think>\n\n") and llms.opening(tokenizer, closed) == ""
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding_is_refused_in_one_line(checkpoint, tmp_path):
+    model, tokenizer = llms.load(checkpoint("qwen2"))
+    tokenizer.add_tokens(["<new>"])
+    llms.save(model, tokenizer, tmp_path / "few")
+    with pytest.raises(
+        llms.ModelError, match=r"few cannot be run: its tokenizer has a token \d+, and its embedding \d+ rows"
+    ):
+        llms.load(str(tmp_path / "few"))
+
+
+def test_an_adapter_alone_is_named_as_such(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y", "peft_type": "LORA"}')
+    with pytest.raises(llms.ModelError, match="is a LoRA adapter without its base model: merge it"):
+        llms.load(str(tmp_path))
+
+
+def test_a_model_whose_own_forward_pass_fails_is_refused_in_one_line(tmp_path, checkpoint):
+    _, tokenizer = llms.load(checkpoint("qwen2"))
+    shape = {"hidden_size": 36, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 9}
+    config = transformers.Qwen2Config(**shape, num_key_value_heads=4, vocab_size=len(tokenizer))
+    llms.save(transformers.AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "odd")
+    with pytest.raises(llms.ModelError, match="odd cannot be run: its own forward pass fails") as error:
+        llms.load(str(tmp_path / "odd"))
+    assert "\n" not in str(error.value)
+
+
 def test_weights_that_are_not_finite_are_named(checkpoint):
     model, tokenizer = llms.load(checkpoint("qwen2"))
     next(model.parameters()).data.fill_(float("nan"))

@@ -1,6 +1,7 @@
 """The maths and the loop of main.py."""
 
 import ast
+import copy
 import importlib.util
 import itertools
 import math
@@ -1423,6 +1424,34 @@ def test_another_value_is_refused_with_the_choices(constants, name):
 
 def test_there_are_few_enough_constants_to_read_them_all():
     assert len(main.CONSTANTS) <= 60
+
+
+def test_a_reward_that_the_tokens_put_out_of_reach_is_named_with_the_reason(setup, capsys):
+    state, _ = setup(MAX_NEW_TOKENS=200)
+    main.note_lost_rewards(state)
+    assert capsys.readouterr().out == ""
+    state.tokenizer = copy.deepcopy(state.tokenizer)
+    state.tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    main.note_lost_rewards(state)
+    said = capsys.readouterr().out
+    lost = "correctness, integer, strict_format, soft_format, tag_count"
+    assert said.startswith(f"note: out of reach, even for a worked solution: {lost}; after ") and said.count("\n") == 1
+    assert "its tokens go on with '\\n" in said and "not with '<answer>" in said
+
+
+def test_a_limit_that_cuts_every_worked_solution_is_noticed_too(setup, capsys):
+    state, _ = setup(MAX_NEW_TOKENS=20)
+    main.note_lost_rewards(state)
+    assert "out of reach" in capsys.readouterr().out
+
+
+def test_options_of_the_template_are_pairs():
+    main.choose_settings(*main.parse(["--template_options", "enable_thinking=false,style=brief"]))
+    assert llms.TEMPLATE_OPTIONS == {"enable_thinking": False, "style": "brief"}
+    with pytest.raises(main.SettingsError, match="--template_options must be name=value pairs"):
+        main.choose_settings(*main.parse(["--template_options", "brief"]))
+    main.choose_settings(*main.parse([]))
+    assert llms.TEMPLATE_OPTIONS == {}
 
 
 @pytest.fixture
