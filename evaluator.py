@@ -1662,7 +1662,8 @@ def behaviour(records):
     metrics["reflection"] = mean(records, "reflection")
     for name, correct in (("right", True), ("wrong", False)):
         lengths = [record["length"] for record in records if bool(record.get("correctness")) == correct]
-        metrics[f"length_{name}"] = statistics.mean(lengths) if lengths else None
+        if lengths:
+            metrics[f"length_{name}"] = statistics.mean(lengths)
     return metrics
 
 
@@ -1670,17 +1671,19 @@ def step_metrics(records, group_size, names):
     """The part of a training row that is about the sampled outputs; names are those of their rewards."""
     rewards = numpy.array([record["reward"] for record in records]).reshape(-1, group_size)  # [questions, outputs]
     lengths = [record["length"] for record in records]
-    return {
+    metrics = {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(1, ddof=min(1, group_size - 1)).mean()),  # 0 for a group of one
         "zero_std_groups": float((rewards.max(1) == rewards.min(1)).mean()),
         **{f"rewards/{name}": mean(records, name) for name in names},
         "accuracy": mean(records, "correctness"),
-        "entropy": sum(record["entropy"] for record in records) / sum(lengths),  # per token
         "length_max": max(lengths),
         **{name: mean(records, name) for name in ("length", "truncated", "zero_advantage")},
         **behaviour(records),
     }
+    if "entropy" in records[0]:  # the policy has sampled
+        metrics["entropy"] = sum(record["entropy"] for record in records) / sum(lengths)  # per token
+    return metrics
 
 
 def eval_metrics(records):

@@ -1348,7 +1348,6 @@ def output_records(rollout, problems, by_name):
     columns = {name: values.flatten().tolist() for name, values in by_name.items()}
     columns["length"] = lengths.tolist()
     columns["truncated"] = rollout.truncated.float().tolist()
-    columns["entropy"] = [math.nan] * len(lengths)
     if rollout.entropy is not None:
         columns["entropy"] = rollout.entropy.sum(1).tolist()  # over the tokens of each output
     for metric in (evaluator.reflection, evaluator.num_steps, evaluator.approach):
@@ -1401,8 +1400,7 @@ def output_metrics(state, batch, records):
 def update_metrics(updates):
     """The part of a step's metrics that is about its μ updates: means, and the largest of maxima."""
     always = ("loss", "ratio_max", "clip_low", "clip_high", "grad_norm", "lr", "skipped_updates")
-    sometimes = ("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max")
-    metrics = dict.fromkeys(always, 0.0) | dict.fromkeys(sometimes)
+    metrics = dict.fromkeys(always, 0.0)
     if updates:
         for name in updates[0].means:
             metrics[name] = sum(update.means[name] for update in updates) / len(updates)

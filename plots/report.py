@@ -124,16 +124,18 @@ def replace(path, text):
 
 
 def append(path, rows):
-    """Add rows to a file of JSON lines; a number that is not finite becomes null."""
+    """Add rows to a file of JSON lines. What does not exist is left out of its row."""
     with open(path, "a") as file:
         for row in rows:
-            finite = {key: finite_or_none(value) for key, value in row.items()}
-            file.write(json.dumps(finite) + "\n")
+            left = {key: value for key, value in row.items() if exists(value)}
+            file.write(json.dumps(left) + "\n")
 
 
-def finite_or_none(value):
-    """The value, or None for infinity and for what is not a number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def exists(value):
+    """Is it a value, and not None, infinity or nan?"""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is not None
 
 
 def sync(run):
@@ -169,7 +171,7 @@ def step_line(row):
     else:
         line += f" | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f}"
         line += f" | right {row['accuracy']:4.2f} | guess {row['approach/guessed']:4.2f}"
-        line += " | kl    off" if row["kl"] is None else f" | kl {row['kl']:6.4f}"
+        line += f" | kl {row['kl']:6.4f}" if "kl" in row else " | kl    off"
         line += f" | clip {row['clip_low'] + row['clip_high']:4.2f}"
         line += f" | dead {row['zero_std_groups']:4.2f}"
     line += f" | len {row['length']:5.1f} | cut {row['truncated']:4.2f} | {row['seconds']:5.1f} s"
@@ -254,7 +256,8 @@ def health_notes(row, settings, on_gpu):
     step = row["step"] - settings["COLD_START"]  # of Algorithm 1
     if step <= 0:
         return notes
-    kl = row["kl"] or 0.0
+    kl = row.get("kl", 0.0)
+    entropy = row.get("entropy", 1.0)  # unknown where another model has sampled
     past_warmup = step > settings["WARMUP"] + 2
     at_reference = (step - 1) % settings["STEPS"] == 0  # first step of an iteration: π_θ = π_ref
     grpo = settings["ALGORITHM"] == "grpo" and settings["DENOMINATOR"] == "sequence"
@@ -269,15 +272,15 @@ def health_notes(row, settings, on_gpu):
             "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
         )
     moved = past_warmup and not at_reference and row["grad_norm"] > 0
-    if settings["BETA"] and row["kl"] == 0 and moved:
+    if settings["BETA"] and row.get("kl") == 0 and moved:
         notes.append("the KL is exactly 0 after updates: is the reference the policy itself?")
     if kl > 1:
         notes.append("the KL is above 1 nat per token: far from the reference (lower --learning_rate or raise --beta)")
-    if (row["kl_log_ratio_max"] or 0.0) > 10:
+    if row.get("kl_log_ratio_max", 0.0) > 10:
         notes.append("some |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)")
-    if row["entropy"] < 0.05 and row["accuracy"] < 0.9:
+    if entropy < 0.05 and row["accuracy"] < 0.9:
         notes.append("the entropy is below 0.05 nats while answers are still wrong: little is explored any more")
-    if row["entropy"] > 4:
+    if entropy > 4:
         notes.append("the entropy is above 4 nats per token: that is close to random text")
     if row["clip_low"] + row["clip_high"] > 0.2:
         notes.append(
@@ -289,7 +292,7 @@ def health_notes(row, settings, on_gpu):
         notes.append(
             "over half of the outputs are cut at --max_new_tokens: raise it, or the end token is not being learnt"
         )
-    if (row["sampler_gap"] or 0.0) > (2e-2 if on_gpu else 1e-4):
+    if row.get("sampler_gap", 0.0) > (2e-2 if on_gpu else 1e-4):
         notes.append(
             "the log-probabilities of sampling and scoring differ: the policy that samples is not the one that learns"
         )
@@ -317,7 +320,7 @@ def summary(run):
     shown = [row for row in evaluations if row["step"] in names]
     titles = [f"{names[row['step']]} (step {row['step']})" for row in shown]
     lines = ["", table_row(f"test, {base['eval/n']}", titles)]
-    for key in trained:
+    for key in base | trained:
         if key not in ("step", "eval/n", "eval/ci95", "eval/games"):
             lines.append(table_row(key.removeprefix("eval/"), [cell(row, key) for row in shown]))
     samples = read_lines(run / "samples.jsonl")

@@ -98,7 +98,6 @@ HEALTHY |= {"truncated": 0.0, "sampler_gap": 1e-6}
         ({"kl": 0.0}, {"BETA": 0}, ""),
         ({"kl": 0.0, "step": 51}, {}, ""),  # the reference is the policy again
         ({"kl": 0.0, "step": 4}, {}, ""),  # the learning rate still rises
-        ({"kl": None, "kl_log_ratio_max": None, "sampler_gap": None}, {}, ""),
         ({"kl": 1.5}, {}, "above 1 nat"),
         ({"kl_log_ratio_max": 11.0}, {}, "dominates the KL"),
         ({"entropy": 0.01}, {}, "little is explored"),
@@ -115,6 +114,39 @@ HEALTHY |= {"truncated": 0.0, "sampler_gap": 1e-6}
 def test_what_is_out_of_its_healthy_range_is_said(row, settings, says):
     notes = report.health_notes(HEALTHY | row, SETTINGS | settings, on_gpu=False)
     assert isinstance(notes, list) and len(notes) == bool(says) and says in "".join(notes)
+
+
+def test_a_row_may_lack_what_was_not_measured(tmp_path):
+    row = {
+        "stage": "a",
+        "reward": 1.0,
+        "reward_std": 0.5,
+        "approach/guessed": 0.0,
+        "zero_std_groups": 0.0,
+        "length": 3.0,
+    }
+    row |= {
+        key: value for key, value in HEALTHY.items() if key not in ("kl", "kl_log_ratio_max", "entropy", "sampler_gap")
+    }
+    assert report.health_notes(row, SETTINGS, on_gpu=False) == []
+    assert "| kl    off |" in report.step_line(row | {"seconds": 1.0}) and "| kl 0.5000 |" in report.step_line(
+        row | {"seconds": 1.0, "kl": 0.5}
+    )
+    report.append(tmp_path / "rows", [{"step": 1, "a": None, "b": float("nan"), "c": float("-inf"), "d": 0.0, "e": ""}])
+    assert (tmp_path / "rows").read_text() == '{"step": 1, "d": 0.0, "e": ""}\n'
+    old = [{"step": 1, "length_right": None, "length_wrong": 3.0}, {"step": 2, "length_right": 2.0}]  # null was written
+    assert plot.points(old, "length_right") == {2: 2.0} and plot.points(old, "length_wrong") == {1: 3.0}
+
+
+def test_the_table_at_the_end_has_a_row_for_what_only_one_test_could_measure(tmp_path):
+    tests = [{"eval/length_wrong": 7.0}, {"eval/length_right": 9.0}]
+    shared = {"eval/accuracy": 0.5, "eval/n": 10}
+    rows = [{"step": step} | shared | test for step, test in enumerate(tests)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "samples.jsonl").write_text("")
+    (tmp_path / "config.json").write_text('{"COLD_START": 0}')
+    words = [line.split() for line in report.summary(tmp_path).splitlines()]
+    assert ["length_wrong", "7.000", "–"] in words and ["length_right", "–", "9.000"] in words
 
 
 def test_a_gpu_may_differ_more_between_sampling_and_scoring():

@@ -482,7 +482,7 @@ def test_every_row_of_table_10_is_a_flag_and_its_run_can_be_gone_on_with(finishe
     code, _, err = inside("--resume", "runs/x", "--steps", "3")
     assert code == 0, err
     rows = [row for row in lines(Path("runs/x/metrics.jsonl")) if "reward" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3] and not rows[0]["kl"] and rows[0]["skipped_updates"] == 0
+    assert [row["step"] for row in rows] == [1, 2, 3] and not rows[0].get("kl") and rows[0]["skipped_updates"] == 0
     assert transformers.AutoModelForCausalLM.from_pretrained("runs/x/model").config.model_type == "qwen2"
 
 
@@ -597,7 +597,7 @@ def test_a_teacher_scores_the_outputs_and_one_with_other_tokens_is_refused_first
     code, _, err = inside(*distill, str(folder / "runs" / "whole"), "--run", "taught")
     assert code == 0, err
     first, last = [row for row in lines(tmp_path / "runs" / "taught" / "metrics.jsonl") if "reward" in row]
-    assert first["distill/kl"] != 0 and first["kl"] is None and last["grad_norm"] > 0
+    assert first["distill/kl"] != 0 and "kl" not in first and last["grad_norm"] > 0
     shutil.copytree(flags[1], tmp_path / "other")
     tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
