@@ -402,8 +402,13 @@ def next_questions(state):
     prompts = []
     while len(problems) < QUESTIONS_PER_STEP:
         problem = next(state.stream)
-        prompt = prompt_ids(state.tokenizer, problem)
         state.position += 1
+        if isinstance(problem, rldatasets.DataError):
+            if state.rows_skipped == 0:
+                say(f"note: {problem}. Such rows are skipped and counted.")
+            state.rows_skipped += 1
+            continue
+        prompt = prompt_ids(state.tokenizer, problem)
         if len(prompt) <= state.prompt_limit:
             problems.append(problem)
             prompts.append(prompt)
@@ -680,6 +685,7 @@ class State:
     position: int = 0  # problems read in this stage; 0 again at the next
     questions: int = 0  # drawn
     prompts_skipped: int = 0  # too long
+    rows_skipped: int = 0  # of the data, that cannot be read
     tokens: int = 0  # of outputs, those of the cold start left out
     not_finite: int = 0  # steps in a row whose update was not finite
     stop_signal: int = 0  # Ctrl-C or SIGTERM, which ask for an end after the step
@@ -1370,7 +1376,7 @@ def record_step(state, learnt):
     row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
     row |= output_metrics(state, batch, records)
     row |= update_metrics(learnt.updates) | batch.metrics | learnt.metrics
-    for name in ("questions", "prompts_skipped", "tokens", "updates"):
+    for name in ("questions", "prompts_skipped", "rows_skipped", "tokens", "updates"):
         row[name] = getattr(state, name)
     row |= llms.LIMITS
     row["memory"] = llms.peak_memory()
@@ -1417,7 +1423,7 @@ def write(run, row, split, records):
 
 # ==== Checkpoints ===================================================================================================
 
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
+COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "rows_skipped", "tokens")
 
 
 def save_checkpoint(state, writer):
@@ -1851,7 +1857,7 @@ def check_data(training=True):
         if same and Path(name).is_file():
             advice = "give --eval_dataset too, with other rows than it has"
             raise SettingsError(f"{name} is a single file: {advice}")
-        problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
+        problems = first_problems(name, 50)
         samples += problems
         if training:
             check_solutions(name, problems)
@@ -1879,6 +1885,11 @@ def training_sets(training):
     if training:
         return names
     return names[:1] if SHOTS else []
+
+
+def first_problems(name, count):
+    """The problems that a run on one data set asks first."""
+    return list(itertools.islice(rldatasets.readable(rldatasets.shuffled(name, "train", SEED)), count))
 
 
 def check_solutions(name, problems):
@@ -1909,8 +1920,11 @@ def test_questions(tasks):
         each = max(1, EVAL_QUESTIONS // len(tasks))
     questions = []
     for task in tasks:
-        for problem in itertools.islice(rldatasets.load(task, "test"), each):
+        unreadable = []
+        for problem in itertools.islice(rldatasets.readable(rldatasets.load(task, "test"), unreadable), each):
             questions.append(problem | {"task": task})
+        if unreadable:
+            say(f"note: test questions that are left out: {len(unreadable)}, first: {unreadable[0]}")
     if len(questions) < llms.WORLD:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
     return questions
@@ -1930,8 +1944,7 @@ def check_prompts(state, tests, training=()):
         raise SettingsError(f"{room}: {advice}")
     limit = state.prompt_limit
     for name, _ in training:
-        some = itertools.islice(rldatasets.shuffled(name, "train", SEED), 1000)
-        if all(len(prompt_ids(state.tokenizer, problem)) > limit for problem in some):
+        if all(len(prompt_ids(state.tokenizer, problem)) > limit for problem in first_problems(name, 1000)):
             advice = "raise --max_prompt_tokens"
             if limit + MAX_NEW_TOKENS == context:
                 advice = "lower --max_new_tokens"

@@ -1069,6 +1069,15 @@ def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):
     assert problems == PROBLEMS[:2] and (state.position, state.prompts_skipped) == (3, 1)
 
 
+def test_rows_that_cannot_be_read_are_skipped_and_counted_and_the_first_is_named(setup, capsys):
+    state, _ = setup(QUESTIONS_PER_STEP=2)
+    bad = rldatasets.DataError("cannot read x, train split, row 7: no answer")
+    state.stream = iter([PROBLEMS[0], bad, bad, *PROBLEMS[1:3], bad, PROBLEMS[3]])
+    assert main.next_questions(state)[0] == PROBLEMS[:2] and (state.position, state.rows_skipped) == (4, 2)
+    assert main.next_questions(state)[0] == PROBLEMS[2:4] and (state.position, state.rows_skipped) == (7, 3)
+    assert capsys.readouterr().out.count("note: cannot read x, train split, row 7: no answer. Such rows") == 1
+
+
 def test_a_prompt_may_be_as_long_as_the_limit(setup):
     state, _ = setup(QUESTIONS_PER_STEP=1)
     state.prompt_limit = len(main.prompt_ids(state.tokenizer, PROBLEMS[0]))
@@ -1109,14 +1118,14 @@ def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
 
 
 def test_a_checkpoint_brings_back_counters_that_are_not_0(setup):
-    counters = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
+    counters = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "rows_skipped", "tokens")
     state, _ = setup()
     for number, name in enumerate(counters):
         setattr(state, name, number + 1)
     save(state)
     fresh, _ = setup()
     main.load_checkpoint(fresh)
-    assert [getattr(fresh, name) for name in counters] == [1, 2, 3, 4, 5, 6, 7]
+    assert [getattr(fresh, name) for name in counters] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, constants):

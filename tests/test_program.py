@@ -406,12 +406,27 @@ def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(fin
     assert (folder / "runs" / "whole" / "metrics.jsonl").read_text() == before
 
 
-def test_a_data_row_without_an_answer_is_named(finished, inside, tmp_path):
+def test_data_rows_without_an_answer_are_counted_and_one_is_named(finished, inside, tmp_path):
     _, flags, _ = finished
-    rows = ['{"question": "1 + 1?", "answer": "#### 2"}', '{"question": "2 + 2?", "answer": "four"}']
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    code, _, err = inside(*flags, "--dataset", "rows.jsonl", "--eval_dataset", "arithmetic")
-    assert code == 2 and "row 1" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    good, bad = '{"question": "1 + 1?", "answer": "#### 2"}\n', '{"question": "2 + 2?", "answer": "four"}\n'
+    (tmp_path / "train.jsonl").write_text(bad * 51 + good)
+    (tmp_path / "test.jsonl").write_text(bad * 2 + good * 4 + bad)
+    data = ["--dataset", "train.jsonl", "--eval_dataset", "test.jsonl", "--save_every", "1"]
+    code, out, err = inside(*flags, *data)
+    assert code == 2 and "train split, row 0: its solution must end" in err and err.count("\n") == 1
+    assert not out and not (tmp_path / "runs").exists()
+    (tmp_path / "train.jsonl").write_text((good + bad) * 2)
+    code, out, err = inside(*flags, *data, "--run", "whole")
+    assert code == 0, err
+    assert out.count("row 1: its solution must end") + out.count("train split, row 3: its") == 1, out
+    assert "left out: 2, first: cannot read test.jsonl, test split, row 0: its solution" in out and "(n = 4)" in out
+    assert lines(tmp_path / "runs" / "whole" / "metrics.jsonl")[-2]["rows_skipped"] >= 11
+    inside(*flags, *data, "--run", "resumed", "--steps", "3")
+    code, out, err = inside("--resume", "runs/resumed", "--steps", "6")
+    assert code == 0 and "train split, row" not in out, err
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        whole, resumed = (lines(tmp_path / "runs" / run / name) for run in ("whole", "resumed"))
+        assert [row for row in whole if row["step"] > 3] == [row for row in resumed if row["step"] > 3]
 
 
 @pytest.mark.parametrize(
