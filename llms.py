@@ -36,6 +36,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -44,7 +45,7 @@ import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,9 @@ RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+# the date for chat templates that write one: see `dated`; a resumed run keeps its first
+TODAY = date.today()
 
 # tqdm's `disable`: with None a bar is hidden only where there is no terminal
 NO_BAR = RANK > 0 or None
@@ -210,10 +214,17 @@ def enable_gradient_checkpointing(model):
 def apply_template(tokenizer, messages, **options):
     """A dialogue as the text that the tokenizer's chat template makes of it."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        template = dated(tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
         reason = f"the chat template of {tokenizer.name_or_path} fails: {error}"
         raise ModelError(reason.splitlines()[0]) from error
+
+
+def dated(template):
+    """A chat template with TODAY where it would write the date: tomorrow, its prompts would be others."""
+    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""  # strftime_now("%d %b %Y")
+    return re.sub(call, lambda found: repr(TODAY.strftime(found[2])), template)
 
 
 def encode(tokenizer, messages):

@@ -2093,6 +2093,7 @@ def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
     if actions.resume:
         run = Path(actions.resume)
+        llms.TODAY = report.first_day(run, llms.TODAY)
     else:
         run = report.new_folder(RUN, MODEL, DATASET, actions.test)
     tests = check_data()
@@ -2128,6 +2129,7 @@ def begin(state):
     if llms.RANK:
         return
     about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+    about["date"] = str(llms.TODAY)
     report.begin(state.run, settings() | about, state.step)
     total = state.policy.num_parameters() / 1e6
     trained = state.policy.num_parameters(only_trainable=True) / 1e6

@@ -727,7 +727,7 @@ def read(name, entry, split):
         for row in rows(entry, split):
             try:
                 problem = problem_of(row)
-            except Exception as error:  # a broken row can raise almost any error
+            except Exception as error:  # noqa: BLE001  a broken row can raise almost any error
                 problem = DataError(f"{where} {index}: {first_line(error)}")
             yield problem
             index += 1

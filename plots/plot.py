@@ -45,7 +45,7 @@ REFLECTION = {"self-reflection, words per output": {"eval/reflection": ""}}  # t
 GAMES = {"games of Nim won, by opponent": OPPONENTS}  # or this one, if games were played
 SHARES = ("accuracy", "format", "zero_std_groups", "wins/random", *APPROACHES)  # from 0 to 1
 X = {"step": "step", "tokens": "tokens sampled", "seconds": "seconds of training"}
-MAY_DIFFER = ("SEED", "RUN", "commit", "device", "ranks", "versions")  # between runs that share a curve
+MAY_DIFFER = ("SEED", "RUN", "commit", "date", "device", "ranks", "versions")  # between runs that share a curve
 
 
 # ---- the files of a run --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import textwrap
 from contextlib import contextmanager
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def like(default, value):
     if isinstance(default, dict):
         return {name: float(number) for name, number in dict(value).items()}
     return type(default)(value)
+
+
+def first_day(run, today):
+    """The date on which a run began, which its chat template may write; today if config.json does not say."""
+    found = read_config(run).get("date", str(today))
+    try:
+        return date.fromisoformat(found)
+    except (ValueError, TypeError) as error:
+        raise FolderError(f"{run}/config.json is damaged: date: {error}") from None
 
 
 @contextmanager

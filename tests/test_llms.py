@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,6 +427,16 @@ def test_a_prompt_uses_the_chat_template_or_plain_paragraphs(checkpoint):
     assert "</answer><|im_end|>\n\nHow many eggs?" in shown and shown.count("<|im_end|>") == 1
     plain = tokenizer.decode(llms.encode(tokenizer, messages))
     assert plain.startswith("Respond") and plain.endswith("</answer>\n\nHow many eggs?\n\n")
+
+
+def test_a_template_that_writes_the_date_writes_the_one_that_is_set(checkpoint, monkeypatch):
+    _, tokenizer = llms.load(checkpoint("qwen2"))
+    now = '{{ strftime_now("%d %b %Y") }}'  # LLaMA 3 has both lines
+    tokenizer.chat_template = (
+        f"{now}: {{% if strftime_now is defined %}}{{% set day = strftime_now('%d') %}}{{{{ day }}}}{{% endif %}}"
+    )
+    monkeypatch.setattr(llms, "TODAY", date(2024, 7, 26))
+    assert llms.apply_template(tokenizer, [{"role": "user", "content": "?"}]) == "26 Jul 2024: 26"
 
 
 def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, tmp_path):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,31 @@ def test_two_models_are_tested_on_the_same_questions(finished, inside, monkeypat
     )
     assert code == 0, err
     assert out.count("accuracy 0.000 ±") == 2 and "pass@2" in out and "difference: +0.000" in out
+
+
+def test_a_run_that_is_resumed_on_another_day_has_the_prompts_of_the_first(finished, inside, tmp_path, monkeypatch):
+    _, flags, _ = finished
+    shutil.copytree(flags[1], tmp_path / "dated")
+    template = (tmp_path / "dated" / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "dated" / "chat_template.jinja").write_text('{{ strftime_now("%d %b %Y") }}\n' + template)
+    flags = ["--model", "dated", *flags[2:], "--save_every", "1"]
+    monkeypatch.setattr(llms, "TODAY", date(2024, 7, 26))
+    for run in ("whole", "resumed"):
+        code, _, err = inside(*flags, "--run", run, "--steps", "4" if run == "whole" else "2")
+        assert code == 0, err
+    monkeypatch.setattr(llms, "TODAY", date(2025, 12, 31))
+    code, _, err = inside("--resume", "runs/resumed", "--steps", "4")
+    assert code == 0, err
+    assert json.loads((tmp_path / "runs/resumed/config.json").read_text())["date"] == "2024-07-26"
+    weights = [(tmp_path / "runs" / run / "model/model.safetensors").read_bytes() for run in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+    monkeypatch.setattr(llms, "TODAY", date(2025, 12, 31))  # does another date matter at all?
+    inside(*flags, "--run", "other", "--steps", "4")
+    assert (tmp_path / "runs/other/model/model.safetensors").read_bytes() != weights[0]
+    config = json.loads((tmp_path / "runs/other/config.json").read_text()) | {"date": "today"}
+    (tmp_path / "runs/other/config.json").write_text(json.dumps(config))
+    code, _, err = inside("--resume", "runs/other", "--steps", "5")
+    assert code == 2 and err.count("\n") == 1 and "config.json is damaged: date" in err
 
 
 def test_plots_overlay_runs_from_their_files_alone(finished):
