@@ -1422,6 +1422,8 @@ def calculations(step):
 
 REWARDS = {}  # name: function of a completion and its problem. REWARDS in main.py has the weights
 GROUP_REWARDS = {}  # name: function of all completions of a problem, and the problem
+RUNNING = {}  # completion: the name of the reward that is computed
+PATIENCE = 30.0  # seconds until `score` says what it waits for
 
 
 def reward(function):
@@ -1447,17 +1449,34 @@ def add_reward(table, function):
 
 def rewards(completion, problem):
     """The rewards that apply to a completion, unweighted: {name: number}; for a story, also what is counted in it."""
-    values = {name: function(completion, problem) for name, function in REWARDS.items()}
+    values = {}
+    for name, function in REWARDS.items():
+        RUNNING[completion] = name
+        values[name] = function(completion, problem)
     if problem.get("kind") == "writing":
         values |= story_counts(extract_answer(completion) or completion, problem)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def score(completions, problems, threads):
+def score(completions, problems, threads, note=print):
     """The rewards of many completions: ({name: one number per completion}, [the exceptions that rules raised]).
-    Where a reward does not apply, it is 0. The rules run in threads, because programs are slow."""
-    with ThreadPoolExecutor(threads) as pool:
-        scored = list(pool.map(score_one, completions, problems))  # [({name: number}, exception or None)]
+    Where a reward does not apply, it is 0. The rules run in threads, because programs are slow. If one takes longer
+    than PATIENCE, note(line) says which."""
+    RUNNING.clear()
+    pool = ThreadPoolExecutor(threads)
+    futures = [pool.submit(score_one, *pair) for pair in zip(completions, problems)]
+    patience = PATIENCE
+    scored = []  # [({name: number}, exception or None)]
+    try:
+        for future, completion, problem in zip(futures, completions, problems):
+            try:
+                scored.append(future.result(patience))
+            except TimeoutError:
+                note(f"waiting for the reward {RUNNING.get(completion)} (question: {problem.get('question')})")
+                patience = None  # it is said once
+                scored.append(future.result())
+    finally:  # Ctrl-C does not wait for a reward that never returns
+        pool.shutdown(wait=False, cancel_futures=True)
     names = dict.fromkeys(name for values, _ in scored for name in values)  # each once, in their order
     by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}
     return by_name, [failure for _, failure in scored if failure]

@@ -468,7 +468,7 @@ def rule_rewards(problems, rollout):
     G = rollout.group_size
     asked = [problem for problem in problems for _ in range(G)]  # [N]
     threads = max(1, os.cpu_count() // llms.LOCAL_WORLD)
-    by_name, failures = evaluator.score(rollout.texts, asked, threads)  # failures: errors of a reward's code
+    by_name, failures = evaluator.score(rollout.texts, asked, threads, note)  # failures: errors of a reward's code
     failed, outputs = llms.sums_over_ranks(len(failures), len(asked))
     if failed == outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
@@ -1145,6 +1145,11 @@ def say(line):
     tqdm.write(line)
 
 
+def note(line):
+    """Print a note beside the progress bar, from any rank."""
+    tqdm.write(f"note: {line}", file=sys.stderr)
+
+
 # ==== Rewards that compare outputs, or come from a model ============================================================
 
 
@@ -1163,8 +1168,7 @@ def groups_of_texts(rollout):
 
 def note_failures(failures):
     if failures:
-        note = f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}"
-        tqdm.write(note, file=sys.stderr)
+        note(f"{len(failures)} × a reward failed and counts 0, first: {failures[0]}")
 
 
 def overlong(rollout):
@@ -2208,4 +2212,8 @@ def report_error(status, reason):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # where it is ASCII only, π is printed as ?
-    sys.exit(main())
+    status = main()
+    if status == 130:  # Ctrl-C; a reward that never returns would hold up an ordinary end
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

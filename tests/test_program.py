@@ -136,6 +136,43 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished,
         assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
 
 
+STUCK = f"""
+import runpy, subprocess, sys, time, evaluator
+evaluator.PATIENCE = 0.5
+@evaluator.reward
+def stuck(completion, problem):
+    if evaluator.sandbox_problem() is None:
+        child = subprocess.Popen(evaluator.sandboxed("import time; time.sleep(600)"), env={{}}, start_new_session=True)
+        print("child", child.pid, file=sys.stderr, flush=True)
+    time.sleep(600)
+sys.argv[0] = "main.py"
+runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
+"""
+
+
+def test_a_reward_that_never_returns_is_named_and_a_second_ctrl_c_ends_the_run(finished, tmp_path):
+    _, flags, _ = finished
+    command = [sys.executable, "-c", STUCK, *flags, "--test"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    heard = []
+    for line in process.stderr:
+        heard.append(line)
+        if line.startswith("note: "):
+            break
+    assert heard[-1].startswith("note: waiting for the reward stuck (question: "), heard
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() and "Ctrl-C again" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and err == "main.py: interrupted\n"
+    children = [int(line.split()[1]) for line in heard if line.startswith("child")]
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a sandbox was left behind"
+
+
 def test_the_command_that_continues_a_run_is_quoted_for_the_shell():
     assert report.stopped_line(Path("runs/a b"), 5, 1, 1).endswith("with: python main.py --resume 'runs/a b'")
     line = report.stopped_line(Path("runs/a"), 5, 4, 2)
