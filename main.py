@@ -1437,7 +1437,7 @@ def save_checkpoint(state, writer):
         saved = {"groups": groups_of(batch), "learns": batch.learns}
         queue.append(saved | {"dropped": batch.dropped, "metrics": batch.metrics})
     counters = {name: getattr(state, name) for name in COUNTERS}
-    about = {"counters": counters, "settings": settings(), "queue": queue}
+    about = {"counters": counters, "settings": settings(), "limits": llms.LIMITS, "queue": queue}
     report.sync(state.run)
     writer.save(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
@@ -1454,6 +1454,9 @@ def load_checkpoint(state):
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {names} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
+    for name, limit in about.get("limits", {}).items():  # halved where memory ran out
+        if settings()[name.upper()] == about["settings"][name.upper()]:
+            llms.LIMITS[name] = limit
     for saved in about["queue"]:
         fewest = len(saved["groups"])
         if fewest < llms.WORLD:

@@ -1128,6 +1128,36 @@ def test_a_checkpoint_brings_back_counters_that_are_not_0(setup):
     assert [getattr(fresh, name) for name in counters] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_run_that_ran_out_of_memory_is_resumed_with_the_limits_it_found(setup, monkeypatch):
+    state, _ = setup(STEPS=4, TOKEN_BUDGET=400)
+    token_logprobs, calls = llms.token_logprobs, itertools.count()
+
+    def limited(model, ids, *others):
+        next(calls)
+        if ids.numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_logprobs(model, ids, *others)
+
+    monkeypatch.setattr(llms, "LEAST_LIMIT", 100)
+    monkeypatch.setattr(llms, "token_logprobs", limited)
+    questions = PROBLEMS * 4
+    train(state, questions, after_step=lambda state, metrics: state.step == 2)
+    assert llms.LIMITS == {"token_budget": 200, "cache_tokens": main.CACHE_TOKENS}
+    save(state)
+    monkeypatch.setattr(llms, "token_logprobs", token_logprobs)  # there is enough memory now
+    whole = [row["loss"] for row in train(state, questions[state.position :])[2:]]
+    fresh, _ = setup(STEPS=4, TOKEN_BUDGET=400)
+    assert llms.LIMITS["token_budget"] == 400
+    main.load_checkpoint(fresh)
+    assert llms.LIMITS["token_budget"] == 200
+    resumed = train(fresh, questions[fresh.position :], run=fresh.run / "resumed")
+    assert [row["loss"] for row in resumed] == whole and {row["token_budget"] for row in resumed} == {200}
+    assert all(torch.equal(one, other) for one, other in zip(tensors(state).values(), tensors(fresh).values()))
+    fresh, _ = setup(STEPS=4, TOKEN_BUDGET=300)  # as its flag would
+    main.load_checkpoint(fresh)
+    assert llms.LIMITS["token_budget"] == 300
+
+
 def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, constants):
     state, _ = setup()
     save(state)
