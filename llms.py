@@ -14,7 +14,7 @@ and without packing, is tests/reference.py: 62 lines. Here a "checkpoint" is alw
     sample                                outputs, with the log-probability of each token as it was sampled
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     CheckpointWriter, load_checkpoint     the state of a training run in one file, which a thread writes
-    reward_model, reward_scores           a learned reward model
+    load_reward_model, reward_scores      a learned reward model
     load_judge, judge_group               a language model that compares outputs
     tiny_folder                           the model that needs no download, trained on the spot
     distributed, shard, gather, share     several GPUs, one process each
@@ -140,7 +140,7 @@ def refuse_pickles(name, config):
     files = [getattr(config, "transformers_weights", None) or "model.safetensors"]
     with suppress(OSError):  # no index: the weights are in that one file
         index = transformers.utils.cached_file(name, "model.safetensors.index.json")
-        files += json.loads(Path(index).read_text())["weight_map"].values()
+        files += json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
     if not all(file.endswith(".safetensors") for file in files):
         raise ModelError("not all of the weights are in safetensors files, and no others are read")
 
@@ -785,8 +785,10 @@ def peak_memory():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 1e9
-    import resource  # missing on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -1289,7 +1291,7 @@ def write_checkpoint(folder, tensors):
     unfinished = folder / "unfinished"
     with disk_errors(folder):
         safetensors.torch.save_file(tensors, unfinished, metadata={"checksum": checksum(tensors)})
-    with open(unfinished, "rb") as file:
+    with open(unfinished, "rb+") as file:  # +: Windows asks for it
         os.fsync(file.fileno())  # on the disk before it gets its name
     os.replace(unfinished, folder / "state.safetensors")
 
@@ -1355,22 +1357,6 @@ def load_reward_model(name):
     if torch.cuda.is_available():
         model.cuda()
     return RewardModel(model, tokenizer)
-
-
-def reward_model(name):
-    """A reward model; None, with a note, if a rank cannot load it: then the rules alone give rewards."""
-    loaded = None
-    errors = []
-    try:
-        loaded = load_reward_model(name)
-    except ModelError as error:
-        errors.append(str(error))
-    errors = gather(errors)
-    if not errors:
-        return loaded
-    if RANK == 0:
-        tqdm.write(f"note: {errors[0]}; the rules judge alone.")
-    return None
 
 
 @torch.no_grad()

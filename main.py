@@ -1986,7 +1986,7 @@ def new_state(policy, tokenizer, run=None):
     state.generator = torch.Generator().manual_seed(SEED)
     state.prompt_limit = prompt_limit(policy, tokenizer)
     if REWARD_MODEL:
-        state.reward_model = llms.reward_model(REWARD_MODEL)
+        state.reward_model = llms.load_reward_model(REWARD_MODEL)
     if JUDGE:
         state.judge = llms.load_judge(model_folder(JUDGE))
     if TEACHER:

@@ -100,7 +100,7 @@ def first_day(run, today):
 def only_writer(run):
     """A block in which no other process writes to a run's folder. The lock ends when the process ends."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as file:
+    with open(run / ".lock", "w", encoding="utf-8") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,13 +129,13 @@ def begin(run, config, step):
 def replace(path, text):
     """Write a file whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def append(path, rows):
     """Add rows to a file of JSON lines. What does not exist is left out of its row."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         for row in rows:
             left = {key: value for key, value in row.items() if exists(value)}
             file.write(json.dumps(left) + "\n")
@@ -151,7 +151,7 @@ def exists(value):
 def sync(run):
     """Write the rows of a run to the disk, before the checkpoint that belongs to them."""
     for path in run.glob("*.jsonl"):
-        with open(path, "rb") as file:
+        with open(path, "rb+") as file:  # +: Windows asks for it
             os.fsync(file.fileno())
 
 

@@ -1046,7 +1046,7 @@ def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
 
 def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model):
     state, rollout = setup()
-    judge = llms.reward_model(reward_model)
+    judge = llms.load_reward_model(reward_model)
     problems = PROBLEMS[:3]
     state.reward_model = judge
     scores = main.score(state, problems, rollout)["reward_model"].flatten()

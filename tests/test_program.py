@@ -157,20 +157,102 @@ def test_a_reward_that_never_returns_is_named_and_a_second_ctrl_c_ends_the_run(f
         command, cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     heard = []
-    for line in process.stderr:
-        heard.append(line)
-        if line.startswith("note: "):
-            break
-    assert heard[-1].startswith("note: waiting for the reward stuck (question: "), heard
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() and "Ctrl-C again" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    try:
+        for line in process.stderr:
+            heard.append(line)
+            if line.startswith("note: "):
+                break
+        assert heard[-1].startswith("note: waiting for the reward stuck (question: "), heard
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() and "Ctrl-C again" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
     assert process.returncode == 130 and err == "main.py: interrupted\n"
     children = [int(line.split()[1]) for line in heard if line.startswith("child")]
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "a sandbox was left behind"
+
+
+LIKE_WINDOWS = f"""
+import builtins, errno, fcntl, os, runpy, signal, sys
+import datasets, matplotlib.figure, torch, transformers  # they go by the name of the system
+from transformers import Qwen2ForCausalLM
+flags, fsync, replace = fcntl.fcntl, os.fsync, os.replace
+
+def import_what_windows_has(name, known=None, *others, **named):
+    if name in ("fcntl", "grp", "pwd", "resource", "termios") and (known or {{}}).get("__file__", "").startswith({str(ROOT)!r}):
+        raise ModuleNotFoundError(name)
+    return import_as_usual(name, known, *others, **named)
+
+def fsync_of_a_file_that_can_be_written(fd):
+    if flags(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    fsync(fd)
+
+def replace_what_nobody_holds(old, new):
+    held = [os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")]
+    with open("/proc/self/maps") as maps:
+        held += [line.split()[-1] for line in maps]
+    if {{os.path.realpath(old), os.path.realpath(new)}} & {{*held}}:
+        raise PermissionError(errno.EACCES, "Access is denied")
+    replace(old, new)
+
+import_as_usual, builtins.__import__ = builtins.__import__, import_what_windows_has
+for name in ("fork", "geteuid", "getuid", "killpg", "sched_getaffinity", "setsid", "sysconf"):
+    delattr(os, name)
+del signal.SIGKILL, signal.SIGALRM
+os.fsync, os.replace = fsync_of_a_file_that_can_be_written, replace_what_nobody_holds
+assert open(os.devnull).encoding.lower() not in ("utf-8", "utf8")
+for arguments in ARGUMENTS:
+    sys.argv = ["main.py", *arguments]
+    try:
+        runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
+    except SystemExit as end:
+        print("status", end.code)
+"""
+
+
+def test_a_run_needs_nothing_that_windows_lacks_and_programs_are_refused_there(finished, tmp_path):
+    _, flags, _ = finished
+    row = {"text": "Write f() that gives 1.", "code": "def f():\n    return 1\n", "test_list": ["assert f() == 1"]}
+    (tmp_path / "programs.jsonl").write_text(json.dumps(row) + "\n")
+    asked = [{"question": f"π₁ × {i}?", "answer": f"#### {i}"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked), encoding="utf-8"
+    )
+    arguments = [
+        [
+            *flags,
+            "--dataset",
+            "train.jsonl",
+            "--eval_dataset",
+            "arithmetic",
+            "--steps",
+            "2",
+            "--run",
+            "w",
+            "--show_every",
+            "1",
+        ],
+        ["--resume", "runs/w", "--steps", "3"],
+        [*flags, "--dataset", "programs.jsonl", "--eval_dataset", "arithmetic"],
+    ]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": str(tmp_path)}
+    command = [sys.executable, "-c", LIKE_WINDOWS.replace("ARGUMENTS", repr(arguments))]
+    ended = subprocess.run(command, cwd=tmp_path, env=OFFLINE | ascii_only, capture_output=True, text=True, check=False)
+    assert [line for line in ended.stdout.splitlines() if line.startswith("status")] == [
+        "status 0",
+        "status 0",
+        "status 2",
+    ], ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and "programs are run in a sandbox only: bubblewrap is not installed" in errors[0]
+    rows = [row for row in lines(tmp_path / "runs" / "w" / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert "π₁ ×" in lines(tmp_path / "runs" / "w" / "samples.jsonl")[4]["question"]
 
 
 def test_the_command_that_continues_a_run_is_quoted_for_the_shell():
@@ -621,11 +703,11 @@ def test_a_run_with_every_kind_of_reward_writes_each_by_name(finished, inside, r
     assert {"steps", "overlong", "safety", "reward_model"} <= lines(Path("runs/all/samples.jsonl"))[4].keys()
 
 
-def test_a_reward_model_that_cannot_be_loaded_leaves_the_rules(finished, inside):
+def test_a_reward_model_that_cannot_be_loaded_is_refused_in_one_line(finished, inside, tmp_path):
     _, flags, _ = finished
-    code, out, _ = inside(*flags, "--steps", "1", "--reward_model", "nobody/nothing", "--run", "rules")
-    assert code == 0 and "the rules judge alone" in out and out.count("nobody/nothing") == 1
-    assert "rewards/reward_model" not in lines(Path("runs/rules/metrics.jsonl"))[1]
+    code, out, err = inside(*flags, "--reward_model", "nobody/nothing")
+    assert code == 2 and err.count("\n") == 1 and "nobody/nothing" in err
+    assert not out and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(evaluator.sandbox_problem() is not None, reason=str(evaluator.sandbox_problem()))
