@@ -1708,9 +1708,10 @@ def step_metrics(records, group_size, names):
 def eval_metrics(records):
     """The row of an evaluation, from one greedy output per question."""
     accuracy = mean(records, "correctness")
+    low, high = wilson(accuracy, len(records))
     metrics = {
         "eval/accuracy": accuracy,
-        "eval/ci95": wilson(accuracy, len(records)),
+        "eval/ci95": (high - low) / 2,
         "eval/lenient": mean(records, "lenient"),
         "eval/format": mean(records, "strict_format"),
         "eval/length": mean(records, "length"),
@@ -1736,9 +1737,8 @@ def pass_at_k(n, c, k):
 
 
 def wilson(p, n):
-    """Half the width of Wilson's 95 % interval for a share p of n. It is not 0 when all n are right, or none.
-
-    The middle of that interval is a little nearer to 0.5 than p.
-    """
-    z = 1.96
-    return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    """The ends of Wilson's 95 % interval for a share p of n. They differ also when all n are right, or none."""
+    z2 = 1.96**2
+    middle = p + z2 / (2 * n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
+    return abs(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)  # abs: rounding makes a -0 of 0

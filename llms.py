@@ -156,6 +156,8 @@ def explain(name, error):
         return f"{name} has its weights as pickle, which can run code: give a copy in safetensors (save_pretrained)"
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
+    if re.match(r"runs/|[./~]", name) and not Path(name).exists():
+        return f"unknown model: {name}: no such model folder"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
         return f"unknown model: {name}: no such model folder, nor on the Hugging Face hub (private ones need HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:

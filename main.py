@@ -1466,6 +1466,8 @@ def load_checkpoint(state):
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy)  # to be filled
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
+    if state.updates and SCHEDULE != "constant" and STEPS != about["settings"]["STEPS"]:
+        say(report.rate_note(state.run, learning_rate(state.updates)))
 
 
 # ==== The constants as settings =====================================================================================
@@ -1605,9 +1607,8 @@ def parse(argv):
         flags.append(word)
     actions, unknown = parser.parse_known_args(flags)
     if unknown:
-        known = [f"--{name.lower()}" for name in ("help", *vars(actions), *CONSTANTS)]
-        close = difflib.get_close_matches(unknown[0], known, 1)
-        advice = f"did you mean {close[0]}?" if close else "see --help"
+        close = like(unknown[0], ["help", *vars(actions), *map(str.lower, CONSTANTS)])
+        advice = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
         raise SettingsError(f"unknown flag {unknown[0]}; {advice}")
     empty = "" in (actions.resume, actions.evaluate, actions.against)
     if empty or (actions.against and not actions.evaluate):
@@ -1621,6 +1622,13 @@ def parse(argv):
     if actions.evaluate and "MODEL" in given:
         raise SettingsError("--evaluate names the model to test: leave --model out")
     return actions, given
+
+
+def like(flag, names):
+    """The names that an unknown flag may mean: those with these initials, as --lr, or else the most similar one."""
+    typed = flag.partition("=")[0].lstrip("-")
+    abbreviated = [name for name in sorted(names) if typed == "".join(word[0] for word in name.split("_"))]
+    return abbreviated or difflib.get_close_matches(typed, names, 1)
 
 
 def new_parser():
@@ -2121,7 +2129,10 @@ def run_training(actions):
             training.before_first_step()
         training.bar = tqdm(total=last_step(), initial=state.step, desc=run.name, unit="step", disable=llms.NO_BAR)
         with training.bar, training.writer:
-            stopped = train(state, training.after_step)
+            try:
+                stopped = train(state, training.after_step)
+            except llms.ModelError as error:  # it has diverged
+                raise RunError(str(error)) from error
         if stopped:
             say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
             return 128 + stopped

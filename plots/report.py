@@ -215,7 +215,7 @@ If answers are wrong: an easier set: --dataset arithmetic:1."""
 
 def eval_line(metrics):
     """An evaluation in one line."""
-    line = f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f}"
+    line = f"accuracy {share_of(metrics['eval/accuracy'], metrics['eval/n'])}"
     line += f" | lenient {metrics['eval/lenient']:.3f} | format {metrics['eval/format']:.3f}"
     line += f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}"
     measured = list(itertools.chain(*MEASURES.values()))
@@ -225,9 +225,14 @@ def eval_line(metrics):
             line += f" | {name.removeprefix('accuracy/')} {value:.3f}"
     for key, share in metrics.items():
         if key.startswith("eval/wins/"):
-            half = wilson(share, metrics["eval/games"])
-            line += f" | wins against {key.removeprefix('eval/wins/')} {share:.3f} ± {half:.3f}"
+            line += f" | wins against {key.removeprefix('eval/wins/')} {share_of(share, metrics['eval/games'])}"
     return f"{line} (n = {metrics['eval/n']})"
+
+
+def share_of(p, n):
+    """A share p of n with the ends of its 95 % interval: 0.985 [0.957, 0.995]."""
+    low, high = wilson(p, n)
+    return f"{p:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def paired_difference(names, right):
@@ -250,8 +255,8 @@ def verdicts(names, compared):
         flips.append(flip)
     better = sum(win > 0.5 for win in wins)
     share = (better + wins.count(0.5) / 2) / len(wins)
-    line = f"judge: {names[0]} is better than {names[1]} in {share:.3f}"
-    line += f" ± {wilson(share, len(wins)):.3f} of {len(wins)} questions, both orders averaged;"
+    line = f"judge: {names[0]} is better than {names[1]} in {share_of(share, len(wins))}"
+    line += f" of {len(wins)} questions, both orders averaged;"
     line += f" in {statistics.mean(flips):.3f} it prefers a place, not an output"
     return line
 
@@ -309,6 +314,14 @@ def health_notes(row, settings, on_gpu):
     return notes
 
 
+def rate_note(run, rate):
+    """What another number of steps does to the learning rate of a run that is resumed."""
+    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl", ("step", "lr")) if "lr" in row]
+    return (
+        f"note: the learning rate was {rates[-1]:.2g} and becomes {rate:.2g}, since it falls to 0 at the new last step."
+    )
+
+
 def stopped_line(run, step, ranks, local_ranks):
     """Where a run was stopped, and the command that continues it."""
     start = "python" if ranks == 1 else f"torchrun --nproc_per_node {local_ranks} --"
@@ -361,7 +374,7 @@ def cell(row, key):
     if value is None:
         return "–"
     if key in ("eval/accuracy", "eval/lenient"):
-        return f"{value:.3f} ± {wilson(value, row['eval/n']):.3f}"
+        return share_of(value, row["eval/n"])
     return f"{value:.3f}"
 
 

@@ -116,7 +116,7 @@ def test_a_reward_of_a_group_that_fails_counts_0_and_is_told(table, wrong):
 def test_two_models_are_compared_with_an_interval():
     compared = [([0.9, 0.1], [0.0, 0.0])] * 6 + [([0.4, 0.6], [1.0, 1.0])] * 2 + [([0.5, 0.5], [1.0, 1.0])] * 2
     told = report.verdicts(["A", "B"], compared)
-    assert told.startswith("judge: A is better than B in 0.700 ± 0.2") and "of 10 questions" in told
+    assert told.startswith("judge: A is better than B in 0.700 [0.397, 0.892] of 10") and "of 10 questions" in told
     assert told.endswith("in 0.400 it prefers a place, not an output")
 
 

@@ -163,8 +163,8 @@ def test_an_evaluation_is_one_line():
     row |= {"wins/perfect": 0.0, "games": 10}
     line = report.eval_line({f"eval/{name}": value for name, value in row.items()})
     assert line == (
-        "accuracy 0.500 ± 0.100 | lenient 0.600 | format 0.700 | len 30.0 | cut 0.000 | a 0.250 | lenient/a 0.750"
-        f" | copied 0.125 | pass@2 1.000 | wins against perfect 0.000 ± {evaluator.wilson(0.0, 10):.3f} (n = 80)"
+        "accuracy 0.500 [0.393, 0.607] | lenient 0.600 | format 0.700 | len 30.0 | cut 0.000 | a 0.250 | lenient/a 0.750"
+        " | copied 0.125 | pass@2 1.000 | wins against perfect 0.000 [0.000, 0.278] (n = 80)"
     )
 
 
@@ -186,7 +186,12 @@ def rows_of(seed):
     rows = [{"step": step, "stage": "arithmetic", "tokens": 100 * step, "seconds": 1.0} for step in range(1, 11)]
     for step, accuracy in ((0, 0.1), (5, 0.5), (10, 0.9)):
         row = {"eval/accuracy": accuracy + rng.uniform(-0.05, 0.05), "eval/ci95": 0.07, "eval/length": 10.0 + step}
-        row |= {"eval/approach/guessed": 1 - accuracy, "eval/approach/worked": accuracy, "eval/approach/checked": 0.0}
+        row |= {
+            "eval/n": 200,
+            "eval/approach/guessed": 1 - accuracy,
+            "eval/approach/worked": accuracy,
+            "eval/approach/checked": 0.0,
+        }
         rows.append({"step": step} | row)
     return rows
 
@@ -215,13 +220,20 @@ def test_the_first_picture_tells_runs_apart_by_colour():
     )
 
 
-def test_one_run_has_its_interval_around_its_accuracy():
+def test_one_run_has_the_interval_of_its_accuracy():
     axes = Figure().subplots()
-    rows = rows_of(0)
+    rows = [{"step": 0, "eval/accuracy": 0.0}, {"step": 5, "eval/accuracy": 0.985}]
+    for row in rows:
+        low, high = evaluator.wilson(row["eval/accuracy"], 200)
+        row |= {"eval/n": 200, "eval/ci95": (high - low) / 2}
     plot.line(axes, "eval/accuracy", [rows], False, "step", color="C0")
     band = axes.collections[0].get_paths()[0].vertices
-    accuracy = list(plot.points(rows, "eval/accuracy").values())
-    assert {round(y, 6) for y in band[:, 1]} == {round(a + sign * 0.07, 6) for a in accuracy for sign in (-1, 1)}
+    assert sorted({round(abs(y), 3) for y in band[:, 1]}) == [0.0, 0.019, 0.957, 0.995]
+
+
+def test_a_single_evaluation_has_its_number_written_once():
+    figure = plot.result({"run": [rows_of(0)[:11]]}, "step")
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]] == [["0.134"], ["10"]]
 
 
 def test_a_run_without_evaluations_is_drawn_too(tmp_path, recwarn):

@@ -278,7 +278,7 @@ def test_two_models_are_tested_on_the_same_questions(finished, inside, monkeypat
         "--evaluate", "runs/whole", "--against", flags[1], "--eval_questions", "3", "--eval_samples", "2"
     )
     assert code == 0, err
-    assert out.count("accuracy 0.000 ±") == 2 and "pass@2" in out and "difference: +0.000" in out
+    assert out.count("accuracy 0.000 [0.000, 0.") == 2 and "pass@2" in out and "difference: +0.000" in out
 
 
 def test_a_run_that_is_resumed_on_another_day_has_the_prompts_of_the_first(finished, inside, tmp_path, monkeypatch):
@@ -398,6 +398,9 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     "arguments, says",
     [
         ("--group_sise 8", "did you mean --group_size"),
+        ("--lr=1e-5", "did you mean --learning_rate or --lora_rank?"),
+        ("--qps 8", "did you mean --questions_per_step?"),
+        ("--evaluate runs/typo --dataset arithmetic", "unknown model: runs/typo: no such model folder\n"),
         ("--resmue runs/x", "did you mean --resume"),
         ("--group_size eight", "invalid int value"),
         ("--mask_truncated maybe", "true or false, not 'maybe'"),
@@ -778,9 +781,39 @@ def test_a_judge_compares_two_models_or_is_refused_before_they_are_tested(finish
     test = ["--evaluate", whole, "--against", whole, "--eval_questions", "3", "--judge"]
     code, out, err = inside(*test, flags[1])
     assert code == 0, err
-    assert f"judge: {whole} is better than {whole} in 0.500 ± 0." in out and "of 3 questions" in out
+    assert f"judge: {whole} is better than {whole} in 0.500 [0." in out and "of 3 questions" in out
     code, out, err = inside(*test, "nobody/here")
     assert code == 2 and err.count("\n") == 1 and "nobody/here" in err and not out
+
+
+def test_a_run_that_is_lengthened_says_what_becomes_of_a_falling_learning_rate(finished, inside):
+    _, flags, _ = finished
+    falling = [*flags, "--steps", "2", "--warmup", "0", "--schedule", "linear", "--run", "falling"]
+    assert inside(*falling)[0] == 0
+    assert "learning rate was" not in inside("--resume", "runs/falling")[1]
+    code, out, err = inside("--resume", "runs/falling", "--steps", "8")
+    assert code == 0, err
+    note = "note: the learning rate was 0.0005 and becomes 0.00075, since it falls to 0 at the new last step.\n"
+    assert out.count(note) == 1
+    rates = [row["lr"] for row in lines(Path("runs/falling/metrics.jsonl")) if "lr" in row]
+    assert rates[1:3] == pytest.approx([0.0005, 0.00075])
+
+
+def test_a_run_that_diverges_has_failed_and_a_model_that_is_broken_is_refused(finished, inside, monkeypatch):
+    _, flags, _ = finished
+    real, calls = llms.sample, []
+
+    def sample(*inputs):
+        calls.append(inputs)
+        if len(calls) == bad:
+            raise llms.ModelError("the model's logits are not finite")
+        return real(*inputs)
+
+    monkeypatch.setattr(llms, "sample", sample)
+    for bad, status in ((1, 2), (3, 1)):  # the first is the test of the base model
+        calls.clear()
+        code, _, err = inside(*flags, "--run", f"bad-{bad}")
+        assert (code, err) == (status, "main.py: error: the model's logits are not finite\n")
 
 
 def test_every_command_and_every_flag_of_the_readmes_exists():
