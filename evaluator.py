@@ -39,7 +39,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -1466,15 +1466,12 @@ def score(completions, problems, threads, note=print):
     pool = ThreadPoolExecutor(threads)
     futures = [pool.submit(score_one, *pair) for pair in zip(completions, problems)]
     patience = PATIENCE
-    scored = []  # [({name: number}, exception or None)]
     try:
         for future, completion, problem in zip(futures, completions, problems):
-            try:
-                scored.append(future.result(patience))
-            except TimeoutError:
+            if wait([future], patience).not_done:
                 note(f"waiting for the reward {RUNNING.get(completion)} (question: {problem.get('question')})")
                 patience = None  # it is said once
-                scored.append(future.result())
+        scored = [future.result() for future in futures]  # [({name: number}, exception or None)]
     finally:  # Ctrl-C does not wait for a reward that never returns
         pool.shutdown(wait=False, cancel_futures=True)
     names = dict.fromkeys(name for values, _ in scored for name in values)  # each once, in their order
@@ -1499,11 +1496,10 @@ def score_one(completion, problem):
 def compare(groups, problems):
     """The rewards of whole groups, all completions of a problem: ({name: [a number per completion, for each group]},
     [the exceptions that rules raised])."""
-    by_name = {name: [] for name in GROUP_REWARDS}
+    by_name = {}
     failures = []
     for name, function in GROUP_REWARDS.items():
-        for completions, problem in zip(groups, problems):
-            by_name[name].append(compare_one(function, completions, problem, failures))
+        by_name[name] = [compare_one(function, *pair, failures) for pair in zip(groups, problems)]
     return by_name, failures
 
 
@@ -1739,6 +1735,6 @@ def pass_at_k(n, c, k):
 def wilson(p, n):
     """The ends of Wilson's 95 % interval for a share p of n. They differ also when all n are right, or none."""
     z2 = 1.96**2
-    middle = p + z2 / (2 * n)
-    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    return abs(middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)  # abs: rounding makes a -0 of 0
+    middle = p * n + z2 / 2
+    half = math.sqrt(z2 * (p * (1 - p) * n + z2 / 4))
+    return (middle - half) / (n + z2), (middle + half) / (n + z2)

@@ -225,8 +225,8 @@ def apply_template(tokenizer, messages, **options):
 
 def dated(template):
     """A chat template with TODAY where it would write the date: tomorrow, its prompts would be others."""
-    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""  # strftime_now("%d %b %Y")
-    return re.sub(call, lambda found: repr(TODAY.strftime(found[2])), template)
+    # a call is strftime_now("%d %b %Y")
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(TODAY.strftime(call[2])), template)
 
 
 def encode(tokenizer, messages):
@@ -1342,15 +1342,8 @@ def make_adam_state(optimizer):
 # ---- a learned reward model ----------------------------------------------------------------------------------------
 
 
-class RewardModel(NamedTuple):
-    """A sequence classifier that was trained to score answers, and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: object
-
-
 def load_reward_model(name):
-    """A reward model from the hub or from a folder."""
+    """A sequence classifier that was trained to score answers, from the hub or from a folder, and its tokenizer."""
     model, tokenizer = from_pretrained(transformers.AutoModelForSequenceClassification, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -1358,7 +1351,7 @@ def load_reward_model(name):
     model.config.pad_token_id = tokenizer.pad_token_id
     if torch.cuda.is_available():
         model.cuda()
-    return RewardModel(model, tokenizer)
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -1414,19 +1407,12 @@ Answer 2: {}
 Reply with the number of the better answer, 1 or 2, and nothing else."""
 
 
-class Judge(NamedTuple):
-    """A frozen language model that compares answers, and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: object
-
-
 def load_judge(name):
-    """A judge. 1 and 2 must be different tokens to it."""
+    """A frozen language model that compares answers, and its tokenizer, to which 1 and 2 must be different tokens."""
     model, tokenizer = load(name)
     if last_token(tokenizer, "1") == last_token(tokenizer, "2"):
         raise ModelError(f"{name} cannot be a judge: 1 and 2 are the same token to it")
-    return Judge(model.requires_grad_(False), tokenizer)
+    return model.requires_grad_(False), tokenizer
 
 
 def last_token(tokenizer, text):
@@ -1596,17 +1582,6 @@ def orphaned():
 def lost_another_rank(error):
     """Is this the error that a rank meets when another one has died?"""
     return WORLD > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
-
-
-def on_rank_0(function):
-    """A function that only rank 0 runs, as it writes or draws something. On the other ranks it does nothing."""
-
-    @functools.wraps(function)
-    def run(*inputs, **named):
-        if RANK == 0:
-            return function(*inputs, **named)
-
-    return run
 
 
 def gather(rows):

@@ -673,8 +673,8 @@ class State:
     generator: torch.Generator = None  # the random numbers of sampling
     reference: torch.nn.Module = None  # π_ref, where something needs it
     critic: torch.nn.Module = None  # V_ψ of PPO
-    reward_model: llms.RewardModel = None  # REWARD_MODEL
-    judge: llms.Judge = None  # JUDGE
+    reward_model: tuple = None  # REWARD_MODEL and its tokenizer
+    judge: tuple = None  # JUDGE and its tokenizer
     teacher: torch.nn.Module = None  # TEACHER
     stream: object = None  # iterator over the training problems
     queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
@@ -1139,10 +1139,10 @@ class RunError(RuntimeError):
     """Why a run ended early, in one line."""
 
 
-@llms.on_rank_0
 def say(line):
-    """Print a line beside the progress bar."""
-    tqdm.write(line)
+    """Print a line beside the progress bar, on rank 0."""
+    if llms.RANK == 0:
+        tqdm.write(line)
 
 
 def note(line):
@@ -1419,10 +1419,10 @@ def update_metrics(updates):
     return metrics
 
 
-@llms.on_rank_0
 def write(run, row, split, records):
-    """Add a row to the metrics of a run, and records of outputs to its samples."""
-    report.log(run, row, split, records, TENSORBOARD)
+    """Add a row to the metrics of a run, and records of outputs to its samples, on rank 0."""
+    if llms.RANK == 0:
+        report.log(run, row, split, records, TENSORBOARD)
 
 
 # ==== Checkpoints ===================================================================================================
@@ -1445,17 +1445,15 @@ def save_checkpoint(state, writer):
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
     about, tensors = llms.read_checkpoint(state.run / "checkpoint")
-    differ = []
-    for name, value in settings().items():
-        if name not in MAY_CHANGE and about["settings"].get(name, value) != value:
-            differ.append(name)
+    changed = [name for name, value in settings().items() if about["settings"].get(name, value) != value]
+    differ = [name for name in changed if name not in MAY_CHANGE]
     if differ:
         names = ", ".join(differ)
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {names} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
     for name, limit in about.get("limits", {}).items():  # halved where memory ran out
-        if settings()[name.upper()] == about["settings"][name.upper()]:
+        if name.upper() not in changed:
             llms.LIMITS[name] = limit
     for saved in about["queue"]:
         fewest = len(saved["groups"])
@@ -1466,7 +1464,7 @@ def load_checkpoint(state):
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy)  # to be filled
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
-    if state.updates and SCHEDULE != "constant" and STEPS != about["settings"]["STEPS"]:
+    if "STEPS" in changed and SCHEDULE != "constant" and state.updates:
         say(report.rate_note(state.run, learning_rate(state.updates)))
 
 
@@ -1607,7 +1605,10 @@ def parse(argv):
         flags.append(word)
     actions, unknown = parser.parse_known_args(flags)
     if unknown:
-        close = like(unknown[0], ["help", *vars(actions), *map(str.lower, CONSTANTS)])
+        typed = unknown[0].partition("=")[0].lstrip("-")
+        names = sorted(["help", *vars(actions), *map(str.lower, CONSTANTS)])
+        close = [name for name in names if typed == "".join(word[0] for word in name.split("_"))]  # initials, as lr
+        close = close or difflib.get_close_matches(typed, names, 1)
         advice = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
         raise SettingsError(f"unknown flag {unknown[0]}; {advice}")
     empty = "" in (actions.resume, actions.evaluate, actions.against)
@@ -1622,13 +1623,6 @@ def parse(argv):
     if actions.evaluate and "MODEL" in given:
         raise SettingsError("--evaluate names the model to test: leave --model out")
     return actions, given
-
-
-def like(flag, names):
-    """The names that an unknown flag may mean: those with these initials, as --lr, or else the most similar one."""
-    typed = flag.partition("=")[0].lstrip("-")
-    abbreviated = [name for name in sorted(names) if typed == "".join(word[0] for word in name.split("_"))]
-    return abbreviated or difflib.get_close_matches(typed, names, 1)
 
 
 def new_parser():
@@ -1910,7 +1904,7 @@ def first_problems(name, count):
 def check_solutions(name, problems):
     """Has a data set the worked solutions that the settings need?"""
     solutions = [problem.get("solution", "") for problem in problems]
-    imitated = COLD_START and name == rldatasets.stages(DATASET)[0][0]
+    imitated = COLD_START and name == stage_of(0)[1]
     if (ALGORITHM == "sft" or imitated) and not all(solutions):
         setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
         raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
@@ -1922,7 +1916,7 @@ def check_solutions(name, problems):
 
 
 def check_shots():
-    first = rldatasets.stages(DATASET)[0][0]
+    first = stage_of(0)[1]
     worked = [example for example in rldatasets.examples(first, SHOTS) if example.get("solution")]
     if len(worked) < SHOTS:
         raise SettingsError(f"--shots {SHOTS}: {first} does not begin with {SHOTS} worked solutions")
@@ -1973,9 +1967,8 @@ def model_folder(name):
     """The model to load; tiny is built when it is first asked for."""
     if name != "tiny":
         return name
-    first = rldatasets.stages(DATASET)[0][0]  # of a curriculum, its first stage
     corpora = rldatasets.tiny_corpus()
-    if first.partition(":")[0] == "nim":
+    if stage_of(0)[1].partition(":")[0] == "nim":
         corpora = [rldatasets.nim_corpus()]
     return llms.tiny_folder(report.runs_folder(), corpora)
 
@@ -2132,7 +2125,7 @@ def run_training(actions):
             try:
                 stopped = train(state, training.after_step)
             except llms.ModelError as error:  # it has diverged
-                raise RunError(str(error)) from error
+                raise RunError(error) from error
         if stopped:
             say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
             return 128 + stopped
@@ -2146,8 +2139,8 @@ def begin(state):
     """Write config.json, and say what begins."""
     if llms.RANK:
         return
-    about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
-    about["date"] = str(llms.TODAY)
+    about = {"device": llms.device_name(), "ranks": llms.WORLD, "date": str(llms.TODAY)}
+    about["prompt_limit"] = state.prompt_limit
     report.begin(state.run, settings() | about, state.step)
     total = state.policy.num_parameters() / 1e6
     trained = state.policy.num_parameters(only_trainable=True) / 1e6

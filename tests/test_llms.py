@@ -991,7 +991,7 @@ def test_a_model_that_is_no_decoder_is_refused_in_one_line(tmp_path):
 
 def test_a_reward_model_reads_no_more_than_it_can(reward_model):
     judge, read = llms.load_reward_model(reward_model), []
-    judge.model.register_forward_hook(
+    judge[0].register_forward_hook(
         lambda module, inputs, named, out: read.append(named["input_ids"].shape), with_kwargs=True
     )
     llms.reward_scores(judge, ["1 + 1?"] * 2, ["2", "word " * 1000])
@@ -1000,8 +1000,8 @@ def test_a_reward_model_reads_no_more_than_it_can(reward_model):
 
 def test_the_score_of_several_classes_is_the_log_odds_of_the_last(reward_model):
     judge, logits = llms.load_reward_model(reward_model), []
-    judge.model.score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
-    judge.model.register_forward_hook(lambda module, inputs, out: logits.append(out.logits))
+    judge[0].score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
+    judge[0].register_forward_hook(lambda module, inputs, out: logits.append(out.logits))
     scores = llms.reward_scores(judge, ["1 + 1?"] * 3, ["2", "3", "a few words"])
     good = logits[0].softmax(1)[:, 2]
     assert scores == pytest.approx((good / (1 - good)).log().tolist(), abs=1e-4) and len(set(scores)) == 3

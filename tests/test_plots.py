@@ -168,6 +168,11 @@ def test_an_evaluation_is_one_line():
     )
 
 
+def test_the_interval_of_none_or_of_all_is_written_without_a_sign():
+    texts = [report.share_of(share, n) for n in range(1, 500) for share in (0.0, 1.0)]
+    assert all(text.startswith(("0.000 [0.000, 0.", "1.000 [0.")) and "-" not in text for text in texts)
+
+
 def test_two_texts_stand_beside_each_other_in_two_columns():
     left, right = "one\n\ntwo", "word " * 20
     assert report.side_by_side(left, right).split("\n") == [
