@@ -140,7 +140,7 @@ def refuse_pickles(name, config):
     files = [getattr(config, "transformers_weights", None) or "model.safetensors"]
     with suppress(OSError):  # no index: the weights are in that one file
         index = transformers.utils.cached_file(name, "model.safetensors.index.json")
-        files += json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        files += json.loads(Path(index).read_bytes())["weight_map"].values()
     if not all(file.endswith(".safetensors") for file in files):
         raise ModelError("not all of the weights are in safetensors files, and no others are read")
 

@@ -404,9 +404,7 @@ def next_questions(state):
         problem = next(state.stream)
         state.position += 1
         if isinstance(problem, rldatasets.DataError):
-            if state.rows_skipped == 0:
-                say(f"note: {problem}. Such rows are skipped and counted.")
-            state.rows_skipped += 1
+            skip_row(state, problem)
             continue
         prompt = prompt_ids(state.tokenizer, problem)
         if len(prompt) <= state.prompt_limit:
@@ -1150,6 +1148,13 @@ def note(line):
     tqdm.write(f"note: {line}", file=sys.stderr)
 
 
+def skip_row(state, error):
+    """Count a row of the data that cannot be read. The first one is named."""
+    if state.rows_skipped == 0:
+        say(f"note: {error}. Such rows are skipped and counted.")
+    state.rows_skipped += 1
+
+
 # ==== Rewards that compare outputs, or come from a model ============================================================
 
 
@@ -1289,8 +1294,7 @@ def evaluate(state, problems):
     openings = [problem for problem in of_nim if min(problem["heaps"].values()) > 1]
     problems = llms.share(problems)
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
-    greedy = 0.0  # temperature
-    rollout = llms.sample(state.policy, state.tokenizer, prompts, 1, MAX_NEW_TOKENS, greedy)
+    rollout = llms.sample(state.policy, state.tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0)  # greedy
     by_name = rule_rewards(problems, rollout)
     by_name["overlong"] = overlong(rollout)
     if "dialogue" in kinds:
@@ -1448,8 +1452,7 @@ def load_checkpoint(state):
     changed = [name for name, value in settings().items() if about["settings"].get(name, value) != value]
     differ = [name for name in changed if name not in MAY_CHANGE]
     if differ:
-        names = ", ".join(differ)
-        raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {names} differ")
+        raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
     for name, limit in about.get("limits", {}).items():  # halved where memory ran out
@@ -1458,8 +1461,7 @@ def load_checkpoint(state):
     for saved in about["queue"]:
         fewest = len(saved["groups"])
         if fewest < llms.WORLD:
-            prepared = f"a step that {state.run} has prepared has only {fewest} of its questions"
-            raise SettingsError(f"too many ranks: {prepared}")
+            raise SettingsError(f"too many ranks: a step that {state.run} prepared has only {fewest} of its questions")
         state.queue.append(batch_of(state, **saved))
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy)  # to be filled
@@ -1606,15 +1608,14 @@ def parse(argv):
     actions, unknown = parser.parse_known_args(flags)
     if unknown:
         typed = unknown[0].partition("=")[0].lstrip("-")
-        names = sorted(["help", *vars(actions), *map(str.lower, CONSTANTS)])
+        names = sorted({"help", *vars(actions), *map(str.lower, CONSTANTS)})
         close = [name for name in names if typed == "".join(word[0] for word in name.split("_"))]  # initials, as lr
         close = close or difflib.get_close_matches(typed, names, 1)
         advice = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
         raise SettingsError(f"unknown flag {unknown[0]}; {advice}")
     empty = "" in (actions.resume, actions.evaluate, actions.against)
     if empty or (actions.against and not actions.evaluate):
-        need = "--resume, --evaluate and --against need a name"
-        raise SettingsError(f"{need}, and --against goes with --evaluate")
+        raise SettingsError("--resume, --evaluate and --against need a name, and --against goes with --evaluate")
     given = {}
     for name in CONSTANTS:
         value = getattr(actions, name.lower(), None)
@@ -1634,15 +1635,11 @@ def new_parser():
         allow_abbrev=False,
         exit_on_error=False,
     )
-    against = "with --evaluate: test this one too, on the same questions"
-    resume = "go on with the run in this folder, with its own settings"
-    only_evaluate = "only test a model: hub name, folder, or run folder"
-    test = "two steps and one small evaluation, all else as given"
-    parser.add_argument("--against", metavar="MODEL", help=against)
+    parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")
     one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--resume", metavar="RUN", help=resume)
-    one_of.add_argument("--evaluate", metavar="MODEL", help=only_evaluate)
-    one_of.add_argument("--test", action="store_true", help=test)
+    one_of.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
+    one_of.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
+    one_of.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
     groups = {}
     for name, constant in CONSTANTS.items():
         if constant.section not in groups:
@@ -1689,8 +1686,8 @@ def weights(text):
         try:
             table[name.strip()] = float(weight)
         except ValueError:
-            form = "name=weight pairs, as in correctness=2,integer=0.5"
-            raise argparse.ArgumentTypeError(f"{form}, not {text!r}") from None
+            reason = f"name=weight pairs, as in correctness=2,integer=0.5, not {text!r}"
+            raise argparse.ArgumentTypeError(reason) from None
     return table
 
 
@@ -1808,16 +1805,14 @@ def check_methods():
     compares = ALGORITHM in ("grpo", "dpo")
     require(GROUP_SIZE > 1 or not compares, "GROUP_SIZE", f"at least 2: {ALGORITHM} compares outputs")
     require(GROUP_SIZE > 1 or not JUDGE, "JUDGE", "empty with --group_size 1: it compares outputs")
+    earned = {name for name, weight in REWARDS.items() if weight} - {"steps"}
     for name in ("REWARD_MODEL", "JUDGE"):
         if now[name]:
             rewarded = ALGORITHM not in ("sft", "rft", "dpo", "online_rft", "distill")
             require(rewarded, name, f"empty for {ALGORITHM}: it uses no rewards")
             require(REWARDS.get(name.lower()), "REWARDS", f"given a weight for {name.lower()}")
-    earned = {name for name, weight in REWARDS.items() if weight} - {"steps"}
-    if not JUDGE:
-        earned -= {"judge"}
-    if not REWARD_MODEL:
-        earned -= {"reward_model"}
+        else:
+            earned -= {name.lower()}
     require(earned or ALGORITHM not in ("grpo", "ppo"), "REWARDS", "a table with a weight that can be earned")
     require(MU == 1 or ALGORITHM not in ("sft", "dpo"), "MU", f"1 for {ALGORITHM}: it makes one update a step")
     of_dpo = DENOMINATOR == "sequence" or ALGORITHM != "dpo"
@@ -1864,8 +1859,7 @@ def check_data(training=True):
     for name in training_sets(training):
         same = [task for task in tasks if Path(task).resolve() == Path(name).resolve()]
         if same and Path(name).is_file():
-            advice = "give --eval_dataset too, with other rows than it has"
-            raise SettingsError(f"{name} is a single file: {advice}")
+            raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
         problems = first_problems(name, 50)
         samples += problems
         if training:
@@ -1911,8 +1905,7 @@ def check_solutions(name, problems):
     if SUPERVISION != "outcome":
         calculated = [evaluator.step_rewards(*pair) for pair in zip(solutions, problems)]
         if not any(calculated):
-            demand = f"--supervision {SUPERVISION} rewards calculations"
-            raise SettingsError(f"{demand}: the solutions of {name} have none")
+            raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
 
 
 def check_shots():
@@ -1949,8 +1942,7 @@ def check_prompts(state, tests, training=()):
             advice = "name other questions with --eval_dataset"
         if SHOTS:
             advice = "lower --shots"
-        room = f"a test question of {longest} tokens, the model reads {context} with the output"
-        raise SettingsError(f"{room}: {advice}")
+        raise SettingsError(f"a test question of {longest} tokens, the model reads {context} with the output: {advice}")
     limit = state.prompt_limit
     for name, _ in training:
         if all(len(prompt_ids(state.tokenizer, problem)) > limit for problem in first_problems(name, 1000)):
@@ -2020,8 +2012,7 @@ def load_teacher(tokenizer):
     """The TEACHER, frozen; it must have the policy's tokens."""
     teacher, its_tokenizer = llms.load(model_folder(TEACHER))
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        reason = f"has other tokens than {MODEL}, and cannot score its outputs"
-        raise SettingsError(f"--teacher {TEACHER} {reason}")
+        raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
     return llms.frozen_copy(teacher.requires_grad_(False))
 
 
@@ -2111,8 +2102,7 @@ def run_training(actions):
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state)
     if state.step > last_step():
-        past = f"{run} is at step {state.step} already, beyond its last, {last_step()}"
-        raise SettingsError(f"{past}: raise --steps")
+        raise SettingsError(f"{run} is at step {state.step} already, beyond its last, {last_step()}: raise --steps")
     training = Training(state, tests, only_try=actions.test)
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         begin(state)
@@ -2145,8 +2135,7 @@ def begin(state):
     total = state.policy.num_parameters() / 1e6
     trained = state.policy.num_parameters(only_trainable=True) / 1e6
     size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
-    where = f"{llms.WORLD} × {state.policy.device}; all goes to {state.run}"
-    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {where}")
+    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {llms.WORLD} × {state.policy.device}; all goes to {state.run}")
 
 
 def run_evaluation(actions):
@@ -2181,8 +2170,7 @@ def run_evaluation(actions):
     return 0
 
 
-MISTAKES = (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError)
-MISTAKES += (argparse.ArgumentError, OSError)
+MISTAKES = (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError, argparse.ArgumentError, OSError)
 
 
 def main(argv=None):
@@ -2201,8 +2189,7 @@ def main(argv=None):
         return 130
     except RuntimeError as error:
         if llms.lost_another_rank(error):
-            lost = "lost the other ranks, see their output; --resume goes on"
-            return report_error(1, f"{lost}: {str(error).strip()}")
+            return report_error(1, f"lost the other ranks, see their output; --resume goes on: {str(error).strip()}")
         if isinstance(error, (RunError, torch.OutOfMemoryError)):
             return report_error(1, str(error).strip())
         raise
