@@ -1388,10 +1388,10 @@ def reward_scores(reward_model, questions, completions, rows=16):
 
 
 def standardised(scores):
-    """(score - mean) / std, over the outputs of all ranks."""
+    """(score - mean) / std, over the outputs of all ranks: [N]."""
     everyones = torch.tensor(gather(scores))
     std = everyones.std(correction=min(1, len(everyones) - 1))
-    return ((torch.tensor(scores) - everyones.mean()) / (std + 1e-4)).tolist()
+    return (torch.tensor(scores) - everyones.mean()) / (std + 1e-4)
 
 
 # ---- a judge -------------------------------------------------------------------------------------------------------

@@ -1188,7 +1188,7 @@ def model_rewards(reward_model, problems, rollout):
     """The scores of a learned reward model, standardised over the outputs of the step: [Q, G]."""
     questions = [problem["question"] for problem in problems for _ in range(rollout.group_size)]
     scores = llms.reward_scores(reward_model, questions, rollout.texts)
-    return torch.tensor(llms.standardised(scores)).view(-1, rollout.group_size)
+    return llms.standardised(scores).view(-1, rollout.group_size)
 
 
 def judge_rewards(judge, problems, rollout):
@@ -1333,10 +1333,12 @@ def sampled_metrics(state, problems, prompts, votes):
 
 def powers_of_two(n):
     """1, 2, 4, … below n, and n."""
-    numbers = [1]
-    while 2 * numbers[-1] < n:
-        numbers.append(2 * numbers[-1])
-    return numbers + [n] if n > 1 else numbers
+    numbers = []
+    k = 1
+    while k < n:
+        numbers.append(k)
+        k *= 2
+    return [*numbers, n]
 
 
 def mean_log_prob(model, rollout):
@@ -1720,8 +1722,8 @@ def refuse_changes(run, known, flags):
     for name, value in flags.items():
         may_change = name in MAY_CHANGE and (name != "STEPS" or known["ITERATIONS"] == 1)
         if value != known[name] and not may_change:
-            made_with = f"{run} was made with --{name.lower()} {as_flag(known[name])}"
-            raise SettingsError(f"{made_with}: a resumed run keeps its settings")
+            flag = f"--{name.lower()} {as_flag(known[name])}"
+            raise SettingsError(f"{run} was made with {flag}: a resumed run keeps its settings")
 
 
 def steps_of_curriculum(values, flags):
