@@ -39,7 +39,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -1548,6 +1548,8 @@ def calculations(step):
 
 REWARDS = {}  # name: function of a completion and its problem. REWARDS in main.py has the weights
 GROUP_REWARDS = {}  # name: function of all completions of a problem, and the problem
+RUNNING = {}  # completion: the name of the reward that is computed
+PATIENCE = 30.0  # seconds until `score` says what it waits for
 
 
 def reward(function):
@@ -1573,17 +1575,31 @@ def add_reward(table, function):
 
 def rewards(completion, problem):
     """The rewards that apply to a completion, unweighted: {name: number}; for a story, also what is counted in it."""
-    values = {name: function(completion, problem) for name, function in REWARDS.items()}
+    values = {}
+    for name, function in REWARDS.items():
+        RUNNING[completion] = name
+        values[name] = function(completion, problem)
     if problem.get("kind") == "writing":
         values |= story_counts(extract_answer(completion) or completion, problem)
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def score(completions, problems, threads):
+def score(completions, problems, threads, note=print):
     """The rewards of many completions: ({name: one number per completion}, [the exceptions that rules raised]).
-    Where a reward does not apply, it is 0. The rules run in threads, because programs are slow."""
-    with ThreadPoolExecutor(threads) as pool:
-        scored = list(pool.map(score_one, completions, problems))  # [({name: number}, exception or None)]
+    Where a reward does not apply, it is 0. The rules run in threads, because programs are slow. If one takes longer
+    than PATIENCE, note(line) says which."""
+    RUNNING.clear()
+    pool = ThreadPoolExecutor(threads)
+    futures = [pool.submit(score_one, *pair) for pair in zip(completions, problems)]
+    patience = PATIENCE
+    try:
+        for future, completion, problem in zip(futures, completions, problems):
+            if wait([future], patience).not_done:
+                note(f"waiting for the reward {RUNNING.get(completion)} (question: {problem.get('question')})")
+                patience = None  # it is said once
+        scored = [future.result() for future in futures]  # [({name: number}, exception or None)]
+    finally:  # Ctrl-C does not wait for a reward that never returns
+        pool.shutdown(wait=False, cancel_futures=True)
     names = dict.fromkeys(name for values, _ in scored for name in values)  # each once, in their order
     by_name = {name: [values.get(name, 0.0) for values, _ in scored] for name in names}
     return by_name, [failure for _, failure in scored if failure]
@@ -1606,11 +1622,10 @@ def score_one(completion, problem):
 def compare(groups, problems):
     """The rewards of whole groups, all completions of a problem: ({name: [a number per completion, for each group]},
     [the exceptions that rules raised])."""
-    by_name = {name: [] for name in GROUP_REWARDS}
+    by_name = {}
     failures = []
     for name, function in GROUP_REWARDS.items():
-        for completions, problem in zip(groups, problems):
-            by_name[name].append(compare_one(function, completions, problem, failures))
+        by_name[name] = [compare_one(function, *pair, failures) for pair in zip(groups, problems)]
     return by_name, failures
 
 
@@ -1800,7 +1815,8 @@ def behaviour(records):
     metrics["reflection"] = mean(records, "reflection")
     for name, correct in (("right", True), ("wrong", False)):
         lengths = [record["length"] for record in records if bool(record.get("correctness")) == correct]
-        metrics[f"length_{name}"] = statistics.mean(lengths) if lengths else None
+        if lengths:
+            metrics[f"length_{name}"] = statistics.mean(lengths)
     return metrics
 
 
@@ -1808,25 +1824,28 @@ def step_metrics(records, group_size, names):
     """The part of a training row that is about the sampled outputs; names are those of their rewards."""
     rewards = numpy.array([record["reward"] for record in records]).reshape(-1, group_size)  # [questions, outputs]
     lengths = [record["length"] for record in records]
-    return {
+    metrics = {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(1, ddof=min(1, group_size - 1)).mean()),  # 0 for a group of one
         "zero_std_groups": float((rewards.max(1) == rewards.min(1)).mean()),
         **{f"rewards/{name}": mean(records, name) for name in names},
         "accuracy": mean(records, "correctness"),
-        "entropy": sum(record["entropy"] for record in records) / sum(lengths),  # per token
         "length_max": max(lengths),
         **{name: mean(records, name) for name in ("length", "truncated", "zero_advantage")},
         **behaviour(records),
     }
+    if "entropy" in records[0]:  # the policy has sampled
+        metrics["entropy"] = sum(record["entropy"] for record in records) / sum(lengths)  # per token
+    return metrics
 
 
 def eval_metrics(records):
     """The row of an evaluation, from one greedy output per question."""
     accuracy = mean(records, "correctness")
+    low, high = wilson(accuracy, len(records))
     metrics = {
         "eval/accuracy": accuracy,
-        "eval/ci95": wilson(accuracy, len(records)),
+        "eval/ci95": (high - low) / 2,
         "eval/lenient": mean(records, "lenient"),
         "eval/format": mean(records, "strict_format"),
         "eval/length": mean(records, "length"),
@@ -1852,9 +1871,8 @@ def pass_at_k(n, c, k):
 
 
 def wilson(p, n):
-    """Half the width of Wilson's 95 % interval for a share p of n. It is not 0 when all n are right, or none.
-
-    The middle of that interval is a little nearer to 0.5 than p.
-    """
-    z = 1.96
-    return z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    """The ends of Wilson's 95 % interval for a share p of n. They differ also when all n are right, or none."""
+    z2 = 1.96**2
+    middle = p * n + z2 / 2
+    half = math.sqrt(z2 * (p * (1 - p) * n + z2 / 4))
+    return (middle - half) / (n + z2), (middle + half) / (n + z2)

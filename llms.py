@@ -14,7 +14,7 @@ and without packing, is tests/reference.py: 62 lines. Here a "checkpoint" is alw
     sample                                outputs, with the log-probability of each token as it was sampled
     add_lora, frozen_copy                 small trained adapters beside the linear layers; the reference
     CheckpointWriter, load_checkpoint     the state of a training run in one file, which a thread writes
-    reward_model, reward_scores           a learned reward model
+    load_reward_model, reward_scores      a learned reward model
     load_judge, judge_group               a language model that compares outputs
     tiny_folder                           the model that needs no download, trained on the spot
     distributed, shard, gather, share     several GPUs, one process each
@@ -36,6 +36,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -44,7 +45,7 @@ import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,6 +75,9 @@ RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+# the date for chat templates that write one: see `dated`; a resumed run keeps its first
+TODAY = date.today()
 
 # tqdm's `disable`: with None a bar is hidden only where there is no terminal
 NO_BAR = RANK > 0 or None
@@ -141,7 +145,7 @@ def refuse_pickles(name, config):
     files = [getattr(config, "transformers_weights", None) or "model.safetensors"]
     with suppress(OSError):  # no index: the weights are in that one file
         index = transformers.utils.cached_file(name, "model.safetensors.index.json")
-        files += json.loads(Path(index).read_text())["weight_map"].values()
+        files += json.loads(Path(index).read_bytes())["weight_map"].values()
     if not all(file.endswith(".safetensors") for file in files):
         raise ModelError("not all of the weights are in safetensors files, and no others are read")
 
@@ -160,6 +164,8 @@ def explain(name, error):
         return f"{name} has its weights as pickle, which can run code: give a copy in safetensors (save_pretrained)"
     if "GatedRepoError" in causes:
         return f"{name} is gated: accept its terms on its page, then set HF_TOKEN to your access token"
+    if re.match(r"runs/|[./~]", name) and not Path(name).exists():
+        return f"unknown model: {name}: no such model folder"
     if "RepositoryNotFound" in causes or "HFValidationError" in causes or "is not a valid model identifier" in causes:
         return f"unknown model: {name}: no such model folder, nor on the Hugging Face hub (private ones need HF_TOKEN)"
     if "LocalEntryNotFound" in causes or "OfflineMode" in causes or "ConnectError" in causes:
@@ -221,10 +227,18 @@ TEMPLATE_OPTIONS = {}  # {name: value} for chat templates, such as enable_thinki
 def apply_template(tokenizer, messages, **options):
     """A dialogue as the text that the tokenizer's chat template makes of it."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_OPTIONS, **options)
+        template = dated(tokenizer.get_chat_template())
+        options = TEMPLATE_OPTIONS | options
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
         reason = f"the chat template of {tokenizer.name_or_path} fails: {error}"
         raise ModelError(reason.splitlines()[0]) from error
+
+
+def dated(template):
+    """A chat template with TODAY where it would write the date: tomorrow, its prompts would be others."""
+    # a call is strftime_now("%d %b %Y")
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda call: repr(TODAY.strftime(call[2])), template)
 
 
 def encode(tokenizer, messages):
@@ -820,8 +834,10 @@ def peak_memory():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 1e9
-    import resource  # missing on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -1324,7 +1340,7 @@ def write_checkpoint(folder, tensors):
     unfinished = folder / "unfinished"
     with disk_errors(folder):
         safetensors.torch.save_file(tensors, unfinished, metadata={"checksum": checksum(tensors)})
-    with open(unfinished, "rb") as file:
+    with open(unfinished, "rb+") as file:  # +: Windows asks for it
         os.fsync(file.fileno())  # on the disk before it gets its name
     os.replace(unfinished, folder / "state.safetensors")
 
@@ -1373,15 +1389,8 @@ def make_adam_state(optimizer):
 # ---- a learned reward model ----------------------------------------------------------------------------------------
 
 
-class RewardModel(NamedTuple):
-    """A sequence classifier that was trained to score answers, and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: object
-
-
 def load_reward_model(name):
-    """A reward model from the hub or from a folder."""
+    """A sequence classifier that was trained to score answers, from the hub or from a folder, and its tokenizer."""
     model, tokenizer = from_pretrained(transformers.AutoModelForSequenceClassification, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -1389,23 +1398,7 @@ def load_reward_model(name):
     model.config.pad_token_id = tokenizer.pad_token_id
     if torch.cuda.is_available():
         model.cuda()
-    return RewardModel(model, tokenizer)
-
-
-def reward_model(name):
-    """A reward model; None, with a note, if a rank cannot load it: then the rules alone give rewards."""
-    loaded = None
-    errors = []
-    try:
-        loaded = load_reward_model(name)
-    except ModelError as error:
-        errors.append(str(error))
-    errors = gather(errors)
-    if not errors:
-        return loaded
-    if RANK == 0:
-        tqdm.write(f"note: {errors[0]}; the rules judge alone.")
-    return None
+    return model, tokenizer
 
 
 @torch.no_grad()
@@ -1442,10 +1435,10 @@ def reward_scores(reward_model, questions, completions, rows=16):
 
 
 def standardised(scores):
-    """(score - mean) / std, over the outputs of all ranks."""
+    """(score - mean) / std, over the outputs of all ranks: [N]."""
     everyones = torch.tensor(gather(scores))
     std = everyones.std(correction=min(1, len(everyones) - 1))
-    return ((torch.tensor(scores) - everyones.mean()) / (std + 1e-4)).tolist()
+    return (torch.tensor(scores) - everyones.mean()) / (std + 1e-4)
 
 
 # ---- a judge -------------------------------------------------------------------------------------------------------
@@ -1461,19 +1454,12 @@ Answer 2: {}
 Reply with the number of the better answer, 1 or 2, and nothing else."""
 
 
-class Judge(NamedTuple):
-    """A frozen language model that compares answers, and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: object
-
-
 def load_judge(name):
-    """A judge. 1 and 2 must be different tokens to it."""
+    """A frozen language model that compares answers, and its tokenizer, to which 1 and 2 must be different tokens."""
     model, tokenizer = load(name)
     if last_token(tokenizer, "1") == last_token(tokenizer, "2"):
         raise ModelError(f"{name} cannot be a judge: 1 and 2 are the same token to it")
-    return Judge(model.requires_grad_(False), tokenizer)
+    return model.requires_grad_(False), tokenizer
 
 
 def last_token(tokenizer, text):
@@ -1643,17 +1629,6 @@ def orphaned():
 def lost_another_rank(error):
     """Is this the error that a rank meets when another one has died?"""
     return WORLD > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
-
-
-def on_rank_0(function):
-    """A function that only rank 0 runs, as it writes or draws something. On the other ranks it does nothing."""
-
-    @functools.wraps(function)
-    def run(*inputs, **named):
-        if RANK == 0:
-            return function(*inputs, **named)
-
-    return run
 
 
 def gather(rows):

@@ -403,8 +403,11 @@ def next_questions(state):
     prompts = []
     while len(problems) < QUESTIONS_PER_STEP:
         problem = next(state.stream)
-        prompt = prompt_ids(state.tokenizer, problem)
         state.position += 1
+        if isinstance(problem, rldatasets.DataError):
+            skip_row(state, problem)
+            continue
+        prompt = prompt_ids(state.tokenizer, problem)
         if len(prompt) <= state.prompt_limit:
             problems.append(problem)
             prompts.append(prompt)
@@ -464,7 +467,7 @@ def rule_rewards(problems, rollout):
     G = rollout.group_size
     asked = [problem for problem in problems for _ in range(G)]  # [N]
     threads = max(1, os.cpu_count() // llms.LOCAL_WORLD)
-    by_name, failures = evaluator.score(rollout.texts, asked, threads)  # failures: errors of a reward's code
+    by_name, failures = evaluator.score(rollout.texts, asked, threads, note)  # failures: errors of a reward's code
     failed, outputs = llms.sums_over_ranks(len(failures), len(asked))
     if failed == outputs:
         raise RunError(f"the rewards fail on every output: {failures[0]}")
@@ -669,8 +672,8 @@ class State:
     generator: torch.Generator = None  # the random numbers of sampling
     reference: torch.nn.Module = None  # π_ref, where something needs it
     critic: torch.nn.Module = None  # V_ψ of PPO
-    reward_model: llms.RewardModel = None  # REWARD_MODEL
-    judge: llms.Judge = None  # JUDGE
+    reward_model: tuple = None  # REWARD_MODEL and its tokenizer
+    judge: tuple = None  # JUDGE and its tokenizer
     teacher: torch.nn.Module = None  # TEACHER
     stream: object = None  # iterator over the training problems
     queue: list = field(default_factory=list)  # batches that wait for their step (STALENESS)
@@ -681,6 +684,7 @@ class State:
     position: int = 0  # problems read in this stage; 0 again at the next
     questions: int = 0  # drawn
     prompts_skipped: int = 0  # too long
+    rows_skipped: int = 0  # of the data, that cannot be read
     tokens: int = 0  # of outputs, those of the cold start left out
     not_finite: int = 0  # steps in a row whose update was not finite
     stop_signal: int = 0  # Ctrl-C or SIGTERM, which ask for an end after the step
@@ -1134,10 +1138,22 @@ class RunError(RuntimeError):
     """Why a run ended early, in one line."""
 
 
-@llms.on_rank_0
 def say(line):
-    """Print a line beside the progress bar."""
-    tqdm.write(line)
+    """Print a line beside the progress bar, on rank 0."""
+    if llms.RANK == 0:
+        tqdm.write(line)
+
+
+def note(line):
+    """Print a note beside the progress bar, from any rank."""
+    tqdm.write(f"note: {line}", file=sys.stderr)
+
+
+def skip_row(state, error):
+    """Count a row of the data that cannot be read. The first one is named."""
+    if state.rows_skipped == 0:
+        say(f"note: {error}. Such rows are skipped and counted.")
+    state.rows_skipped += 1
 
 
 # ==== Rewards that compare outputs, or come from a model ============================================================
@@ -1158,8 +1174,7 @@ def groups_of_texts(rollout):
 
 def note_failures(failures):
     if failures:
-        note = f"note: {len(failures)} × a reward failed and counts 0, first: {failures[0]}"
-        tqdm.write(note, file=sys.stderr)
+        note(f"{len(failures)} × a reward failed and counts 0, first: {failures[0]}")
 
 
 def overlong(rollout):
@@ -1174,7 +1189,7 @@ def model_rewards(reward_model, problems, rollout):
     """The scores of a learned reward model, standardised over the outputs of the step: [Q, G]."""
     questions = [problem["question"] for problem in problems for _ in range(rollout.group_size)]
     scores = llms.reward_scores(reward_model, questions, rollout.texts)
-    return torch.tensor(llms.standardised(scores)).view(-1, rollout.group_size)
+    return llms.standardised(scores).view(-1, rollout.group_size)
 
 
 def judge_rewards(judge, problems, rollout):
@@ -1280,8 +1295,7 @@ def evaluate(state, problems):
     openings = [problem for problem in of_nim if min(problem["heaps"].values()) > 1]
     problems = llms.share(problems)
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
-    greedy = 0.0  # temperature
-    rollout = llms.sample(state.policy, state.tokenizer, prompts, 1, MAX_NEW_TOKENS, greedy)
+    rollout = llms.sample(state.policy, state.tokenizer, prompts, 1, MAX_NEW_TOKENS, 0.0)  # greedy
     by_name = rule_rewards(problems, rollout)
     by_name["overlong"] = overlong(rollout)
     if "dialogue" in kinds:
@@ -1320,10 +1334,12 @@ def sampled_metrics(state, problems, prompts, votes):
 
 def powers_of_two(n):
     """1, 2, 4, … below n, and n."""
-    numbers = [1]
-    while 2 * numbers[-1] < n:
-        numbers.append(2 * numbers[-1])
-    return numbers + [n] if n > 1 else numbers
+    numbers = []
+    k = 1
+    while k < n:
+        numbers.append(k)
+        k *= 2
+    return [*numbers, n]
 
 
 def mean_log_prob(model, rollout):
@@ -1349,7 +1365,6 @@ def output_records(rollout, problems, by_name):
     columns = {name: values.flatten().tolist() for name, values in by_name.items()}
     columns["length"] = lengths.tolist()
     columns["truncated"] = rollout.truncated.float().tolist()
-    columns["entropy"] = [math.nan] * len(lengths)
     if rollout.entropy is not None:
         columns["entropy"] = rollout.entropy.sum(1).tolist()  # over the tokens of each output
     for metric in (evaluator.reflection, evaluator.num_steps, evaluator.approach):
@@ -1372,7 +1387,7 @@ def record_step(state, learnt):
     row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
     row |= output_metrics(state, batch, records)
     row |= update_metrics(learnt.updates) | batch.metrics | learnt.metrics
-    for name in ("questions", "prompts_skipped", "tokens", "updates"):
+    for name in ("questions", "prompts_skipped", "rows_skipped", "tokens", "updates"):
         row[name] = getattr(state, name)
     row |= llms.LIMITS
     row["memory"] = llms.peak_memory()
@@ -1402,8 +1417,7 @@ def output_metrics(state, batch, records):
 def update_metrics(updates):
     """The part of a step's metrics that is about its μ updates: means, and the largest of maxima."""
     always = ("loss", "ratio_max", "clip_low", "clip_high", "grad_norm", "lr", "skipped_updates")
-    sometimes = ("sampler_gap", "sampler_gap_max", "kl", "kl_log_ratio_max")
-    metrics = dict.fromkeys(always, 0.0) | dict.fromkeys(sometimes)
+    metrics = dict.fromkeys(always, 0.0)
     if updates:
         for name in updates[0].means:
             metrics[name] = sum(update.means[name] for update in updates) / len(updates)
@@ -1412,15 +1426,15 @@ def update_metrics(updates):
     return metrics
 
 
-@llms.on_rank_0
 def write(run, row, split, records):
-    """Add a row to the metrics of a run, and records of outputs to its samples."""
-    report.log(run, row, split, records, TENSORBOARD)
+    """Add a row to the metrics of a run, and records of outputs to its samples, on rank 0."""
+    if llms.RANK == 0:
+        report.log(run, row, split, records, TENSORBOARD)
 
 
 # ==== Checkpoints ===================================================================================================
 
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
+COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "rows_skipped", "tokens")
 
 
 def save_checkpoint(state, writer):
@@ -1430,7 +1444,7 @@ def save_checkpoint(state, writer):
         saved = {"groups": groups_of(batch), "learns": batch.learns}
         queue.append(saved | {"dropped": batch.dropped, "metrics": batch.metrics})
     counters = {name: getattr(state, name) for name in COUNTERS}
-    about = {"counters": counters, "settings": settings(), "queue": queue}
+    about = {"counters": counters, "settings": settings(), "limits": llms.LIMITS, "queue": queue}
     report.sync(state.run)
     writer.save(state.run / "checkpoint", state.networks(), state.optimizer, state.generator, about)
 
@@ -1438,24 +1452,25 @@ def save_checkpoint(state, writer):
 def load_checkpoint(state):
     """Bring a fresh state to where its run's checkpoint was written."""
     about, tensors = llms.read_checkpoint(state.run / "checkpoint")
-    differ = []
-    for name, value in settings().items():
-        if name not in MAY_CHANGE and about["settings"].get(name, value) != value:
-            differ.append(name)
+    changed = [name for name, value in settings().items() if about["settings"].get(name, value) != value]
+    differ = [name for name in changed if name not in MAY_CHANGE]
     if differ:
-        names = ", ".join(differ)
-        raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {names} differ")
+        raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
+    for name, limit in about.get("limits", {}).items():  # halved where memory ran out
+        if name.upper() not in changed:
+            llms.LIMITS[name] = limit
     for saved in about["queue"]:
         fewest = len(saved["groups"])
         if fewest < llms.WORLD:
-            prepared = f"a step that {state.run} has prepared has only {fewest} of its questions"
-            raise SettingsError(f"too many ranks: {prepared}")
+            raise SettingsError(f"too many ranks: a step that {state.run} prepared has only {fewest} of its questions")
         state.queue.append(batch_of(state, **saved))
     if needs_reference() and state.step > COLD_START:
         state.reference = llms.frozen_copy(state.policy)  # to be filled
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
+    if "STEPS" in changed and SCHEDULE != "constant" and state.updates:
+        say(report.rate_note(state.run, learning_rate(state.updates)))
 
 
 # ==== The constants as settings =====================================================================================
@@ -1595,14 +1610,15 @@ def parse(argv):
         flags.append(word)
     actions, unknown = parser.parse_known_args(flags)
     if unknown:
-        known = [f"--{name.lower()}" for name in ("help", *vars(actions), *CONSTANTS)]
-        close = difflib.get_close_matches(unknown[0], known, 1)
-        advice = f"did you mean {close[0]}?" if close else "see --help"
+        typed = unknown[0].partition("=")[0].lstrip("-")
+        names = sorted({"help", *vars(actions), *map(str.lower, CONSTANTS)})
+        close = [name for name in names if typed == "".join(word[0] for word in name.split("_"))]  # initials, as lr
+        close = close or difflib.get_close_matches(typed, names, 1)
+        advice = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
         raise SettingsError(f"unknown flag {unknown[0]}; {advice}")
     empty = "" in (actions.resume, actions.evaluate, actions.against)
     if empty or (actions.against and not actions.evaluate):
-        need = "--resume, --evaluate and --against need a name"
-        raise SettingsError(f"{need}, and --against goes with --evaluate")
+        raise SettingsError("--resume, --evaluate and --against need a name, and --against goes with --evaluate")
     given = {}
     for name in CONSTANTS:
         value = getattr(actions, name.lower(), None)
@@ -1622,15 +1638,11 @@ def new_parser():
         allow_abbrev=False,
         exit_on_error=False,
     )
-    against = "with --evaluate: test this one too, on the same questions"
-    resume = "go on with the run in this folder, with its own settings"
-    only_evaluate = "only test a model: hub name, folder, or run folder"
-    test = "two steps and one small evaluation, all else as given"
-    parser.add_argument("--against", metavar="MODEL", help=against)
+    parser.add_argument("--against", metavar="MODEL", help="with --evaluate: test this one too, on the same questions")
     one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--resume", metavar="RUN", help=resume)
-    one_of.add_argument("--evaluate", metavar="MODEL", help=only_evaluate)
-    one_of.add_argument("--test", action="store_true", help=test)
+    one_of.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
+    one_of.add_argument("--evaluate", metavar="MODEL", help="only test a model: hub name, folder, or run folder")
+    one_of.add_argument("--test", action="store_true", help="two steps and one small evaluation, all else as given")
     groups = {}
     for name, constant in CONSTANTS.items():
         if constant.section not in groups:
@@ -1677,8 +1689,8 @@ def weights(text):
         try:
             table[name.strip()] = float(weight)
         except ValueError:
-            form = "name=weight pairs, as in correctness=2,integer=0.5"
-            raise argparse.ArgumentTypeError(f"{form}, not {text!r}") from None
+            reason = f"name=weight pairs, as in correctness=2,integer=0.5, not {text!r}"
+            raise argparse.ArgumentTypeError(reason) from None
     return table
 
 
@@ -1722,8 +1734,8 @@ def refuse_changes(run, known, flags):
     for name, value in flags.items():
         may_change = name in MAY_CHANGE and (name != "STEPS" or known["ITERATIONS"] == 1)
         if value != known[name] and not may_change:
-            made_with = f"{run} was made with --{name.lower()} {as_flag(known[name])}"
-            raise SettingsError(f"{made_with}: a resumed run keeps its settings")
+            flag = f"--{name.lower()} {as_flag(known[name])}"
+            raise SettingsError(f"{run} was made with {flag}: a resumed run keeps its settings")
 
 
 def steps_of_curriculum(values, flags):
@@ -1807,16 +1819,14 @@ def check_methods():
     compares = ALGORITHM in ("grpo", "dpo")
     require(GROUP_SIZE > 1 or not compares, "GROUP_SIZE", f"at least 2: {ALGORITHM} compares outputs")
     require(GROUP_SIZE > 1 or not JUDGE, "JUDGE", "empty with --group_size 1: it compares outputs")
+    earned = {name for name, weight in REWARDS.items() if weight} - {"steps"}
     for name in ("REWARD_MODEL", "JUDGE"):
         if now[name]:
             rewarded = ALGORITHM not in ("sft", "rft", "dpo", "online_rft", "distill")
             require(rewarded, name, f"empty for {ALGORITHM}: it uses no rewards")
             require(REWARDS.get(name.lower()), "REWARDS", f"given a weight for {name.lower()}")
-    earned = {name for name, weight in REWARDS.items() if weight} - {"steps"}
-    if not JUDGE:
-        earned -= {"judge"}
-    if not REWARD_MODEL:
-        earned -= {"reward_model"}
+        else:
+            earned -= {name.lower()}
     require(earned or ALGORITHM not in ("grpo", "ppo"), "REWARDS", "a table with a weight that can be earned")
     require(MU == 1 or ALGORITHM not in ("sft", "dpo"), "MU", f"1 for {ALGORITHM}: it makes one update a step")
     of_dpo = DENOMINATOR == "sequence" or ALGORITHM != "dpo"
@@ -1863,9 +1873,8 @@ def check_data(training=True):
     for name in training_sets(training):
         same = [task for task in tasks if Path(task).resolve() == Path(name).resolve()]
         if same and Path(name).is_file():
-            advice = "give --eval_dataset too, with other rows than it has"
-            raise SettingsError(f"{name} is a single file: {advice}")
-        problems = list(itertools.islice(rldatasets.shuffled(name, "train", SEED), 50))
+            raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
+        problems = first_problems(name, 50)
         samples += problems
         if training:
             check_solutions(name, problems)
@@ -1895,22 +1904,26 @@ def training_sets(training):
     return names[:1] if SHOTS else []
 
 
+def first_problems(name, count):
+    """The problems that a run on one data set asks first."""
+    return list(itertools.islice(rldatasets.readable(rldatasets.shuffled(name, "train", SEED)), count))
+
+
 def check_solutions(name, problems):
     """Has a data set the worked solutions that the settings need?"""
     solutions = [problem.get("solution", "") for problem in problems]
-    imitated = COLD_START and name == rldatasets.stages(DATASET)[0][0]
+    imitated = COLD_START and name == stage_of(0)[1]
     if (ALGORITHM == "sft" or imitated) and not all(solutions):
         setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
         raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
     if SUPERVISION != "outcome":
         calculated = [evaluator.step_rewards(*pair) for pair in zip(solutions, problems)]
         if not any(calculated):
-            demand = f"--supervision {SUPERVISION} rewards calculations"
-            raise SettingsError(f"{demand}: the solutions of {name} have none")
+            raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
 
 
 def check_shots():
-    first = rldatasets.stages(DATASET)[0][0]
+    first = stage_of(0)[1]
     worked = [example for example in rldatasets.examples(first, SHOTS) if example.get("solution")]
     if len(worked) < SHOTS:
         raise SettingsError(f"--shots {SHOTS}: {first} does not begin with {SHOTS} worked solutions")
@@ -1923,8 +1936,11 @@ def test_questions(tasks):
         each = max(1, EVAL_QUESTIONS // len(tasks))
     questions = []
     for task in tasks:
-        for problem in itertools.islice(rldatasets.load(task, "test"), each):
+        unreadable = []
+        for problem in itertools.islice(rldatasets.readable(rldatasets.load(task, "test"), unreadable), each):
             questions.append(problem | {"task": task})
+        if unreadable:
+            say(f"note: test questions that are left out: {len(unreadable)}, first: {unreadable[0]}")
     if len(questions) < llms.WORLD:
         raise SettingsError(f"no test questions in {EVAL_DATASET or DATASET} for each of {llms.WORLD} ranks")
     return questions
@@ -1940,12 +1956,10 @@ def check_prompts(state, tests, training=()):
             advice = "name other questions with --eval_dataset"
         if SHOTS:
             advice = "lower --shots"
-        room = f"a test question of {longest} tokens, the model reads {context} with the output"
-        raise SettingsError(f"{room}: {advice}")
+        raise SettingsError(f"a test question of {longest} tokens, the model reads {context} with the output: {advice}")
     limit = state.prompt_limit
     for name, _ in training:
-        some = itertools.islice(rldatasets.shuffled(name, "train", SEED), 1000)
-        if all(len(prompt_ids(state.tokenizer, problem)) > limit for problem in some):
+        if all(len(prompt_ids(state.tokenizer, problem)) > limit for problem in first_problems(name, 1000)):
             advice = "raise --max_prompt_tokens"
             if limit + MAX_NEW_TOKENS == context:
                 advice = "lower --max_new_tokens"
@@ -1954,7 +1968,7 @@ def check_prompts(state, tests, training=()):
 
 def note_lost_rewards(state):
     """Say which rewards a worked solution of the training questions loses as an output: as tokens, and read again."""
-    problem = next(iter(rldatasets.load(stage_of(0)[1], "train")))
+    problem = first_problems(stage_of(0)[1], 1)[0]
     text = rldatasets.written_out(problem)
     prompt = prompt_ids(state.tokenizer, problem)
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], [text], MAX_NEW_TOKENS)
@@ -1980,9 +1994,8 @@ def model_folder(name):
     """The model to load; tiny is built when it is first asked for."""
     if name != "tiny":
         return name
-    first = rldatasets.stages(DATASET)[0][0]  # of a curriculum, its first stage
     corpora = rldatasets.tiny_corpus()
-    if first.partition(":")[0] == "nim":
+    if stage_of(0)[1].partition(":")[0] == "nim":
         corpora = [rldatasets.nim_corpus()]
     return llms.tiny_folder(report.runs_folder(), corpora)
 
@@ -2001,7 +2014,7 @@ def new_state(policy, tokenizer, run=None):
     state.generator = torch.Generator().manual_seed(SEED)
     state.prompt_limit = prompt_limit(policy, tokenizer)
     if REWARD_MODEL:
-        state.reward_model = llms.reward_model(REWARD_MODEL)
+        state.reward_model = llms.load_reward_model(REWARD_MODEL)
     if JUDGE:
         state.judge = llms.load_judge(model_folder(JUDGE))
     if TEACHER:
@@ -2034,8 +2047,7 @@ def load_teacher(tokenizer):
     """The TEACHER, frozen; it must have the policy's tokens."""
     teacher, its_tokenizer = llms.load(model_folder(TEACHER))
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        reason = f"has other tokens than {MODEL}, and cannot score its outputs"
-        raise SettingsError(f"--teacher {TEACHER} {reason}")
+        raise SettingsError(f"--teacher {TEACHER} has other tokens than {MODEL}, and cannot score its outputs")
     return llms.frozen_copy(teacher.requires_grad_(False))
 
 
@@ -2115,6 +2127,7 @@ def run_training(actions):
     """A new run, or a resumed one, to its end; what can be refused is refused before anything is written."""
     if actions.resume:
         run = Path(actions.resume)
+        llms.TODAY = report.first_day(run, llms.TODAY)
     else:
         run = report.new_folder(RUN, MODEL, DATASET, actions.test)
     tests = check_data()
@@ -2124,8 +2137,7 @@ def run_training(actions):
     if actions.resume and (run / "checkpoint" / "state.safetensors").exists():
         load_checkpoint(state)
     if state.step > last_step():
-        past = f"{run} is at step {state.step} already, beyond its last, {last_step()}"
-        raise SettingsError(f"{past}: raise --steps")
+        raise SettingsError(f"{run} is at step {state.step} already, beyond its last, {last_step()}: raise --steps")
     training = Training(state, tests, only_try=actions.test)
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         begin(state)
@@ -2137,7 +2149,10 @@ def run_training(actions):
             training.before_first_step()
         training.bar = tqdm(total=last_step(), initial=state.step, desc=run.name, unit="step", disable=llms.NO_BAR)
         with training.bar, training.writer:
-            stopped = train(state, training.after_step)
+            try:
+                stopped = train(state, training.after_step)
+            except llms.ModelError as error:  # it has diverged
+                raise RunError(error) from error
         if stopped:
             say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
             return 128 + stopped
@@ -2151,13 +2166,13 @@ def begin(state):
     """Write config.json, and say what begins."""
     if llms.RANK:
         return
-    about = {"device": llms.device_name(), "ranks": llms.WORLD, "prompt_limit": state.prompt_limit}
+    about = {"device": llms.device_name(), "ranks": llms.WORLD, "date": str(llms.TODAY)}
+    about["prompt_limit"] = state.prompt_limit
     report.begin(state.run, settings() | about, state.step)
     total = state.policy.num_parameters() / 1e6
     trained = state.policy.num_parameters(only_trainable=True) / 1e6
     size = f"{total:.1f} M parameters, {trained:.1f} M of them trained"
-    where = f"{llms.WORLD} × {state.policy.device}; all goes to {state.run}"
-    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {where}")
+    say(f"{ALGORITHM} on {DATASET}; {MODEL}: {size}; {llms.WORLD} × {state.policy.device}; all goes to {state.run}")
 
 
 def run_evaluation(actions):
@@ -2192,8 +2207,7 @@ def run_evaluation(actions):
     return 0
 
 
-MISTAKES = (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError)
-MISTAKES += (argparse.ArgumentError, OSError)
+MISTAKES = (SettingsError, report.FolderError, llms.ModelError, rldatasets.DataError, argparse.ArgumentError, OSError)
 
 
 def main(argv=None):
@@ -2212,8 +2226,7 @@ def main(argv=None):
         return 130
     except RuntimeError as error:
         if llms.lost_another_rank(error):
-            lost = "lost the other ranks, see their output; --resume goes on"
-            return report_error(1, f"{lost}: {str(error).strip()}")
+            return report_error(1, f"lost the other ranks, see their output; --resume goes on: {str(error).strip()}")
         if isinstance(error, (RunError, torch.OutOfMemoryError)):
             return report_error(1, str(error).strip())
         raise
@@ -2230,4 +2243,8 @@ def report_error(status, reason):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # where it is ASCII only, π is printed as ?
-    sys.exit(main())
+    status = main()
+    if status == 130:  # Ctrl-C; a reward that never returns would hold up an ordinary end
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -12,6 +12,7 @@ the group size. These functions are called from outside:
 
     prompt, written_out             a problem as chat messages, its solution as a completion
     load, shuffled                  the problems of a data set in the order of its file; or each epoch in a new order
+    readable                        such a stream without the rows that cannot be read
     examples, stages                worked examples for the prompt, the stages of a curriculum
     tiny_corpus, nim_corpus         what the tiny model learns before reinforcement learning
     nim_position                    a position of a game of Nim as a problem
@@ -721,16 +722,46 @@ def rows(entry, split):
 
 
 def problems(name, entry, split):
-    """The rows of a split as problems. An error names the row by its number in this split, from 0."""
+    """The rows of a split as problems, and a DataError in the place of each row that cannot be read.
+
+    It is raised if none of the first 50 rows can be read.
+    """
+    stream = read(name, entry, split)
+    first = list(itertools.islice(stream, 50))
+    if first and not any(readable(first)):
+        raise first[0]
+    yield from first
+    yield from stream
+
+
+def read(name, entry, split):
+    """What `problems` yields. An error names the row by its number in this split, from 0."""
+    where = f"cannot read {name}, {split} split, row"
     index = 0
     try:
         for row in rows(entry, split):
-            yield problem_of(row)
+            try:
+                problem = problem_of(row)
+            except Exception as error:  # noqa: BLE001  a broken row can raise almost any error
+                problem = DataError(f"{where} {index}: {first_line(error)}")
+            yield problem
             index += 1
-    except Exception as error:  # a broken row, file or connection can raise almost any error
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+    except Exception as error:  # so can a broken file or connection
         hint = "; offline, use --dataset arithmetic or --dataset PATH, a file or folder" if "hub" in entry else ""
-        raise DataError(f"cannot read {name}, {split} split, row {index}: {reason}{hint}") from error
+        raise DataError(f"{where} {index}: {first_line(error)}{hint}") from error
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def readable(stream, unreadable=None):
+    """The problems of a stream, without the rows that cannot be read; their DataErrors are added to a list, if given."""
+    for problem in stream:
+        if not isinstance(problem, DataError):
+            yield problem
+        elif unreadable is not None:
+            unreadable.append(problem)
 
 
 # ---- data sets by name ---------------------------------------------------------------------------------------------
@@ -766,7 +797,10 @@ DIFFICULTIES = list("12345")
 
 
 def load(name, split):
-    """The problems of a split, "train" or "test", once, in the official order, as a stream."""
+    """The problems of a split, "train" or "test", once, in the official order, as a stream.
+
+    In the place of a row that cannot be read is a DataError: see `readable`.
+    """
     task, colon, difficulty = name.partition(":")
     if task in GENERATED and (not colon or difficulty in DIFFICULTIES):
         makers, mixed = GENERATED[task]
@@ -795,7 +829,7 @@ def load(name, split):
 @functools.cache
 def examples(name, count):
     """The first training problems, in the official order, to be shown in every prompt."""
-    return list(itertools.islice(load(name, "train"), count)) if count else []
+    return list(itertools.islice(readable(load(name, "train")), count)) if count else []
 
 
 def stages(spec):

@@ -45,7 +45,7 @@ REFLECTION = {"self-reflection, words per output": {"eval/reflection": ""}}  # t
 GAMES = {"games of Nim won, by opponent": OPPONENTS}  # or this one, if games were played
 SHARES = ("accuracy", "format", "zero_std_groups", "wins/random", *APPROACHES)  # from 0 to 1
 X = {"step": "step", "tokens": "tokens sampled", "seconds": "seconds of training"}
-MAY_DIFFER = ("SEED", "RUN", "commit", "device", "ranks", "versions")  # between runs that share a curve
+MAY_DIFFER = ("SEED", "RUN", "commit", "date", "device", "ranks", "versions")  # between runs that share a curve
 
 
 # ---- the files of a run --------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def points(rows, key):
 
 def groups(folders):
     """Runs by what they have in common: {label: [rows of each run]}; all settings but the seed and the name count."""
-    drawn = {"step", "stage", "tokens", "seconds", "eval/ci95"}
+    drawn = {"step", "stage", "tokens", "seconds", "eval/ci95", "eval/n"}
     for panels in (TRAIN, TEST, REFLECTION, GAMES):
         drawn.update(*panels.values())
     labels = {}  # {settings: label}
@@ -190,10 +190,11 @@ def line(axes, key, runs, smoothed, x, **style):
     middle = values.mean(0)
     low = values.min(0)
     high = values.max(0)
-    if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is the 95 % interval
-        half = at_steps([points(runs[0], "eval/ci95")], steps)[0]
-        low = middle - half
-        high = middle + half
+    if key == "eval/accuracy" and len(runs) == 1:  # one run: the band is Wilson's 95 % interval
+        half, n = at_steps([points(runs[0], "eval/ci95"), points(runs[0], "eval/n")], steps)
+        centre = (n * middle + 1.92) / (n + 3.84)  # of the interval: a little nearer to 0.5
+        low = centre - half
+        high = centre + half
     if smoothed:
         axes.plot(places, middle, color=style["color"], alpha=0.25, linewidth=0.8)
         middle = smooth(middle)
@@ -271,12 +272,13 @@ def result(runs_by_label, x):
 
 
 def write_ends(axes):
-    """The first number of a curve on its right, and the last one below it."""
+    """The first number of a curve on its right, and the last one, if it is another, below it."""
     for curve in axes.lines:
         xs, ys = curve.get_data()
         style = {"textcoords": "offset points", "size": 12}
         axes.annotate(f"{ys[0]:.3g}", (xs[0], ys[0]), (9, -4), **style)
-        axes.annotate(f"{ys[-1]:.3g}", (xs[-1], ys[-1]), (-22, -20), **style)
+        if len(ys) > 1:
+            axes.annotate(f"{ys[-1]:.3g}", (xs[-1], ys[-1]), (-22, -20), **style)
 
 
 def draw(folders, out, x="step"):

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import textwrap
 from contextlib import contextmanager
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -86,11 +87,20 @@ def like(default, value):
     return type(default)(value)
 
 
+def first_day(run, today):
+    """The date on which a run began, which its chat template may write; today if config.json does not say."""
+    found = read_config(run).get("date", str(today))
+    try:
+        return date.fromisoformat(found)
+    except (ValueError, TypeError) as error:
+        raise FolderError(f"{run}/config.json is damaged: date: {error}") from None
+
+
 @contextmanager
 def only_writer(run):
     """A block in which no other process writes to a run's folder. The lock ends when the process ends."""
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as file:
+    with open(run / ".lock", "w", encoding="utf-8") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,27 +129,29 @@ def begin(run, config, step):
 def replace(path, text):
     """Write a file whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def append(path, rows):
-    """Add rows to a file of JSON lines; a number that is not finite becomes null."""
-    with open(path, "a") as file:
+    """Add rows to a file of JSON lines. What does not exist is left out of its row."""
+    with open(path, "a", encoding="utf-8") as file:
         for row in rows:
-            finite = {key: finite_or_none(value) for key, value in row.items()}
-            file.write(json.dumps(finite) + "\n")
+            left = {key: value for key, value in row.items() if exists(value)}
+            file.write(json.dumps(left) + "\n")
 
 
-def finite_or_none(value):
-    """The value, or None for infinity and for what is not a number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def exists(value):
+    """Is it a value, and not None, infinity or nan?"""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is not None
 
 
 def sync(run):
     """Write the rows of a run to the disk, before the checkpoint that belongs to them."""
     for path in run.glob("*.jsonl"):
-        with open(path, "rb") as file:
+        with open(path, "rb+") as file:  # +: Windows asks for it
             os.fsync(file.fileno())
 
 
@@ -169,7 +181,7 @@ def step_line(row):
     else:
         line += f" | reward {row['reward']:5.2f} ± {row['reward_std']:4.2f}"
         line += f" | right {row['accuracy']:4.2f} | guess {row['approach/guessed']:4.2f}"
-        line += " | kl    off" if row["kl"] is None else f" | kl {row['kl']:6.4f}"
+        line += f" | kl {row['kl']:6.4f}" if "kl" in row else " | kl    off"
         line += f" | clip {row['clip_low'] + row['clip_high']:4.2f}"
         line += f" | dead {row['zero_std_groups']:4.2f}"
     line += f" | len {row['length']:5.1f} | cut {row['truncated']:4.2f} | {row['seconds']:5.1f} s"
@@ -203,7 +215,7 @@ If answers are wrong: an easier set: --dataset arithmetic:1."""
 
 def eval_line(metrics):
     """An evaluation in one line."""
-    line = f"accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/ci95']:.3f}"
+    line = f"accuracy {share_of(metrics['eval/accuracy'], metrics['eval/n'])}"
     line += f" | lenient {metrics['eval/lenient']:.3f} | format {metrics['eval/format']:.3f}"
     line += f" | len {metrics['eval/length']:.1f} | cut {metrics['eval/truncated']:.3f}"
     measured = list(itertools.chain(*MEASURES.values()))
@@ -213,9 +225,14 @@ def eval_line(metrics):
             line += f" | {name.removeprefix('accuracy/')} {value:.3f}"
     for key, share in metrics.items():
         if key.startswith("eval/wins/"):
-            half = wilson(share, metrics["eval/games"])
-            line += f" | wins against {key.removeprefix('eval/wins/')} {share:.3f} ± {half:.3f}"
+            line += f" | wins against {key.removeprefix('eval/wins/')} {share_of(share, metrics['eval/games'])}"
     return f"{line} (n = {metrics['eval/n']})"
+
+
+def share_of(p, n):
+    """A share p of n with the ends of its 95 % interval: 0.985 [0.957, 0.995]."""
+    low, high = wilson(p, n)
+    return f"{p:.3f} [{abs(low):.3f}, {high:.3f}]"  # abs: rounding makes -0.000 of 0
 
 
 def paired_difference(names, right):
@@ -238,8 +255,8 @@ def verdicts(names, compared):
         flips.append(flip)
     better = sum(win > 0.5 for win in wins)
     share = (better + wins.count(0.5) / 2) / len(wins)
-    line = f"judge: {names[0]} is better than {names[1]} in {share:.3f}"
-    line += f" ± {wilson(share, len(wins)):.3f} of {len(wins)} questions, both orders averaged;"
+    line = f"judge: {names[0]} is better than {names[1]} in {share_of(share, len(wins))}"
+    line += f" of {len(wins)} questions, both orders averaged;"
     line += f" in {statistics.mean(flips):.3f} it prefers a place, not an output"
     return line
 
@@ -254,7 +271,8 @@ def health_notes(row, settings, on_gpu):
     step = row["step"] - settings["COLD_START"]  # of Algorithm 1
     if step <= 0:
         return notes
-    kl = row["kl"] or 0.0
+    kl = row.get("kl", 0.0)
+    entropy = row.get("entropy", 1.0)  # unknown where another model has sampled
     past_warmup = step > settings["WARMUP"] + 2
     at_reference = (step - 1) % settings["STEPS"] == 0  # first step of an iteration: π_θ = π_ref
     grpo = settings["ALGORITHM"] == "grpo" and settings["DENOMINATOR"] == "sequence"
@@ -269,15 +287,15 @@ def health_notes(row, settings, on_gpu):
             "the KL is above 0.01 at the first step, where policy and reference are the same: their numerics differ"
         )
     moved = past_warmup and not at_reference and row["grad_norm"] > 0
-    if settings["BETA"] and row["kl"] == 0 and moved:
+    if settings["BETA"] and row.get("kl") == 0 and moved:
         notes.append("the KL is exactly 0 after updates: is the reference the policy itself?")
     if kl > 1:
         notes.append("the KL is above 1 nat per token: far from the reference (lower --learning_rate or raise --beta)")
-    if (row["kl_log_ratio_max"] or 0.0) > 10:
+    if row.get("kl_log_ratio_max", 0.0) > 10:
         notes.append("some |log(π_ref/π_θ)| is above 10: that one token dominates the KL of eq. (4)")
-    if row["entropy"] < 0.05 and row["accuracy"] < 0.9:
+    if entropy < 0.05 and row["accuracy"] < 0.9:
         notes.append("the entropy is below 0.05 nats while answers are still wrong: little is explored any more")
-    if row["entropy"] > 4:
+    if entropy > 4:
         notes.append("the entropy is above 4 nats per token: that is close to random text")
     if row["clip_low"] + row["clip_high"] > 0.2:
         notes.append(
@@ -289,11 +307,19 @@ def health_notes(row, settings, on_gpu):
         notes.append(
             "over half of the outputs are cut at --max_new_tokens: raise it, or the end token is not being learnt"
         )
-    if (row["sampler_gap"] or 0.0) > (2e-2 if on_gpu else 1e-4):
+    if row.get("sampler_gap", 0.0) > (2e-2 if on_gpu else 1e-4):
         notes.append(
             "the log-probabilities of sampling and scoring differ: the policy that samples is not the one that learns"
         )
     return notes
+
+
+def rate_note(run, rate):
+    """What another number of steps does to the learning rate of a run that is resumed."""
+    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl", ("step", "lr")) if "lr" in row]
+    return (
+        f"note: the learning rate was {rates[-1]:.2g} and becomes {rate:.2g}, since it falls to 0 at the new last step."
+    )
 
 
 def stopped_line(run, step, ranks, local_ranks):
@@ -317,7 +343,7 @@ def summary(run):
     shown = [row for row in evaluations if row["step"] in names]
     titles = [f"{names[row['step']]} (step {row['step']})" for row in shown]
     lines = ["", table_row(f"test, {base['eval/n']}", titles)]
-    for key in trained:
+    for key in base | trained:
         if key not in ("step", "eval/n", "eval/ci95", "eval/games"):
             lines.append(table_row(key.removeprefix("eval/"), [cell(row, key) for row in shown]))
     samples = read_lines(run / "samples.jsonl")
@@ -348,7 +374,7 @@ def cell(row, key):
     if value is None:
         return "–"
     if key in ("eval/accuracy", "eval/lenient"):
-        return f"{value:.3f} ± {wilson(value, row['eval/n']):.3f}"
+        return share_of(value, row["eval/n"])
     return f"{value:.3f}"
 
 

@@ -175,8 +175,8 @@ FIGURES = {  # {file: {title: {label: run}}}; "by tokens" in a title says what i
 def main_py(arguments):
     """Run main.py on one thread, and return what it printed; None if it failed."""
     command = [sys.executable, str(HERE.parent / "main.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if ended.returncode == 0:
         return ended.stdout
     reasons = ended.stderr.strip().splitlines() or ["killed"]
@@ -190,10 +190,10 @@ def train(job):
     folder = Path("runs") / f"reproduce-{name}-{seed}"
     flags = f"{COMMON} {RUNS[name]} --seed {seed} --run {folder.name}"
     made_with = Path(f"{folder}.flags")
-    if not made_with.exists() or made_with.read_text() != flags:  # by an earlier version of this file
+    if not made_with.exists() or made_with.read_text(encoding="utf-8") != flags:  # by an earlier version of this file
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
-        made_with.write_text(flags)
+        made_with.write_text(flags, encoding="utf-8")
     if (folder / "model").is_dir():
         return True
     if (folder / "checkpoint" / "state.safetensors").exists():
@@ -210,8 +210,8 @@ def evaluate(name):
         printed = main_py(["--evaluate", EVALUATIONS[name], *flags.split()])
         if printed is None:
             return None
-        file.write_text(printed)
-    found = re.findall(r"((?:maj|pass)@\d+) ([\d.]+)", file.read_text())
+        file.write_text(printed, encoding="utf-8")
+    found = re.findall(r"((?:maj|pass)@\d+) ([\d.]+)", file.read_text(encoding="utf-8"))
     return {key: float(value) for key, value in found}
 
 
@@ -261,14 +261,14 @@ def collect(names):
             data[name] = {"flags": f"{COMMON} {RUNS[name]}".strip(), "runs": runs}
     OUT.mkdir(exist_ok=True)
     lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in data.items()]
-    (OUT / "data.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (OUT / "data.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return all(done.values())
 
 
 def read_data():
     """What data.json holds: {run: {"flags": …, "runs": [summary of each seed]}, "figure7": …}."""
     file = OUT / "data.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 # ---- the tables ----------------------------------------------------------------------------------------------------

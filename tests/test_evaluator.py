@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction  # noqa: F401 (of the text that is evaluated below)
 
@@ -328,6 +329,19 @@ def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monke
     assert "'strict_format': inf, 'tests': nan" in failures[1] and "about odd" in failures[1] and len(failures) == 2
     assert evaluator.score(["right"], [{}], threads=2) == ({"correctness": [1], "strict_format": [0.5]}, [])
     assert evaluator.score(["boom"], [{}], threads=2)[1] == ["KeyError('boom') (question: None)"]
+
+
+def test_a_reward_that_takes_long_is_named_once_with_its_question(monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(evaluator, "PATIENCE", 0.05)
+    monkeypatch.setitem(evaluator.REWARDS, "slow", lambda completion, problem: float(go_on.wait()))
+    monkeypatch.setitem(evaluator.REWARDS, "quick", lambda completion, problem: 1.0)
+    noted = []
+    note = lambda line: (noted.append(line), go_on.set())
+    problems = [{"question": f"about {one}", "answer": "1"} for one in "abc"]
+    values, failures = evaluator.score(["x", "y", "z"], problems, 1, note)
+    assert values["slow"] == [1.0, 1.0, 1.0] == values["quick"] and not failures
+    assert noted == ["waiting for the reward slow (question: about a)"]
 
 
 def test_very_small_numbers_keep_their_sign():
@@ -784,7 +798,7 @@ def test_a_run_tells_how_its_outputs_come_to_their_answers():
     told = evaluator.behaviour([dict(zip(names, output)) | {"reflection": 0} for output in outputs])
     assert [told[f"approach/{name}"] for name in ("guessed", "worked", "checked")] == [0.5, 0.25, 0.25]
     assert (told["length_right"], told["length_wrong"], told["num_steps"]) == (40, 15, 1.25)
-    assert evaluator.behaviour([dict(zip(names, outputs[0])) | {"reflection": 0}])["length_wrong"] is None
+    assert "length_wrong" not in evaluator.behaviour([dict(zip(names, outputs[0])) | {"reflection": 0}])
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
@@ -793,8 +807,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
 
 
 def test_the_interval_is_wilsons():
-    assert evaluator.wilson(0.0, 100) == pytest.approx(0.0185, abs=1e-4)  # 0 to 0.0370
-    assert evaluator.wilson(0.5, 100) == pytest.approx(0.0962, abs=1e-4)  # 0.4038 to 0.5962
+    assert evaluator.wilson(0.0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
+    assert evaluator.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert evaluator.wilson(0.985, 200) == pytest.approx((0.9568, 0.9949), abs=1e-4)
 
 
 # ---- what a script may not know ------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_a_judge_that_always_says_first_gives_groups_without_spread(monkeypatch)
 def test_a_judge_that_prefers_the_shorter_shortens_the_outputs(setup, monkeypatch):
     judge_by(monkeypatch, lambda first, second: float(len(first) < len(second)) + 0.5 * (len(first) == len(second)))
     state, _ = setup(STEPS=20, GROUP_SIZE=8, BETA=0.0, LEARNING_RATE=1e-2, REWARDS={"judge": 1.0})
-    state.judge = llms.Judge("model", "tokenizer")
+    state.judge = ("model", "tokenizer")
     rows = train(state, PROBLEMS * 7)
     early, late = (sum(row["length"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert late < 0.7 * early
@@ -54,7 +54,7 @@ def test_a_judge_that_prefers_the_shorter_shortens_the_outputs(setup, monkeypatc
 def test_in_a_cold_start_there_is_nothing_to_compare(setup, monkeypatch):
     asked = judge_by(monkeypatch, lambda first, second: 0.6)
     state, _ = setup(COLD_START=1, STEPS=1)
-    state.judge = llms.Judge("model", "tokenizer")
+    state.judge = ("model", "tokenizer")
     cold, first = train(state, SOLVED * 9)
     assert "rewards/judge" not in cold and first["rewards/judge"] == pytest.approx(0.5)
     assert len(asked) == 3 * 4 * 3  # of 3 groups of 4, each with each, in both orders
@@ -116,7 +116,7 @@ def test_a_reward_of_a_group_that_fails_counts_0_and_is_told(table, wrong):
 def test_two_models_are_compared_with_an_interval():
     compared = [([0.9, 0.1], [0.0, 0.0])] * 6 + [([0.4, 0.6], [1.0, 1.0])] * 2 + [([0.5, 0.5], [1.0, 1.0])] * 2
     told = report.verdicts(["A", "B"], compared)
-    assert told.startswith("judge: A is better than B in 0.700 ± 0.2") and "of 10 questions" in told
+    assert told.startswith("judge: A is better than B in 0.700 [0.397, 0.892] of 10") and "of 10 questions" in told
     assert told.endswith("in 0.400 it prefers a place, not an output")
 
 

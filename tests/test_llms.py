@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,6 +427,16 @@ def test_a_prompt_uses_the_chat_template_or_plain_paragraphs(checkpoint):
     assert "</answer><|im_end|>\n\nHow many eggs?" in shown and shown.count("<|im_end|>") == 1
     plain = tokenizer.decode(llms.encode(tokenizer, messages))
     assert plain.startswith("Respond") and plain.endswith("</answer>\n\nHow many eggs?\n\n")
+
+
+def test_a_template_that_writes_the_date_writes_the_one_that_is_set(checkpoint, monkeypatch):
+    _, tokenizer = llms.load(checkpoint("qwen2"))
+    now = '{{ strftime_now("%d %b %Y") }}'  # LLaMA 3 has both lines
+    tokenizer.chat_template = (
+        f"{now}: {{% if strftime_now is defined %}}{{% set day = strftime_now('%d') %}}{{{{ day }}}}{{% endif %}}"
+    )
+    monkeypatch.setattr(llms, "TODAY", date(2024, 7, 26))
+    assert llms.apply_template(tokenizer, [{"role": "user", "content": "?"}]) == "26 Jul 2024: 26"
 
 
 def test_a_saved_model_opens_with_the_auto_classes_and_is_the_same(checkpoint, tmp_path):
@@ -1100,7 +1111,7 @@ def test_a_model_that_is_no_decoder_is_refused_in_one_line(tmp_path):
 
 def test_a_reward_model_reads_no_more_than_it_can(reward_model):
     judge, read = llms.load_reward_model(reward_model), []
-    judge.model.register_forward_hook(
+    judge[0].register_forward_hook(
         lambda module, inputs, named, out: read.append(named["input_ids"].shape), with_kwargs=True
     )
     llms.reward_scores(judge, ["1 + 1?"] * 2, ["2", "word " * 1000])
@@ -1109,8 +1120,8 @@ def test_a_reward_model_reads_no_more_than_it_can(reward_model):
 
 def test_the_score_of_several_classes_is_the_log_odds_of_the_last(reward_model):
     judge, logits = llms.load_reward_model(reward_model), []
-    judge.model.score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
-    judge.model.register_forward_hook(lambda module, inputs, out: logits.append(out.logits))
+    judge[0].score = torch.nn.Linear(SHAPE["hidden_size"], 3, bias=False)
+    judge[0].register_forward_hook(lambda module, inputs, out: logits.append(out.logits))
     scores = llms.reward_scores(judge, ["1 + 1?"] * 3, ["2", "3", "a few words"])
     good = logits[0].softmax(1)[:, 2]
     assert scores == pytest.approx((good / (1 - good)).log().tolist(), abs=1e-4) and len(set(scores)) == 3

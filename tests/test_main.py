@@ -771,7 +771,7 @@ def test_beta_0_never_makes_or_runs_a_reference(setup, monkeypatch):
     state, _ = setup(BETA=0.0, STEPS=1)
     monkeypatch.setattr(llms, "frozen_copy", lambda *_, **__: pytest.fail("a reference was made"))
     (row,) = train(state, PROBLEMS)
-    assert state.reference is None and row["kl"] is None
+    assert state.reference is None and "kl" not in row
 
 
 def test_a_training_line_holds_every_promised_key_and_its_seconds_add_up(setup):
@@ -795,8 +795,9 @@ def test_updates_that_are_not_finite_leave_the_weights_intact_and_metrics_withou
     before = [p.clone() for p in state.policy.parameters()]
     rows = train(state, PROBLEMS * 3)
     assert all(torch.equal(a, b) for a, b in zip(before, state.policy.parameters()))
-    assert all(row["skipped_updates"] and row["reward"] is None for row in rows)
-    assert "NaN" not in (state.run / "metrics.jsonl").read_text()
+    assert all(row["skipped_updates"] and "reward" not in row for row in rows)
+    text = (state.run / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "null" not in text
 
 
 def test_an_update_that_is_left_out_counts_in_the_schedule(setup):
@@ -1046,7 +1047,7 @@ def test_two_ranks_toss_the_coins_of_one(setup, constants, monkeypatch):
 
 def test_a_reward_model_scores_batches_as_it_scores_one_and_is_standardised(setup, reward_model):
     state, rollout = setup()
-    judge = llms.reward_model(reward_model)
+    judge = llms.load_reward_model(reward_model)
     problems = PROBLEMS[:3]
     state.reward_model = judge
     scores = main.score(state, problems, rollout)["reward_model"].flatten()
@@ -1067,6 +1068,15 @@ def test_questions_that_are_too_long_are_skipped_and_counted_never_cut(setup):
     state.stream = iter([PROBLEMS[0], too_long, PROBLEMS[1], PROBLEMS[2]])
     problems, _ = main.next_questions(state)
     assert problems == PROBLEMS[:2] and (state.position, state.prompts_skipped) == (3, 1)
+
+
+def test_rows_that_cannot_be_read_are_skipped_and_counted_and_the_first_is_named(setup, capsys):
+    state, _ = setup(QUESTIONS_PER_STEP=2)
+    bad = rldatasets.DataError("cannot read x, train split, row 7: no answer")
+    state.stream = iter([PROBLEMS[0], bad, bad, *PROBLEMS[1:3], bad, PROBLEMS[3]])
+    assert main.next_questions(state)[0] == PROBLEMS[:2] and (state.position, state.rows_skipped) == (4, 2)
+    assert main.next_questions(state)[0] == PROBLEMS[2:4] and (state.position, state.rows_skipped) == (7, 3)
+    assert capsys.readouterr().out.count("note: cannot read x, train split, row 7: no answer. Such rows") == 1
 
 
 def test_a_prompt_may_be_as_long_as_the_limit(setup):
@@ -1109,14 +1119,44 @@ def test_a_checkpoint_brings_back_every_tensor_stream_and_counter(setup):
 
 
 def test_a_checkpoint_brings_back_counters_that_are_not_0(setup):
-    counters = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "tokens")
+    counters = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "rows_skipped", "tokens")
     state, _ = setup()
     for number, name in enumerate(counters):
         setattr(state, name, number + 1)
     save(state)
     fresh, _ = setup()
     main.load_checkpoint(fresh)
-    assert [getattr(fresh, name) for name in counters] == [1, 2, 3, 4, 5, 6, 7]
+    assert [getattr(fresh, name) for name in counters] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_that_ran_out_of_memory_is_resumed_with_the_limits_it_found(setup, monkeypatch):
+    state, _ = setup(STEPS=4, TOKEN_BUDGET=400)
+    token_logprobs, calls = llms.token_logprobs, itertools.count()
+
+    def limited(model, ids, *others):
+        next(calls)
+        if ids.numel() > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_logprobs(model, ids, *others)
+
+    monkeypatch.setattr(llms, "LEAST_LIMIT", 100)
+    monkeypatch.setattr(llms, "token_logprobs", limited)
+    questions = PROBLEMS * 4
+    train(state, questions, after_step=lambda state, metrics: state.step == 2)
+    assert llms.LIMITS == {"token_budget": 200, "cache_tokens": main.CACHE_TOKENS}
+    save(state)
+    monkeypatch.setattr(llms, "token_logprobs", token_logprobs)  # there is enough memory now
+    whole = [row["loss"] for row in train(state, questions[state.position :])[2:]]
+    fresh, _ = setup(STEPS=4, TOKEN_BUDGET=400)
+    assert llms.LIMITS["token_budget"] == 400
+    main.load_checkpoint(fresh)
+    assert llms.LIMITS["token_budget"] == 200
+    resumed = train(fresh, questions[fresh.position :], run=fresh.run / "resumed")
+    assert [row["loss"] for row in resumed] == whole and {row["token_budget"] for row in resumed} == {200}
+    assert all(torch.equal(one, other) for one, other in zip(tensors(state).values(), tensors(fresh).values()))
+    fresh, _ = setup(STEPS=4, TOKEN_BUDGET=300)  # as its flag would
+    main.load_checkpoint(fresh)
+    assert llms.LIMITS["token_budget"] == 300
 
 
 def test_a_checkpoint_that_is_damaged_or_of_other_settings_is_refused(setup, constants):

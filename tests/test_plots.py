@@ -98,7 +98,6 @@ HEALTHY |= {"truncated": 0.0, "sampler_gap": 1e-6}
         ({"kl": 0.0}, {"BETA": 0}, ""),
         ({"kl": 0.0, "step": 51}, {}, ""),  # the reference is the policy again
         ({"kl": 0.0, "step": 4}, {}, ""),  # the learning rate still rises
-        ({"kl": None, "kl_log_ratio_max": None, "sampler_gap": None}, {}, ""),
         ({"kl": 1.5}, {}, "above 1 nat"),
         ({"kl_log_ratio_max": 11.0}, {}, "dominates the KL"),
         ({"entropy": 0.01}, {}, "little is explored"),
@@ -117,6 +116,39 @@ def test_what_is_out_of_its_healthy_range_is_said(row, settings, says):
     assert isinstance(notes, list) and len(notes) == bool(says) and says in "".join(notes)
 
 
+def test_a_row_may_lack_what_was_not_measured(tmp_path):
+    row = {
+        "stage": "a",
+        "reward": 1.0,
+        "reward_std": 0.5,
+        "approach/guessed": 0.0,
+        "zero_std_groups": 0.0,
+        "length": 3.0,
+    }
+    row |= {
+        key: value for key, value in HEALTHY.items() if key not in ("kl", "kl_log_ratio_max", "entropy", "sampler_gap")
+    }
+    assert report.health_notes(row, SETTINGS, on_gpu=False) == []
+    assert "| kl    off |" in report.step_line(row | {"seconds": 1.0}) and "| kl 0.5000 |" in report.step_line(
+        row | {"seconds": 1.0, "kl": 0.5}
+    )
+    report.append(tmp_path / "rows", [{"step": 1, "a": None, "b": float("nan"), "c": float("-inf"), "d": 0.0, "e": ""}])
+    assert (tmp_path / "rows").read_text() == '{"step": 1, "d": 0.0, "e": ""}\n'
+    old = [{"step": 1, "length_right": None, "length_wrong": 3.0}, {"step": 2, "length_right": 2.0}]  # null was written
+    assert plot.points(old, "length_right") == {2: 2.0} and plot.points(old, "length_wrong") == {1: 3.0}
+
+
+def test_the_table_at_the_end_has_a_row_for_what_only_one_test_could_measure(tmp_path):
+    tests = [{"eval/length_wrong": 7.0}, {"eval/length_right": 9.0}]
+    shared = {"eval/accuracy": 0.5, "eval/n": 10}
+    rows = [{"step": step} | shared | test for step, test in enumerate(tests)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "samples.jsonl").write_text("")
+    (tmp_path / "config.json").write_text('{"COLD_START": 0}')
+    words = [line.split() for line in report.summary(tmp_path).splitlines()]
+    assert ["length_wrong", "7.000", "–"] in words and ["length_right", "–", "9.000"] in words
+
+
 def test_a_gpu_may_differ_more_between_sampling_and_scoring():
     row = HEALTHY | {"sampler_gap": 1e-3}
     assert report.health_notes(row, SETTINGS, on_gpu=True) == []
@@ -131,9 +163,14 @@ def test_an_evaluation_is_one_line():
     row |= {"wins/perfect": 0.0, "games": 10}
     line = report.eval_line({f"eval/{name}": value for name, value in row.items()})
     assert line == (
-        "accuracy 0.500 ± 0.100 | lenient 0.600 | format 0.700 | len 30.0 | cut 0.000 | a 0.250 | lenient/a 0.750"
-        f" | copied 0.125 | pass@2 1.000 | wins against perfect 0.000 ± {evaluator.wilson(0.0, 10):.3f} (n = 80)"
+        "accuracy 0.500 [0.393, 0.607] | lenient 0.600 | format 0.700 | len 30.0 | cut 0.000 | a 0.250 | lenient/a 0.750"
+        " | copied 0.125 | pass@2 1.000 | wins against perfect 0.000 [0.000, 0.278] (n = 80)"
     )
+
+
+def test_the_interval_of_none_or_of_all_is_written_without_a_sign():
+    texts = [report.share_of(share, n) for n in range(1, 500) for share in (0.0, 1.0)]
+    assert all(text.startswith(("0.000 [0.000, 0.", "1.000 [0.")) and "-" not in text for text in texts)
 
 
 def test_two_texts_stand_beside_each_other_in_two_columns():
@@ -154,7 +191,12 @@ def rows_of(seed):
     rows = [{"step": step, "stage": "arithmetic", "tokens": 100 * step, "seconds": 1.0} for step in range(1, 11)]
     for step, accuracy in ((0, 0.1), (5, 0.5), (10, 0.9)):
         row = {"eval/accuracy": accuracy + rng.uniform(-0.05, 0.05), "eval/ci95": 0.07, "eval/length": 10.0 + step}
-        row |= {"eval/approach/guessed": 1 - accuracy, "eval/approach/worked": accuracy, "eval/approach/checked": 0.0}
+        row |= {
+            "eval/n": 200,
+            "eval/approach/guessed": 1 - accuracy,
+            "eval/approach/worked": accuracy,
+            "eval/approach/checked": 0.0,
+        }
         rows.append({"step": step} | row)
     return rows
 
@@ -183,13 +225,20 @@ def test_the_first_picture_tells_runs_apart_by_colour():
     )
 
 
-def test_one_run_has_its_interval_around_its_accuracy():
+def test_one_run_has_the_interval_of_its_accuracy():
     axes = Figure().subplots()
-    rows = rows_of(0)
+    rows = [{"step": 0, "eval/accuracy": 0.0}, {"step": 5, "eval/accuracy": 0.985}]
+    for row in rows:
+        low, high = evaluator.wilson(row["eval/accuracy"], 200)
+        row |= {"eval/n": 200, "eval/ci95": (high - low) / 2}
     plot.line(axes, "eval/accuracy", [rows], False, "step", color="C0")
     band = axes.collections[0].get_paths()[0].vertices
-    accuracy = list(plot.points(rows, "eval/accuracy").values())
-    assert {round(y, 6) for y in band[:, 1]} == {round(a + sign * 0.07, 6) for a in accuracy for sign in (-1, 1)}
+    assert sorted({round(abs(y), 3) for y in band[:, 1]}) == [0.0, 0.019, 0.957, 0.995]
+
+
+def test_a_single_evaluation_has_its_number_written_once():
+    figure = plot.result({"run": [rows_of(0)[:11]]}, "step")
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]] == [["0.134"], ["10"]]
 
 
 def test_a_run_without_evaluations_is_drawn_too(tmp_path, recwarn):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,125 @@ def test_ctrl_c_and_sigterm_finish_the_step_save_and_say_how_to_resume(finished,
         assert [row["step"] for row in lines(metrics) if "reward" in row] == list(range(1, done + 2))
 
 
+STUCK = f"""
+import runpy, subprocess, sys, time, evaluator
+evaluator.PATIENCE = 0.5
+@evaluator.reward
+def stuck(completion, problem):
+    if evaluator.sandbox_problem() is None:
+        child = subprocess.Popen(evaluator.sandboxed("import time; time.sleep(600)"), env={{}}, start_new_session=True)
+        print("child", child.pid, file=sys.stderr, flush=True)
+    time.sleep(600)
+sys.argv[0] = "main.py"
+runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
+"""
+
+
+def test_a_reward_that_never_returns_is_named_and_a_second_ctrl_c_ends_the_run(finished, tmp_path):
+    _, flags, _ = finished
+    command = [sys.executable, "-c", STUCK, *flags, "--test"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    heard = []
+    try:
+        for line in process.stderr:
+            heard.append(line)
+            if line.startswith("note: "):
+                break
+        assert heard[-1].startswith("note: waiting for the reward stuck (question: "), heard
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() and "Ctrl-C again" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and err == "main.py: interrupted\n"
+    children = [int(line.split()[1]) for line in heard if line.startswith("child")]
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a sandbox was left behind"
+
+
+LIKE_WINDOWS = f"""
+import builtins, errno, fcntl, os, runpy, signal, sys
+import datasets, matplotlib.figure, torch, transformers  # they go by the name of the system
+from transformers import Qwen2ForCausalLM
+flags, fsync, replace = fcntl.fcntl, os.fsync, os.replace
+
+def import_what_windows_has(name, known=None, *others, **named):
+    if name in ("fcntl", "grp", "pwd", "resource", "termios") and (known or {{}}).get("__file__", "").startswith({str(ROOT)!r}):
+        raise ModuleNotFoundError(name)
+    return import_as_usual(name, known, *others, **named)
+
+def fsync_of_a_file_that_can_be_written(fd):
+    if flags(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    fsync(fd)
+
+def replace_what_nobody_holds(old, new):
+    held = [os.path.realpath("/proc/self/fd/" + fd) for fd in os.listdir("/proc/self/fd")]
+    with open("/proc/self/maps") as maps:
+        held += [line.split()[-1] for line in maps]
+    if {{os.path.realpath(old), os.path.realpath(new)}} & {{*held}}:
+        raise PermissionError(errno.EACCES, "Access is denied")
+    replace(old, new)
+
+import_as_usual, builtins.__import__ = builtins.__import__, import_what_windows_has
+for name in ("fork", "geteuid", "getuid", "killpg", "sched_getaffinity", "setsid", "sysconf"):
+    delattr(os, name)
+del signal.SIGKILL, signal.SIGALRM
+os.fsync, os.replace = fsync_of_a_file_that_can_be_written, replace_what_nobody_holds
+assert open(os.devnull).encoding.lower() not in ("utf-8", "utf8")
+for arguments in ARGUMENTS:
+    sys.argv = ["main.py", *arguments]
+    try:
+        runpy.run_path({str(ROOT / "main.py")!r}, run_name="__main__")
+    except SystemExit as end:
+        print("status", end.code)
+"""
+
+
+def test_a_run_needs_nothing_that_windows_lacks_and_programs_are_refused_there(finished, tmp_path):
+    _, flags, _ = finished
+    row = {"text": "Write f() that gives 1.", "code": "def f():\n    return 1\n", "test_list": ["assert f() == 1"]}
+    (tmp_path / "programs.jsonl").write_text(json.dumps(row) + "\n")
+    asked = [{"question": f"π₁ × {i}?", "answer": f"#### {i}"} for i in range(4)]
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in asked), encoding="utf-8"
+    )
+    arguments = [
+        [
+            *flags,
+            "--dataset",
+            "train.jsonl",
+            "--eval_dataset",
+            "arithmetic",
+            "--steps",
+            "2",
+            "--run",
+            "w",
+            "--show_every",
+            "1",
+        ],
+        ["--resume", "runs/w", "--steps", "3"],
+        [*flags, "--dataset", "programs.jsonl", "--eval_dataset", "arithmetic"],
+    ]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": str(tmp_path)}
+    command = [sys.executable, "-c", LIKE_WINDOWS.replace("ARGUMENTS", repr(arguments))]
+    ended = subprocess.run(command, cwd=tmp_path, env=OFFLINE | ascii_only, capture_output=True, text=True, check=False)
+    assert [line for line in ended.stdout.splitlines() if line.startswith("status")] == [
+        "status 0",
+        "status 0",
+        "status 2",
+    ], ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and "programs are run in a sandbox only: bubblewrap is not installed" in errors[0]
+    rows = [row for row in lines(tmp_path / "runs" / "w" / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert "π₁ ×" in lines(tmp_path / "runs" / "w" / "samples.jsonl")[4]["question"]
+
+
 def test_the_command_that_continues_a_run_is_quoted_for_the_shell():
     assert report.stopped_line(Path("runs/a b"), 5, 1, 1).endswith("with: python main.py --resume 'runs/a b'")
     line = report.stopped_line(Path("runs/a"), 5, 4, 2)
@@ -158,7 +278,32 @@ def test_two_models_are_tested_on_the_same_questions(finished, inside, monkeypat
         "--evaluate", "runs/whole", "--against", flags[1], "--eval_questions", "3", "--eval_samples", "2"
     )
     assert code == 0, err
-    assert out.count("accuracy 0.000 ±") == 2 and "pass@2" in out and "difference: +0.000" in out
+    assert out.count("accuracy 0.000 [0.000, 0.") == 2 and "pass@2" in out and "difference: +0.000" in out
+
+
+def test_a_run_that_is_resumed_on_another_day_has_the_prompts_of_the_first(finished, inside, tmp_path, monkeypatch):
+    _, flags, _ = finished
+    shutil.copytree(flags[1], tmp_path / "dated")
+    template = (tmp_path / "dated" / "chat_template.jinja").read_text(encoding="utf-8")
+    (tmp_path / "dated" / "chat_template.jinja").write_text('{{ strftime_now("%d %b %Y") }}\n' + template)
+    flags = ["--model", "dated", *flags[2:], "--save_every", "1"]
+    monkeypatch.setattr(llms, "TODAY", date(2024, 7, 26))
+    for run in ("whole", "resumed"):
+        code, _, err = inside(*flags, "--run", run, "--steps", "4" if run == "whole" else "2")
+        assert code == 0, err
+    monkeypatch.setattr(llms, "TODAY", date(2025, 12, 31))
+    code, _, err = inside("--resume", "runs/resumed", "--steps", "4")
+    assert code == 0, err
+    assert json.loads((tmp_path / "runs/resumed/config.json").read_text())["date"] == "2024-07-26"
+    weights = [(tmp_path / "runs" / run / "model/model.safetensors").read_bytes() for run in ("whole", "resumed")]
+    assert weights[0] == weights[1]
+    monkeypatch.setattr(llms, "TODAY", date(2025, 12, 31))  # does another date matter at all?
+    inside(*flags, "--run", "other", "--steps", "4")
+    assert (tmp_path / "runs/other/model/model.safetensors").read_bytes() != weights[0]
+    config = json.loads((tmp_path / "runs/other/config.json").read_text()) | {"date": "today"}
+    (tmp_path / "runs/other/config.json").write_text(json.dumps(config))
+    code, _, err = inside("--resume", "runs/other", "--steps", "5")
+    assert code == 2 and err.count("\n") == 1 and "config.json is damaged: date" in err
 
 
 def test_plots_overlay_runs_from_their_files_alone(finished):
@@ -253,6 +398,9 @@ def test_the_papers_figures_are_drawn_from_the_data_beside_them(tmp_path):
     "arguments, says",
     [
         ("--group_sise 8", "did you mean --group_size"),
+        ("--lr=1e-5", "did you mean --learning_rate or --lora_rank?"),
+        ("--qps 8", "did you mean --questions_per_step?"),
+        ("--evaluate runs/typo --dataset arithmetic", "unknown model: runs/typo: no such model folder\n"),
         ("--resmue runs/x", "did you mean --resume"),
         ("--group_size eight", "invalid int value"),
         ("--mask_truncated maybe", "true or false, not 'maybe'"),
@@ -406,12 +554,27 @@ def test_a_run_folder_is_neither_overwritten_nor_resumed_with_other_settings(fin
     assert (folder / "runs" / "whole" / "metrics.jsonl").read_text() == before
 
 
-def test_a_data_row_without_an_answer_is_named(finished, inside, tmp_path):
+def test_data_rows_without_an_answer_are_counted_and_one_is_named(finished, inside, tmp_path):
     _, flags, _ = finished
-    rows = ['{"question": "1 + 1?", "answer": "#### 2"}', '{"question": "2 + 2?", "answer": "four"}']
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    code, _, err = inside(*flags, "--dataset", "rows.jsonl", "--eval_dataset", "arithmetic")
-    assert code == 2 and "row 1" in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+    good, bad = '{"question": "1 + 1?", "answer": "#### 2"}\n', '{"question": "2 + 2?", "answer": "four"}\n'
+    (tmp_path / "train.jsonl").write_text(bad * 51 + good)
+    (tmp_path / "test.jsonl").write_text(bad * 2 + good * 4 + bad)
+    data = ["--dataset", "train.jsonl", "--eval_dataset", "test.jsonl", "--save_every", "1"]
+    code, out, err = inside(*flags, *data)
+    assert code == 2 and "train split, row 0: its solution must end" in err and err.count("\n") == 1
+    assert not out and not (tmp_path / "runs").exists()
+    (tmp_path / "train.jsonl").write_text((good + bad) * 2)
+    code, out, err = inside(*flags, *data, "--run", "whole")
+    assert code == 0, err
+    assert out.count("row 1: its solution must end") + out.count("train split, row 3: its") == 1, out
+    assert "left out: 2, first: cannot read test.jsonl, test split, row 0: its solution" in out and "(n = 4)" in out
+    assert lines(tmp_path / "runs" / "whole" / "metrics.jsonl")[-2]["rows_skipped"] >= 11
+    inside(*flags, *data, "--run", "resumed", "--steps", "3")
+    code, out, err = inside("--resume", "runs/resumed", "--steps", "6")
+    assert code == 0 and "train split, row" not in out, err
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        whole, resumed = (lines(tmp_path / "runs" / run / name) for run in ("whole", "resumed"))
+        assert [row for row in whole if row["step"] > 3] == [row for row in resumed if row["step"] > 3]
 
 
 @pytest.mark.parametrize(
@@ -482,7 +645,7 @@ def test_every_row_of_table_10_is_a_flag_and_its_run_can_be_gone_on_with(finishe
     code, _, err = inside("--resume", "runs/x", "--steps", "3")
     assert code == 0, err
     rows = [row for row in lines(Path("runs/x/metrics.jsonl")) if "reward" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3] and not rows[0]["kl"] and rows[0]["skipped_updates"] == 0
+    assert [row["step"] for row in rows] == [1, 2, 3] and not rows[0].get("kl") and rows[0]["skipped_updates"] == 0
     assert transformers.AutoModelForCausalLM.from_pretrained("runs/x/model").config.model_type == "qwen2"
 
 
@@ -543,11 +706,11 @@ def test_a_run_with_every_kind_of_reward_writes_each_by_name(finished, inside, r
     assert {"steps", "overlong", "safety", "reward_model"} <= lines(Path("runs/all/samples.jsonl"))[4].keys()
 
 
-def test_a_reward_model_that_cannot_be_loaded_leaves_the_rules(finished, inside):
+def test_a_reward_model_that_cannot_be_loaded_is_refused_in_one_line(finished, inside, tmp_path):
     _, flags, _ = finished
-    code, out, _ = inside(*flags, "--steps", "1", "--reward_model", "nobody/nothing", "--run", "rules")
-    assert code == 0 and "the rules judge alone" in out and out.count("nobody/nothing") == 1
-    assert "rewards/reward_model" not in lines(Path("runs/rules/metrics.jsonl"))[1]
+    code, out, err = inside(*flags, "--reward_model", "nobody/nothing")
+    assert code == 2 and err.count("\n") == 1 and "nobody/nothing" in err
+    assert not out and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(evaluator.sandbox_problem() is not None, reason=str(evaluator.sandbox_problem()))
@@ -597,7 +760,7 @@ def test_a_teacher_scores_the_outputs_and_one_with_other_tokens_is_refused_first
     code, _, err = inside(*distill, str(folder / "runs" / "whole"), "--run", "taught")
     assert code == 0, err
     first, last = [row for row in lines(tmp_path / "runs" / "taught" / "metrics.jsonl") if "reward" in row]
-    assert first["distill/kl"] != 0 and first["kl"] is None and last["grad_norm"] > 0
+    assert first["distill/kl"] != 0 and "kl" not in first and last["grad_norm"] > 0
     shutil.copytree(flags[1], tmp_path / "other")
     tokenizer = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
@@ -618,9 +781,39 @@ def test_a_judge_compares_two_models_or_is_refused_before_they_are_tested(finish
     test = ["--evaluate", whole, "--against", whole, "--eval_questions", "3", "--judge"]
     code, out, err = inside(*test, flags[1])
     assert code == 0, err
-    assert f"judge: {whole} is better than {whole} in 0.500 ± 0." in out and "of 3 questions" in out
+    assert f"judge: {whole} is better than {whole} in 0.500 [0." in out and "of 3 questions" in out
     code, out, err = inside(*test, "nobody/here")
     assert code == 2 and err.count("\n") == 1 and "nobody/here" in err and not out
+
+
+def test_a_run_that_is_lengthened_says_what_becomes_of_a_falling_learning_rate(finished, inside):
+    _, flags, _ = finished
+    falling = [*flags, "--steps", "2", "--warmup", "0", "--schedule", "linear", "--run", "falling"]
+    assert inside(*falling)[0] == 0
+    assert "learning rate was" not in inside("--resume", "runs/falling")[1]
+    code, out, err = inside("--resume", "runs/falling", "--steps", "8")
+    assert code == 0, err
+    note = "note: the learning rate was 0.0005 and becomes 0.00075, since it falls to 0 at the new last step.\n"
+    assert out.count(note) == 1
+    rates = [row["lr"] for row in lines(Path("runs/falling/metrics.jsonl")) if "lr" in row]
+    assert rates[1:3] == pytest.approx([0.0005, 0.00075])
+
+
+def test_a_run_that_diverges_has_failed_and_a_model_that_is_broken_is_refused(finished, inside, monkeypatch):
+    _, flags, _ = finished
+    real, calls = llms.sample, []
+
+    def sample(*inputs):
+        calls.append(inputs)
+        if len(calls) == bad:
+            raise llms.ModelError("the model's logits are not finite")
+        return real(*inputs)
+
+    monkeypatch.setattr(llms, "sample", sample)
+    for bad, status in ((1, 2), (3, 1)):  # the first is the test of the base model
+        calls.clear()
+        code, _, err = inside(*flags, "--run", f"bad-{bad}")
+        assert (code, err) == (status, "main.py: error: the model's logits are not finite\n")
 
 
 def test_every_command_and_every_flag_of_the_readmes_exists():

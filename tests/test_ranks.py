@@ -382,13 +382,6 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_and_only_one_of_them_speaks(
     assert_same_run(folder / "runs" / "whole", folder / "runs" / "grown")
 
 
-def test_a_reward_model_that_only_another_rank_cannot_load_is_a_note_with_the_reason(monkeypatch, capsys):
-    monkeypatch.setattr(llms, "load_reward_model", lambda name: ("model", "tokenizer"))
-    monkeypatch.setattr(llms, "gather", lambda rows: [*rows, "x/y is gated"])
-    assert llms.reward_model("x/y") is None
-    assert capsys.readouterr().out == "note: x/y is gated; the rules judge alone.\n"
-
-
 def test_an_error_that_all_ranks_meet_is_told_once(alone):
     folder, flags = alone
     process = on_two_ranks(folder, *flags, "--questions_per_step", "1")

@@ -157,9 +157,36 @@ def test_gsm8k_rows_are_read_from_a_file_and_from_a_folder_of_splits(tmp_path):
     ],
 )
 def test_a_row_without_an_answer_is_named(tmp_path, broken):
-    path = write(tmp_path / "train.jsonl", [ROWS[0], ROWS[1], broken])
-    with pytest.raises(rldatasets.DataError, match="row 2"):
-        list(rldatasets.load(path, "train"))
+    path = write(tmp_path / "train.jsonl", [ROWS[0], ROWS[1], broken, ROWS[2]])
+    found = list(rldatasets.load(path, "train"))
+    assert isinstance(found[2], rldatasets.DataError) and f"{path}, train split, row 2: it" in str(found[2])
+    unreadable = []
+    assert list(rldatasets.readable(found, unreadable)) == found[:2] + found[3:] and unreadable == [found[2]]
+
+
+def test_a_set_is_refused_if_none_of_its_first_50_rows_can_be_read(tmp_path):
+    for bad, good in ((1, 0), (50, 10), (49, 1), (70, 0)):
+        path = write(tmp_path / "train.jsonl", [{"question": "?"}] * bad + ROWS[:1] * good)
+        if bad == 49:
+            assert len(list(rldatasets.readable(rldatasets.load(path, "train")))) == 1
+            continue
+        for stream in (rldatasets.load(path, "train"), rldatasets.shuffled(path, "train", 0)):
+            with pytest.raises(rldatasets.DataError, match="row 0: it needs the texts question"):
+                next(stream)
+
+
+def test_rows_that_cannot_be_read_have_a_place_in_the_order_and_a_position_counts_them(tmp_path):
+    rows = [dict(ROWS[0], question=str(i)) for i in range(20)]
+    rows[3::5] = [{"question": str(i)} for i in range(3, 20, 5)]
+    path = write(tmp_path / "train.jsonl", rows)
+    whole = list(map(str, itertools.islice(rldatasets.shuffled(path, "train", 3), 50)))
+    assert sum("cannot read" in text for text in whole[:40]) == 8
+    assert whole[23:] == list(map(str, itertools.islice(rldatasets.shuffled(path, "train", 3, 23), 27)))
+
+
+def test_worked_examples_are_of_rows_that_can_be_read(tmp_path):
+    path = write(tmp_path / "train.jsonl", [{"question": "?"}, *ROWS])
+    assert [problem["answer"] for problem in rldatasets.examples(path, 2)] == ["12", "-3"]
 
 
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path):
@@ -323,9 +350,9 @@ def test_an_mbpp_row_becomes_a_program_whose_question_shows_the_tests(tmp_path):
 )
 def test_a_row_without_what_its_kind_needs_is_named_in_one_line(tmp_path, broken):
     path = write(tmp_path / "train.jsonl", [ROWS[0], broken])
-    with pytest.raises(rldatasets.DataError, match="train split, row 1: .") as error:
-        list(rldatasets.load(path, "train"))
-    assert "\n" not in str(error.value) and path in str(error.value)
+    error = list(rldatasets.load(path, "train"))[1]
+    assert isinstance(error, rldatasets.DataError) and re.search("train split, row 1: .", str(error))
+    assert "\n" not in str(error) and path in str(error)
 
 
 def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):

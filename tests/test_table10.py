@@ -369,12 +369,12 @@ def test_the_data_source_is_that_of_the_table(setup, judged, tmp_path, monkeypat
         sampled.clear()
         first, second = train(state, run=tmp_path / algorithm)
         assert sampled == [getattr(state, source)] * 2 if source else not sampled
-        assert (first["sampler_gap"] is None) == (source != "policy")
+        assert ("sampler_gap" in first) == (source == "policy")
         assert first["grad_norm"] > 0 and second["skipped_updates"] == 0
         if source == "policy":  # nowhere else can the KL of the policy be estimated
             assert first["kl"] < 1e-6 < second["kl"]  # the reference stays behind
         else:
-            assert first["kl"] is second["kl"] is second["entropy"] is None
+            assert not {"kl", "entropy", "sampler_gap"} & (first.keys() | second.keys())
         assert ("value_loss" in first) == (algorithm == "ppo")
 
 
@@ -487,7 +487,7 @@ def test_a_cold_start_has_one_update_a_step_and_its_own_learning_rate_and_its_ro
     assert [(row["step"], row["updates"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 5), (5, 7)]
     assert [row["lr"] for row in rows[:3]] == [1e-5, 2e-5, 2e-5] and rows[3]["lr"] == (0.5e-3 + 1e-3) / 2
     assert [row["stage"] for row in rows] == ["cold start"] * 3 + ["arithmetic"] * 2
-    assert "accuracy" not in rows[2] and rows[2]["loss"] > 0 and rows[2]["kl"] is None
+    assert "accuracy" not in rows[2] and rows[2]["loss"] > 0 and "kl" not in rows[2]
     assert {"accuracy", "reward", "approach/guessed"} <= rows[3].keys()
 
 
