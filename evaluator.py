@@ -77,7 +77,7 @@ def after_hashes(text):
 
 def after_thinking(completion):
     """The completion without its thoughts: up to </think>, and from a <think> that is never closed on."""
-    return re.sub(r"(?s)(?:\A|<think>).*?</think>|<think>.*", "", completion)
+    return re.sub(r"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?</think>|<think>.*", "", completion)
 
 
 def outside_reasoning(completion):
@@ -205,7 +205,9 @@ FRACTION_WORD = rf"(?:hal(?:f|ves)|quarters?[ ]of|(?<!the[ ]){ORDINAL})\b"
 # a number in words stays as it is if one of these follows
 OTHER_NUMBER = rf"(?:\d|\b(?:{'|'.join(NUMERALS)}|point|quarters?|{FRACTION_WORD})\b)"
 # words that change a number: `Total: 72` is 72 with a label, but `not: 72` is not 72
-MEANINGFUL = r"(?i:\b(?:not|or|wrong|incorrect|thousand|million|billion|negative|squared)\b)"
+MEANINGFUL = (
+    r"(?i:\b(?:not|or|wrong|incorrect|thousands?|millions?|billions?|negative|squared|plus|below|half|twice)\b)"
+)
 TEXT = r"\\(?:text(?:rm|it|bf|normal|sf)?|math(?:rm|bf|it|sf)|mbox|operatorname|boldsymbol|emph|underline)\*?\s*"
 UNITS = by_spelling("""
     meter  m
@@ -289,7 +291,7 @@ def both_signs(match):
 MATRIX = r"\{(?:[pbB]?matrix|smallmatrix|array)\}(?:\{[clr|]*\})?"
 ANSWER_IS = r"""(?xi)
     ^\W* (?:(?:so|thus|hence|therefore),?[ ])? (?:the[ ])? (?:final[ ]|correct[ ])?
-    answer (?:\s+is|\s*[:=])+ \s*
+    (?:answer|option|choice) (?:\s+is|\s*[:=])+ \s*
 """
 SIZE = r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])|\\!\s*|`|\\\\$"
 FONT = r"\\(?:large|Large|bf|rm|it|Rightarrow|implies)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-z]*\}"
@@ -304,6 +306,7 @@ REWRITES = [  # pattern; what a match is replaced by; an example, tested: what t
     (r"[₀-₉]+", r"_{\g<0>}", "x₂ → x_{₂}"),  # NFKC would make x2 of it
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", "10⁻³ → 10^{⁻³}"),
     (r"[\u200b€£¥₹]", "", "€5 → 5"),
+    (r"-\\?\$(?=[\d.])", "-", "has -$18 → has -18"),
     (f"[{''.join(COMMANDS)}]", command_sign, r"√3 → \sqrt 3"),
     (r"[^\x00-\x7f]+", plain_signs, "２ × −5 → 2 * -5"),
     (r"(\d)⁄([2-9])", r"\\frac{\1}{\2}", r"11⁄2 → 1\frac{1}{2}"),  # NFKC made 11⁄2 of 1½
@@ -361,10 +364,11 @@ UNIT_NAMES = "|".join(name for name in (*UNITS, *UNITS.values()) if re.fullmatch
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"  # cm, feet, cm^2
 # what is counted: a word in the plural, one with another plural, or any word after 1; `18 factorial` counts nothing
 PLURALS = (
-    "people|[a-z]*children|women|feet|teeth|fish|sheep|mice|geese|dice|money|change|water|candy|fruit|old|each|left"
+    "people|[a-z]*children|women|feet|teeth|fish|sheep|mice|geese|deer|cattle|dice|money|change|water|candy|fruit|bread"
 )
-NOUN = rf"(?:(?!(?:minus|plus|times|less|halves|\w*wards)\b)[A-Za-z]{{2,}}s|{PLURALS}|(?<=\b1 )[a-z]+)\b"
-COUNTED = re.compile(rf"(?i)(?:.*\W)?(?:{UNIT_NAMES}|{NOUN}|per [a-z]+|[a-z]{{0,2}}|%)(?:\W*\d)?\W*")
+NO_NOUNS = "minus|plus|times(?!\\W*$)|less|halves|\\w*wards"
+NOUN = rf"(?:(?!(?:{NO_NOUNS})\b)[A-Za-z][A-Za-z-]+s|{PLURALS}|old|each|left|apiece|(?<=\b1[ ])[a-z]+)\b"
+COUNTED = re.compile(rf"(?i)(?:.*\W)?(?:{UNIT_NAMES}|{NOUN}|(?:per |/ ?)[a-z]+|[a-z]{{0,2}}|%)(?:\W*\d)?\W*")
 TRAILING_UNITS = re.compile(rf"""(?x)
     (?: (?<=[\d)}}.]) | (?<=\\pi) )                        # they directly follow a number
     (?: \s?%
@@ -742,12 +746,8 @@ class Reading(NamedTuple):
 
 def reading(text):
     """A text read as mathematics, or None if it cannot be read."""
-    if len(text) > LONGEST or re.search(r"\d \([^()]*=", text):  # 36 (= 12*3)
+    if len(text) > LONGEST or re.search(r"\d \([^()]*=", text) or contradicts(text):  # the second: 36 (= 12*3)
         return None
-    for sides in itertools.pairwise(text.split("=")):
-        numbers = [exact_number(reading(side)) for side in sides]
-        if None not in numbers and common_value(sides) is None:  # 41 = 42
-            return None
     units = unit_names(" ".join(TRAILING_UNITS.findall(text)))
     tokens = tokenize(TRAILING_UNITS.sub(unless_counted, text))  # 8 cm^2 is 8
     points = POINTS if any(kind in NAMES for kind, _ in tokens) else POINTS[:1]
@@ -799,7 +799,9 @@ def math_equal(prediction, gold):
     target = exact_number(wanted)
     if target is None or exact_number(predicted) is not None:
         return False
-    if predicted and not re.search("[A-Za-z]{4}", prediction):  # it is a formula, not a sentence
+    if predicted and not re.search(
+        r"[A-Za-z]{4}|\b(?:is|are|was|has)\b", prediction
+    ):  # it is a formula, not a sentence
         return False
     words = re.sub(r"(?<=[A-Za-z] )(?:in|am)\b", "", prediction)  # in: inches after a number, not after a word
     return stated(prediction) == target and wanted.units <= unit_names(words)
@@ -818,12 +820,12 @@ def spaced_like(text, other):
 def as_text(text):
     """A text without spaces, with words in lower case. Single letters stay as they are: R is not r.
 
-    (C), C) and option C become C.
+    (C), C), option C and answer C become C.
     """
     word = r"(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z][a-z]{2,}|YES|NO|No)(?![A-Za-z])"
     text = re.sub(word, lambda match: match[0].lower(), text)
     text = re.sub(r"(?<!\d)\s|\s(?!\d)", "", text)
-    return re.sub(r"^(?:(?i:option|choice))?\(?(\w)\)?$", r"\1", text)
+    return re.sub(r"^(?:(?i:answer|option|choice|letter))?\(?(\w)\)?$", r"\1", text)
 
 
 def agree(one, other):
@@ -914,11 +916,13 @@ def right_side(value):
     return value.value if isinstance(value, Equation) and value.name else value
 
 
-DOUBT = "no|not|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|almost|nearly"
+DOUBT = "no|not|cannot|none|never|nor|or|either|neither|unless|if|false|wrong|maybe|perhaps|possibly|probably|might"
+DOUBT += "|almost|nearly|hardly|barely|doubt|unlikely"
 DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
 CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
-    \b(?:than|at[ ](?:least|most)|between|below|above|under|over|minus|negative|plus|times|twice|double|triple
-    |squared|cubed|power|{FRACTION_WORD})\b
+    \b(?:minus|negative|plus|times(?!\W*$)|twice|double[sd]?|tripled?|halve[sd]|squared|cubed|power|short|divide[sd]
+    |multiplied|inverted|reversed|rounded|exceeds?|precedes|follows|{FRACTION_WORD})\b
+  | \b(?:than|at[ ](?:least|most)|between|below|above|under|over|and|point)\b (?=\W*(?:\d|$|{IN_WORDS}))
   | [\\^_] | \w\(
 """)
 
@@ -929,33 +933,27 @@ def any_of(words):
 
 
 # Only these words, next to a number, leave it as it is: `a total of 18 clips in all`, but not `a factor of 18`.
-STEMS = any_of("""
-    add attend bak becom borrow bring build burn buy carr catch chang charg climb collect complet consum contain
-    contribut cook cost count cover cross cut deliver donat drink driv earn eat equal fill find finish fit gain
-    gather get giv grow hav hit hold increas invest jump keep lead learn leav lend listen liv los mak miss need
-    order ow own pay perform pick plant play prepar produc purchas put rais reach read receiv remain remov requir
-    return run sav scor see sell send serv sleep spend start stay tak teach throw travel travell us visit wait walk
-    want wash watch weigh win work writ
-""")
 BEFORE = any_of("""
-    is are was were be been has had got made took taken sold spent paid bought ate eaten ran drove left lost won
-    found gave given drank caught saw seen wrote held taught sent brought became drew kept threw led built slept
-    grew rode does did do went met worth only just exactly now then so thus therefore hence means answer total
-    difference altogether all another additional extra still already for with at on in about around away off out up
-    down together him her them me you us it the his its their our my your that's it's there's profit day days week
-    weeks month year hour hours
+    are were be been have had get got make made take took taken sell sold spend spent pay paid buy bought eat ate
+    eaten run ran drive drove leave left leaving lose lost win won find found give gave given drink drank catch
+    caught see saw seen write wrote hold held teach taught send sent bring brought become became draw drew keep kept
+    throw threw lead build built sleep slept grow grew ride rode do go went meet met cost earn receive save use read
+    score weigh pick walk collect gain plant travel carry raise produce play contain jump gather charge watch bake
+    purchase owe want require hit reach put cut add equal making having needing costing worth just then so therefore
+    hence answer total difference altogether all another additional extra still for with at on in about around away
+    off out up down together him her them me you it the their our my your that's profit day week month year hour
 """)
 QUANTITY = any_of("""
     age amount answer area average balance bill change cost distance earnings gain height income length loss mean
     number pay perimeter price profit rate salary savings score speed sum total value volume weight width
 """)
-SAME = any_of("equal equals come comes came amount amounts add adds add\\sup adds\\sup sum sums")
-LEAD = rf"(?:{STEMS}(?:e?s|e|ed|ies|ied|y|t?ing)?|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"
-AFTER = any_of("""
+SAME = any_of("equals? comes? came amounts? adds?(?:\\sup)? sums? out")
+LEAD = rf"(?:[a-z]+(?:ed|s|ly)|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"  # bakes, baked, finally: most verbs and adverbs
+AFTER = any_of(r"""
     in for on per a an to from of at after each total by during worth are were when every and long old tall wide
-    deep high away left altogether remaining overall now today together more fewer less farther longer faster
-    cheaper heavier taller older younger that who which with because since so through this last next out the before
-    until while as if all
+    deep high away left altogether remaining overall now today together daily weekly more fewer less farther longer
+    faster cheaper heavier taller older younger that who which with because since so through this last next out over
+    the before until while as all is\sthe
 """)
 CLAUSE_END = re.compile(r"[;:()?!]|[,.](?=\s|$)|\s-+\s")
 SIDE = r"(?:[\d+\-*/()% ]|[.,](?=\d))*"  # of an equation between numbers
@@ -964,7 +962,7 @@ FORMULA = re.compile(r"^(?!.*(?:(?<![\\A-Za-z])[A-Za-z]{4}|,\s).*=).*[\\^_(].*="
 REMARK = re.compile(r"\s\(([^()]*[=A-Za-z][^()]*)\)")  # (12*3=36), but not (3 + 4)
 STATED = re.compile(rf"""(?xi)  # what stands around one number in a clause: is (-$1,080.50), 3/4kg of
     (?: \D*\b{LEAD}\s+ )? [^\w.^/*+-]*
-    ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/\d])
+    ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/\d]) \s?%?
     (?: \s?/?\s? (?:[a-z-]+\s){{0,3}}? (?:{UNIT_NAMES}|{NOUN}) (?![a-z]) \D* | \s {AFTER}\b \D* | \W* )
 """)
 
@@ -975,10 +973,11 @@ def stated(text):
     A calculation counts as its result: '48 + 24 = 72 clips' states 72, and so does '72 (48 + 24 = 72)'. But '71, as
     48 + 24 = 72' states nothing: its numbers differ.
     """
-    if len(text) > LONGEST or DOUBTFUL.search(text):
+    if len(text) > LONGEST or DOUBTFUL.search(text) or contradicts(text):
         return None
     text = REMARK.sub(r"; \1;", text)
-    text = re.sub(rf"(?<=\d) {NOUN}(?= ?[-+*/=])", "", text)  # 5 cups + 3 cups = 8 cups
+    text = re.sub(r"(\d.*?)\b(?:because|since|as)\s(?=[^a-z]*\d)", r"\1; ", text)  # 36, as 12*3 = 36
+    text = re.sub(rf"(?<=\d) {NOUN}(?= ?(?:[-+*=]|/ ?\d))", "", text)  # 5 cups + 3 cups = 8 cups
     text = EQUATION.sub(result_of, FORMULA.sub(": ", text))
     if CHANGED.search(text):
         return None
@@ -999,6 +998,15 @@ def result_of(equation):
     if value is None:
         return equation[0]
     return f" {value} " if sides[0].strip() else f": {value} "
+
+
+def contradicts(text):
+    """Are there two different numbers on the sides of a =, as in 41 = 42?"""
+    for sides in itertools.pairwise(text.split("=")):
+        numbers = [exact_number(reading(side)) for side in sides]
+        if None not in numbers and common_value(sides) is None:
+            return True
+    return False
 
 
 def common_value(sides):
@@ -1086,16 +1094,17 @@ def said_order(answer, problem):
 ARITHMETIC = r"(?:[\d\s+\-*/(){}=]|\\(?:times|cdot|div|frac))*+"
 
 
-def countdown_equal(answer, problem):
-    """Does a calculation reach the target, with only + - * / and each of the given numbers at most once?"""
+def said_target(answer, problem):
+    """What a calculation reaches with only + - * / and each of the given numbers at most once; else None."""
     text = tidy(answer)
     sides = [side for side in text.split("=") if side.strip() != str(problem["target"])]
     if len(sides) != 1 or not re.fullmatch(ARITHMETIC, text) or re.search(r"\*\*|\d\s+\d", text):
-        return False  # not one calculation, or with other signs
-    if number(sides[0]) != problem["target"]:
-        return False
+        return None  # not one calculation, or with other signs
+    value = number(sides[0])
+    if value is None:
+        return None
     used = Counter(map(int, re.findall(r"\d+", sides[0])))
-    return used <= Counter(problem["numbers"])
+    return value if used <= Counter(problem["numbers"]) else None
 
 
 # ---- Nim -----------------------------------------------------------------------------------------------------------
@@ -1433,11 +1442,11 @@ def value_equal(answer, problem):
 READINGS = {  # {kind of problem: what an answer says}; an answer is right if it says what the right one says
     "knights": said_roles,
     "order": said_order,
+    "countdown": said_target,
     "dialogue": said_facts,
 }
 CHECKERS = {  # {kind of problem: a function of an answer and the problem}; programs are graded by test_results
     "math": value_equal,
-    "countdown": countdown_equal,
     "nim": nim_equal,
     "writing": writing_equal,
 }
@@ -1658,7 +1667,7 @@ def lenient(completion, problem):
     if kind == "program":  # it was looked for in all of the text already
         return False
     text = after_thinking(completion)
-    text = extract_answer(text) or boxed(text) or text
+    text = extract_answer(text) or boxed(text) or re.sub(r"</?\w+>", "\n", text)
     if kind == "math":
         text = announced(text) or last_statement(text)
     elif kind != "writing":  # a story is all of the text, another answer its last line
@@ -1667,14 +1676,16 @@ def lenient(completion, problem):
 
 
 def announced(text):
-    """What follows the last `answer is`, `answer:` or ####, up to the end of the sentence or a remark in brackets."""
-    found = re.findall(r"(?i)(?:\banswer\b[^.\n\d]{0,40}?(?:\bis\b|[:=])|####)(\W*(?:[^\n.;(]|\.(?=\d))*)", text)
-    return found[-1].strip() if found else None
+    """What follows the last `answer is`, `answer:` or ####, up to the end of the sentence or a remark."""
+    found = re.split(r"(?i)\banswer\b[^.\n\d]{0,40}?(?:\bis\b|[:=])|####", text)[1:]
+    if not found:
+        return None
+    return re.split(r"\n|\.(?!\d)|(?<!\\);|\s\(|,?\s(?:because|since|as)\s", found[-1].strip())[0]
 
 
 def last_statement(text):
     """The last clause with a number in it, or None. Of several numbers in it, only what follows the last but one."""
-    clauses = re.split(r"[\n;]|[.?!,](?=\s|$)", text)
+    clauses = re.split(r"[\n;]|[.?!,:](?=\s|$)", text)
     clauses = [clause for clause in clauses if re.search(r"\d", clause) and len(clause) <= LONGEST]
     if not clauses or "=" in clauses[-1]:
         return clauses[-1] if clauses else None
