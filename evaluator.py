@@ -1088,7 +1088,7 @@ def dialogue_equal(answer, problem):
 #                    '--> verdict
 
 SECONDS = 4.0  # of wall-clock time, for all tests of one program
-REPLY_BYTES = 1 << 20  # the longest result, as text
+REPLY_BYTES = 1 << 20  # the longest request or reply, as text
 TMP_BYTES = 16 << 20  # the size of /tmp, the only place where a program can write
 LIMITS = {  # for each process; NPROC counts all processes and threads of a sandbox
     "RLIMIT_AS": 512 << 20, "RLIMIT_NPROC": 8, "RLIMIT_FSIZE": TMP_BYTES // 4,
@@ -1158,8 +1158,8 @@ def sandboxed(entry):
         --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache"""
     command = [shutil.which("bwrap"), *options.split()]
     python = sys.base_prefix
-    command += ["--dir", os.path.dirname(python)]  # its parent folders are new and empty, and the user may enter them
-    command += ["--ro-bind", python, python]
+    # its parent folders are new and empty, and the user may enter them
+    command += ["--dir", os.path.dirname(python), "--ro-bind", python, python]
     options = f"""--proc /proc --dev /dev
         --perms 1777 --size {TMP_BYTES} --tmpfs /tmp --chdir /tmp
         --remount-ro /dev --remount-ro /"""  # the last two: nothing else can be written
@@ -1168,18 +1168,19 @@ def sandboxed(entry):
 
 
 # ==== what runs inside the sandboxes ================================================================================
-# The text from this line to the next such line is sent there (INSIDE). So it may use itself, REPLY_BYTES and the modules
-# that INSIDE imports, but nothing else of this file.
+# The text between this line and the next such line is sent there (INSIDE). It may use itself, REPLY_BYTES, and the
+# modules that INSIDE imports, but nothing else of this file.
 #
-# A plain value is copied. Any other object stays in its process, and the other one gets a handle: what is done with it
-# is asked of the process that has the object. A handle is never equal to a copied value, and has no operators: so no
-# program can say that its object is the expected value. The program may call what a test passes, but not look into it.
+# A plain value is copied. Any other object stays in its process, and the other process gets a handle to it: what is
+# done with the handle is asked of the object's process. A handle is equal to no copied value, and it is not a number:
+# so no program can say that its object is the expected value. The program can call what a test passes to it, and can
+# make a `str` or a `list` of it, but cannot read its attributes.
 
 COPIED = """builtins.bytearray builtins.bytes builtins.complex builtins.dict builtins.frozenset builtins.range
-    builtins.set builtins.tuple datetime.date datetime.datetime datetime.timedelta decimal.Decimal fractions.Fraction
-""".split()
-PIPES = []  # from the other process, and to it
-OFFERED = {}  # {name or number: what the other process may use}
+    builtins.set builtins.slice builtins.tuple datetime.date datetime.datetime datetime.time datetime.timedelta
+    datetime.timezone decimal.Decimal fractions.Fraction""".split()  # besides lists, and what JSON knows
+PIPES = []  # two files: from the other process, and to it
+OFFERED = {}  # {name or number: an object that the other process may use}
 
 
 def tests_process(requests_fd, replies_fd):
@@ -1188,15 +1189,17 @@ def tests_process(requests_fd, replies_fd):
     os.dup2(2, 1)  # what the tests print is not a verdict
     source, setup, functions, tests = json.load(sys.stdin)
     PIPES[:] = open(replies_fd), open(requests_fd, "w")
-    # types, but not `type`: it could make a class whose objects are equal to everything
-    kinds = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and kind is not type}
-    OFFERED.update(kinds, call=operator.call, hash=hash)
+    # the built-in types, but not `type`: it could make a class whose objects are equal to everything
+    OFFERED.update(
+        {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and kind is not type},
+        call=operator.call,
+    )
     send(source)
     os.write(verdict, b"1" if receive() else b"0")
     defined = {name: getattr(Handle("program"), name, None) for name in functions}
-    namespace = dict(defined)  # the setup may use them
+    namespace = dict(defined)  # the setup may use a class of the program
     exec(setup, namespace)
-    namespace.update(defined)  # and it may define a function that is to be completed
+    namespace.update(defined)  # the setup may have defined the function that was to be completed
     for test, asserts in tests:
         try:
             exec(test, namespace)
@@ -1224,16 +1227,16 @@ def program_process():
     sys.modules["program"] = module
     OFFERED.update(vars(operator) | vars(builtins), program=module)
     exec(source, vars(module))
-    receive()  # nothing but requests
+    receive()  # only requests come, so it never returns
 
 
 def ask(handle, name, /, *args, **kwargs):
-    """Have the other process call its function of this name with the object of a handle, and return the result."""
+    """Have the other process call its function `name` with the object of the handle, and return the result."""
     send((name, (handle, *args), kwargs))
     returned, result = receive()
     if returned:
         return result
-    # elsewhere a StopIteration could end a loop of the test
+    # anywhere but in `next`, a StopIteration could end a loop of the test early
     raise RuntimeError if result is StopIteration and name != "next" else result
 
 
@@ -1256,8 +1259,11 @@ def send(value):
 
 
 def receive():
-    """Read the next value; answer all requests before it. At the end of the pipe, or where a line is longer than the
-    limit, this process ends."""
+    """Read the next value, and answer the requests that come before it.
+
+    A request is a tuple. While a test waits for a result, the program may ask for the result of a callback. At the end
+    of the pipe, or where a line is longer than the limit, this process ends.
+    """
     while True:
         line = PIPES[0].readline(REPLY_BYTES)
         if not line.endswith("\n"):
@@ -1287,7 +1293,7 @@ def encoded(value):
             elif kind is complex:
                 args = [str(value)]
             else:
-                args = list(kind.__reduce__(value)[1])
+                args = kind.__reduce__(value)[1]
             return {name: encoded(args)}
     if isinstance(value, Handle):
         return {"yours": vars(value)["#"]}
@@ -1310,8 +1316,9 @@ def decoded(pairs):
 
 
 class Handle:
-    """An object of the other process, under its name or number there."""
+    """An object of the other process, by its name or number there."""
 
+    # def __len__(self): return ask(self, "len"), and so on
     vars().update(
         {
             f"__{name}__": functools.partialmethod(ask, name)
@@ -1338,7 +1345,7 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-# ==== end of it ===========================================================================================
+# ==== end of what runs inside ==========================================================================================
 
 INSIDE = inspect.getsource(sys.modules[__name__]).split("# ====")[1]
 INSIDE = f"import builtins, functools, json, operator, os, sys, types, warnings\nREPLY_BYTES = {REPLY_BYTES}\n#{INSIDE}"

@@ -577,7 +577,7 @@ def mbpp(row):
         prelude="",
         setup=setup,
         tests=tests,
-        names=set(re.findall(r"\w+", "\n".join(setup + tests))),
+        names=re.findall(r"\w+", "\n".join(setup + tests)),
     )
 
 
@@ -590,30 +590,25 @@ def program(question, reference, prelude, setup, tests, names):
     """A program to write: a completion is run after the prelude; the tests after the setup, in another process.
 
     Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
-    What the reference imports under one of the names, the tests import too.
+    What the reference imports, the tests import too: they may use `sys`.
     """
-    functions = []
-    imports = []
-    for node in ast.parse(reference).body:
-        if getattr(node, "name", None) in names:
-            functions.append(node.name)
-        elif names.intersection(alias.asname or alias.name for alias in getattr(node, "names", ())):
-            imports.append(ast.unparse(node))
-    setup = "\n".join(imports + setup)
+    body = ast.parse(reference).body
+    functions = [node.name for node in body if getattr(node, "name", None) in names]
+    imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    setup = imports + setup
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
-    symbols = symtable.symtable("\n".join([setup, *tests]), "tests", "exec").get_symbols()
-    used = {symbol.get_name() for symbol in symbols if not symbol.is_local()}
-    unknown = used.difference(functions, dir(builtins))
+    symbols = symtable.symtable("\n".join(setup + tests), "tests", "exec").get_symbols()
+    unknown = {symbol.get_name() for symbol in symbols if not symbol.is_local()}.difference(functions, dir(builtins))
     if unknown:
-        raise ValueError(f"its tests use what nobody defines: {', '.join(unknown)}")
+        raise ValueError(f"its tests use what nobody defines: {', '.join(sorted(unknown))}")
     return {
         "question": question,
         "answer": reference,
         "kind": "program",
         "solution": reference,
         "prelude": prelude,
-        "setup": setup,
+        "setup": "\n".join(setup),
         "tests": tests,
         "functions": functions,
     }
