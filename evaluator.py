@@ -1345,7 +1345,7 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-# ==== end of what runs inside ==========================================================================================
+# ==== end of what runs inside ========================================================================================
 
 INSIDE = inspect.getsource(sys.modules[__name__]).split("# ====")[1]
 INSIDE = f"import builtins, functools, json, operator, os, sys, types, warnings\nREPLY_BYTES = {REPLY_BYTES}\n#{INSIDE}"

@@ -874,12 +874,19 @@ def f(x): return 0
 class A:
     __eq__ = __contains__ = __bool__ = __lt__ = __gt__ = lambda *_: True
     __hash__ = __len__ = __int__ = __index__ = lambda self: 4
-    __getattr__ = __getitem__ = __add__ = __radd__ = __sub__ = __call__ = lambda *_: 4
+    __getattr__ = __getitem__ = __add__ = __radd__ = __round__ = __call__ = lambda *_: 4
+    __sub__ = lambda *_: 0
     __str__ = __repr__ = lambda self: "4"
     __ne__ = lambda *_: False
     __iter__ = lambda self: iter(range(99))
     __float__ = lambda self: 4.0
+def f(x): return A()
+
+# an object that says it is a number
+class A:
     __class__ = int
+    __eq__ = lambda *_: True
+    __ne__ = lambda *_: False
 def f(x): return A()
 
 # a class that equals all
@@ -926,7 +933,7 @@ def f(x):
 import __main__ as main
 def f(x):
     main.encoded = lambda value: value
-    for pair in ({}, {"": 1}, {"os.system": ["x"]}, {"builtins.eval": ["4"]}, {"builtins.dict": 4}, {"mine": {}}):
+    for pair in ({"builtins.eval": [str(x * x)]}, {}, {"": 1}, {"os.system": ["x"]}, {"mine": {}}, {"yours": []}):
         main.send([True, pair])
 
 # patched handles
