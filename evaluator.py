@@ -18,6 +18,7 @@ Which answers are equal and which are not: see the tables SAME and DIFFERENT in 
 # ruff: noqa: BLE001, PLR0124, S102, SIM115, SIM905
 
 import ast
+import builtins
 import cmath
 import difflib
 import functools
@@ -25,6 +26,7 @@ import inspect
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -1203,7 +1205,7 @@ def said_facts(answer, problem):
 #                    '--> verdict
 
 SECONDS = 4.0  # of wall-clock time, for all tests of one program
-REPLY_BYTES = 1 << 20  # the longest result, as text
+REPLY_BYTES = 1 << 20  # the longest request or reply, as text
 TMP_BYTES = 16 << 20  # the size of /tmp, the only place where a program can write
 LIMITS = {  # for each process; NPROC counts all processes and threads of a sandbox
     "RLIMIT_AS": 512 << 20, "RLIMIT_NPROC": 8, "RLIMIT_FSIZE": TMP_BYTES // 4,
@@ -1218,17 +1220,20 @@ def run_tests(code, problem):
     counted = [asserts for _, asserts in tests].count(True)
     if not counted:
         raise ValueError("no test has an assert")
-    with tempfile.TemporaryFile() as task:
-        send(task, (problem["prelude"] + code, problem["setup"], problem["functions"], tests))
+    with tempfile.TemporaryFile("w+") as task:
+        json.dump((problem["prelude"] + code, problem["setup"], problem["functions"], tests), task)
         task.seek(0)
-        processes = start_sandboxes(task)
-    deadline = threading.Timer(SECONDS, kill, [processes])
-    deadline.start()
-    verdict = processes[0].stdout.read(1 + counted)  # one character for `it compiles`, then one for each test
-    deadline.cancel()
-    kill(processes)
-    for process in processes:
-        process.communicate()
+        program = start("program_process()", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with program.stdin, program.stdout:  # open here until the tester has them
+            fds = program.stdin.fileno(), program.stdout.fileno()
+            tester = start(f"tests_process{fds}", stdin=task, stdout=subprocess.PIPE, pass_fds=fds)
+    with tester, program:
+        deadline = threading.Timer(SECONDS, tester.kill)  # with a process, all others in its sandbox end
+        deadline.start()
+        verdict = tester.stdout.read(1 + counted)  # one character for `it compiles`, then one for each test
+        deadline.cancel()
+        tester.kill()
+        program.kill()
     return verdict[1:].count(b"1") / counted, verdict[:1] == b"1"
 
 
@@ -1236,30 +1241,9 @@ def has_assert(test):
     return any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(test)))
 
 
-def kill(processes):
-    """End these processes, and with each all others in its sandbox."""
-    for process in processes:
-        process.kill()
-
-
-def start_sandboxes(task):
-    """Start the process that reads the task and runs the tests, and the process that runs the program."""
-    requests_out, requests_in = os.pipe()
-    replies_out, replies_in = os.pipe()
-    entry = f"tests_process({requests_in}, {replies_out}, {REPLY_BYTES})"
-    try:
-        tests = start(entry, stdin=task, stdout=subprocess.PIPE, pass_fds=(requests_in, replies_out))
-        program = start("program_process()", stdin=requests_out, stdout=replies_in)
-    finally:
-        for end in (requests_out, requests_in, replies_out, replies_in):
-            os.close(end)
-    return tests, program
-
-
 def start(entry, **pipes):
     """Start a sandbox. No environment: /proc/1/environ would show it. A new session: Ctrl-C does not reach it."""
-    command = sandboxed(entry)
-    return subprocess.Popen(command, env={}, stderr=subprocess.DEVNULL, start_new_session=True, **pipes)
+    return subprocess.Popen(sandboxed(entry), env={}, stderr=subprocess.DEVNULL, start_new_session=True, **pipes)
 
 
 @functools.cache
@@ -1287,16 +1271,12 @@ def sandboxed(entry):
         rights = """--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try
             --cap-add CAP_SETUID --cap-add CAP_SETGID"""
     options = f"""--die-with-parent --new-session --cap-drop ALL {rights}
-        --ro-bind /usr /usr --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache"""
+        --ro-bind /usr /usr --ro-bind-try /lib /lib --ro-bind-try /lib64 /lib64
+        --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache"""
     command = [shutil.which("bwrap"), *options.split()]
-    for path in filter(os.path.exists, ("/lib", "/lib64")):
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
-        else:
-            command += ["--ro-bind", path, path]
     python = sys.base_prefix
-    command += ["--dir", os.path.dirname(python)]  # its parent folders are new and empty, and the user may enter them
-    command += ["--ro-bind", python, python]
+    # its parent folders are new and empty, and the user may enter them
+    command += ["--dir", os.path.dirname(python), "--ro-bind", python, python]
     options = f"""--proc /proc --dev /dev
         --perms 1777 --size {TMP_BYTES} --tmpfs /tmp --chdir /tmp
         --remount-ro /dev --remount-ro /"""  # the last two: nothing else can be written
@@ -1304,112 +1284,170 @@ def sandboxed(entry):
     return [*command, f"{INSIDE}\nconfine({uid}, {LIMITS})\n{entry}"]
 
 
-# ==== the functions that run inside the sandboxes ===================================================================
-# Their source is sent there as text (INSIDE). So they may use each other and json, os, sys, types and warnings, but
-# nothing else of this file: no other import, function or constant.
+# ==== what runs inside the sandboxes ================================================================================
+# The text between this line and the next such line is sent there (INSIDE). It may use itself, REPLY_BYTES, and the
+# modules that INSIDE imports, but nothing else of this file.
+#
+# A plain value is copied. Any other object stays in its process, and the other process gets a handle to it: what is
+# done with the handle is asked of the object's process. A handle is equal to no copied value, and it is not a number:
+# so no program can say that its object is the expected value. The program can call what a test passes to it, and can
+# make a `str` or a `list` of it, but cannot read its attributes.
+
+COPIED = """builtins.bytearray builtins.bytes builtins.complex builtins.dict builtins.frozenset builtins.range
+    builtins.set builtins.slice builtins.tuple datetime.date datetime.datetime datetime.time datetime.timedelta
+    datetime.timezone decimal.Decimal fractions.Fraction""".split()  # besides lists, and what JSON knows
+PIPES = []  # two files: from the other process, and to it
+OFFERED = {}  # {name or number: an object that the other process may use}
 
 
-def tests_process(requests_fd, replies_fd, limit):
+def tests_process(requests_fd, replies_fd):
     """Run the tests. Write 1 or 0 for `it compiles`, then 1 or 0 after each test that has an assert."""
     verdict = os.dup(1)
-    requests = open(requests_fd, "wb")
-    replies = open(replies_fd, "rb")
     os.dup2(2, 1)  # what the tests print is not a verdict
-    source, setup, functions, tests = receive(sys.stdin.buffer)
-
-    def remote(name):
-        """The function of this name in the program, for the tests."""
-
-        def call(*args, **kwargs):
-            send(requests, (name, args, kwargs))
-            returned, result = receive(replies, limit)
-            if not returned:
-                raise RuntimeError(f"{name} raised an exception")
-            return result
-
-        return call
-
-    send(requests, source)
-    os.write(verdict, b"1" if receive(replies, limit) is True else b"0")
-    namespace = {}
+    source, setup, functions, tests = json.load(sys.stdin)
+    PIPES[:] = open(replies_fd), open(requests_fd, "w")
+    # the built-in types, but not `type`: it could make a class whose objects are equal to everything
+    OFFERED.update(
+        {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and kind is not type},
+        call=operator.call,
+    )
+    send(source)
+    os.write(verdict, b"1" if receive() else b"0")
+    defined = {name: getattr(Handle("program"), name, None) for name in functions}
+    namespace = dict(defined)  # the setup may use a class of the program
     exec(setup, namespace)
-    for name in functions:
-        namespace[name] = remote(name)
+    namespace.update(defined)  # the setup may have defined the function that was to be completed
     for test, asserts in tests:
         try:
             exec(test, namespace)
             passed = b"1"
-        except Exception:
+        except BaseException:  # sys.exit() too
             passed = b"0"
         if asserts:
             os.write(verdict, passed)
 
 
 def program_process():
-    """Reply whether the program compiles without a warning, run it, and then answer calls of its functions."""
-    requests = open(os.dup(0), "rb")
-    replies = open(os.dup(1), "wb")
+    """Reply whether the program compiles without a warning, run it, and then answer what is asked of it."""
+    PIPES[:] = open(os.dup(0)), open(os.dup(1), "w")
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     os.dup2(0, 1)  # what the program prints is not a reply
-    source = receive(requests)
+    source = receive()
     try:
         warnings.simplefilter("error")
         compile(source, "program", "exec")
-        send(replies, True)
+        send(True)
     except Exception:
-        send(replies, False)
+        send(False)
     warnings.simplefilter("ignore")
     module = types.ModuleType("program")
     sys.modules["program"] = module
+    OFFERED.update(vars(operator) | vars(builtins), program=module)
     exec(source, vars(module))
-    while True:
-        name, args, kwargs = receive(requests)
-        try:
-            send(replies, (True, getattr(module, name)(*args, **kwargs)))
-        except BaseException:  # sys.exit() too
-            send(replies, (False, None))
+    receive()  # only requests come, so it never returns
 
 
-def send(pipe, value):
-    """Write one value as one line of JSON. Where nobody reads any more, this process ends."""
-    line = json.dumps(encoded(value)).encode() + b"\n"
+def ask(handle, name, /, *args, **kwargs):
+    """Have the other process call its function `name` with the object of the handle, and return the result."""
+    send((name, (handle, *args), kwargs))
+    returned, result = receive()
+    if returned:
+        return result
+    # anywhere but in `next`, a StopIteration could end a loop of the test early
+    raise RuntimeError if result is StopIteration and name != "next" else result
+
+
+def answer(name, args, kwargs):
+    """Send [True, the result of a call], or [False, the built-in kind of its exception]."""
     try:
-        pipe.write(line)
-        pipe.flush()
+        if name not in OFFERED:
+            raise AttributeError
+        send([True, OFFERED[name](*args, **kwargs)])
+    except BaseException as error:  # sys.exit() too
+        send([False, next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")])
+
+
+def send(value):
+    """Write one value as one line of JSON. Where nobody reads any more, this process ends."""
+    try:
+        print(json.dumps(encoded(value)), file=PIPES[1], flush=True)
     except BrokenPipeError:
         os._exit(0)
 
 
-def receive(pipe, limit=-1):
-    """Read the next value. At the end of the pipe, or where a line is longer than the limit, this process ends."""
-    line = pipe.readline(limit)
-    if not line.endswith(b"\n"):
-        os._exit(0)
-    return decoded(json.loads(line))
+def receive():
+    """Read the next value, and answer the requests that come before it.
+
+    A request is a tuple. While a test waits for a result, the program may ask for the result of a callback. At the end
+    of the pipe, or where a line is longer than the limit, this process ends.
+    """
+    while True:
+        line = PIPES[0].readline(REPLY_BYTES)
+        if not line.endswith("\n"):
+            os._exit(0)
+        message = json.loads(line, object_pairs_hook=decoded)
+        if not isinstance(message, tuple):
+            return message
+        answer(*message)
 
 
 def encoded(value):
-    """A value for JSON. What JSON does not know is a list that begins with the name of its type: ["set", 1, 2]."""
+    """A value for JSON. What JSON does not know is {its type: the arguments that make an equal value}.
+
+    Of a derived type the plain one counts: a Counter becomes a dict.
+    """
     if value is None or isinstance(value, (int, float, str)):
         return value
-    for kind in (dict, list, tuple, set, frozenset, bytes):
-        if isinstance(value, kind):
-            items = value.items() if kind is dict else value
-            return [kind.__name__, *map(encoded, items)]
-    if isinstance(value, complex):
-        return ["complex", value.real, value.imag]
-    raise TypeError(f"a {type(value).__name__} cannot be sent")
+    if isinstance(value, list):
+        return list(map(encoded, value))
+    for kind in type(value).__mro__:
+        name = f"{kind.__module__}.{kind.__name__}"
+        if name in COPIED:
+            if kind is dict:
+                value = value.items()
+            if kind in (bytes, dict, tuple):
+                args = [list(value)]
+            elif kind is complex:
+                args = [str(value)]
+            else:
+                args = kind.__reduce__(value)[1]
+            return {name: encoded(args)}
+    if isinstance(value, Handle):
+        return {"yours": vars(value)["#"]}
+    name = getattr(value, "__name__", None)
+    if vars(builtins).get(name) is value:
+        return {"yours": name}
+    OFFERED[id(value)] = value
+    return {"mine": id(value)}
 
 
-def decoded(value):
-    """The value that `encoded` wrote for JSON, in plain built-in types: a Counter has become a dict."""
-    if not isinstance(value, list):
-        return value
-    name, *items = map(decoded, value)
-    if name == "complex":
-        return complex(*items)
-    kinds = {kind.__name__: kind for kind in (dict, list, tuple, set, frozenset, bytes)}
-    return kinds[name](items)
+def decoded(pairs):
+    """The value that `encoded` wrote for JSON as {name: key}."""
+    [(name, key)] = pairs
+    if name == "mine":
+        return Handle(key)
+    if name == "yours":
+        return OFFERED.get(key, Handle(key))
+    module, kind = COPIED[COPIED.index(name)].split(".")
+    return getattr(__import__(module), kind)(*key)
+
+
+class Handle:
+    """An object of the other process, by its name or number there."""
+
+    # def __len__(self): return ask(self, "len"), and so on
+    vars().update(
+        {
+            f"__{name}__": functools.partialmethod(ask, name)
+            for name in "getattr setattr getitem setitem call bool len str repr hash iter next".split()
+        }
+    )
+
+    def __init__(self, key):
+        vars(self)["#"] = key  # no attribute of the object can have this name
+
+    def __eq__(self, other):
+        return isinstance(other, Handle) and ask(self, "eq", other)
 
 
 def confine(uid, limits):
@@ -1424,11 +1462,10 @@ def confine(uid, limits):
         resource.setrlimit(getattr(resource, name), (most, most))
 
 
-# ==== end of these functions ========================================================================================
+# ==== end of what runs inside ========================================================================================
 
-INSIDE = "import json, os, sys, types, warnings\n" + "".join(
-    map(inspect.getsource, (tests_process, program_process, send, receive, encoded, decoded, confine))
-)
+INSIDE = inspect.getsource(sys.modules[__name__]).split("# ====")[1]
+INSIDE = f"import builtins, functools, json, operator, os, sys, types, warnings\nREPLY_BYTES = {REPLY_BYTES}\n#{INSIDE}"
 
 
 # ---- is it right? --------------------------------------------------------------------------------------------------

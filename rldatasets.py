@@ -21,6 +21,7 @@ To add a data set whose columns are among the FORMATS, add one line to DATASETS.
 """
 
 import ast
+import builtins
 import csv
 import functools
 import gzip
@@ -31,6 +32,7 @@ import operator
 import os
 import random
 import re
+import symtable
 import warnings
 import zlib
 from pathlib import Path
@@ -571,13 +573,14 @@ def mbpp(row):
     """MBPP: a function to write from a description and its tests. The name of the function is in the tests."""
     tests = row.get("test_list") or []
     shown = "\n".join(tests)
+    setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
     return program(
         question=f"{row['text']} Answer with Python code only. It must pass these tests:\n\n{shown}",
         reference=row["code"],
         prelude="",
-        setup=[*(row.get("test_imports") or []), row.get("test_setup_code") or ""],
+        setup=setup,
         tests=tests,
-        names={node.id for node in ast.walk(ast.parse(shown)) if isinstance(node, ast.Name)},
+        names=re.findall(r"\w+", "\n".join(setup + tests)),
     )
 
 
@@ -590,11 +593,18 @@ def program(question, reference, prelude, setup, tests, names):
     """A program to write: a completion is run after the prelude; the tests after the setup, in another process.
 
     Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
+    What the reference imports, the tests import too: they may use `sys`.
     """
-    defined = [getattr(node, "name", None) for node in ast.parse(reference).body]
-    functions = [name for name in defined if name in names]
+    body = ast.parse(reference).body
+    functions = [node.name for node in body if getattr(node, "name", None) in names]
+    imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    setup = imports + setup
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
+    symbols = symtable.symtable("\n".join(setup + tests), "tests", "exec").get_symbols()
+    unknown = {symbol.get_name() for symbol in symbols if not symbol.is_local()}.difference(functions, dir(builtins))
+    if unknown:
+        raise ValueError(f"its tests use what nobody defines: {', '.join(sorted(unknown))}")
     return {
         "question": question,
         "answer": reference,

@@ -671,7 +671,8 @@ def test_tensorboard_gets_the_same_keys(finished, inside):
 
 def test_programs_are_refused_without_bubblewrap(finished, inside, tmp_path, monkeypatch):
     _, flags, _ = finished
-    row = {"task_id": "1", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n"}
+    prompt = "def f():\n    '''One.'''\n"
+    row = {"task_id": "1", "prompt": prompt, "entry_point": "f", "canonical_solution": "    return 1\n"}
     row["test"] = "def check(candidate):\n    assert candidate() == 1\n"
     (tmp_path / "programs.jsonl").write_text(json.dumps(row) + "\n")
     monkeypatch.setenv("PATH", str(tmp_path))

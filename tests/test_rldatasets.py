@@ -147,6 +147,59 @@ def test_gsm8k_rows_are_read_from_a_file_and_from_a_folder_of_splits(tmp_path):
     )
 
 
+# Five rows in the manner of MBPP's numbers 367, 533, 596, 601 and 927: objects of a class of the program, also in the
+# setup, a type as an argument, and a module that only the program imports.
+NODE = "class Node:\n    def __init__(self, data):\n        self.data = data\n        self.left = self.right = None\n"
+TREE = (
+    "root = Node(1)\nroot.left = Node(2)\nroot.right = Node(3)\nroot.left.left = Node(4)\nroot.left.left.left = Node(5)"
+)
+OBJECTS = {
+    "a tree is the argument": {
+        "code": NODE + "def height(root):\n    if root is None:\n        return 0\n"
+        "    return max(height(root.left), height(root.right)) + 1\n"
+        "def is_tree_balanced(root):\n    if root is None:\n        return True\n"
+        "    return abs(height(root.left) - height(root.right)) <= 1 and is_tree_balanced(root.left)",
+        "test_list": ["assert is_tree_balanced(root) == False", "assert is_tree_balanced(root.right) == True"],
+        "test_setup_code": TREE,
+    },
+    "a type is the argument": {
+        "code": "def remove(values, kind):\n    return [value for value in values if not isinstance(value, kind)]",
+        "test_list": ["assert remove((4, 5, 7.7, 1.2), int) == [7.7, 1.2]", "assert remove((7, 'SR'), str) == [7]"],
+    },
+    "a module is used": {
+        "code": "import sys\ndef tuple_size(values):\n    return sys.getsizeof(values)",
+        "test_list": ["assert tuple_size(('A', 1, 'B')) == sys.getsizeof(('A', 1, 'B'))"],
+    },
+    "pairs are the argument": {
+        "code": "class Pair(object):\n    def __init__(self, a, b):\n        self.a = a\n        self.b = b\n"
+        "def longest(pairs, n):\n    best = [1] * n\n    for i in range(1, n):\n        for j in range(i):\n"
+        "            if pairs[i].a > pairs[j].b:\n                best[i] = max(best[i], best[j] + 1)\n"
+        "    return max(best)",
+        "test_list": ["assert longest([Pair(5, 24), Pair(15, 25), Pair(27, 40), Pair(50, 60)], 4) == 3"],
+    },
+    "a height": {
+        "code": NODE + "def max_height(node):\n    if node is None:\n        return 0\n"
+        "    return max(max_height(node.left), max_height(node.right)) + 1",
+        "test_list": ["assert max_height(root) == 4", "assert max_height(root.left) == 3"],
+        "test_setup_code": TREE,
+    },
+}
+
+
+@pytest.mark.skipif(evaluator.sandbox_problem() is not None, reason=str(evaluator.sandbox_problem()))
+@pytest.mark.parametrize("row", OBJECTS.values(), ids=OBJECTS)
+def test_a_reference_passes_whose_tests_use_its_classes_and_modules(tmp_path, row):
+    problem = one(tmp_path, row | {"text": "Write it."})
+    assert evaluator.run_tests(problem["answer"], problem) == (1, True)
+    broken = problem["answer"].replace("return", "return None #")
+    assert evaluator.run_tests(broken, problem)[0] == 0
+
+
+def test_the_tests_import_what_the_reference_imports(tmp_path):
+    row = MBPP | {"code": "import math as m\n" + MBPP["code"], "test_list": ["assert double(Point()) == m.floor(2.5)"]}
+    assert one(tmp_path, row)["setup"] == "import math as m\nfrom math import tau\nfrom math import isclose"
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -300,7 +353,7 @@ def test_a_description_is_the_first_field_that_is_a_text(tmp_path):
 
 
 def test_a_program_with_an_invalid_escape_is_read_without_a_warning(tmp_path, recwarn):
-    one(tmp_path, MBPP | {"code": "def double(p):\n    '\\d'\n    return 2 * p.x"})
+    one(tmp_path, MBPP | {"code": MBPP["code"] + "\ntext = '\\d'"})
     assert not recwarn.list
 
 
@@ -343,6 +396,7 @@ def test_an_mbpp_row_becomes_a_program_whose_question_shows_the_tests(tmp_path):
         MBPP | {"test_list": [3]},
         MBPP | {"test_list": "assert double(1)"},
         MBPP | {"test_list": ["assert undefined(1)"]},
+        MBPP | {"test_list": ["assert double(Point()) == undefined"]},
         MBPP | {"test_imports": 3},
         MBPP | {"code": "\0"},
         MBPP | {"code": "-" * 50_000 + "1"},

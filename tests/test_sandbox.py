@@ -317,6 +317,307 @@ def test_the_time_that_tests_take_counts_as_well(monkeypatch):
     assert passes("def f(x): return x", "assert f(1) == 1", "while True: f(1)", "assert f(1) == 1") == 0.5
 
 
+# ---- what crosses between a program and its tests --------------------------------------------------------------------
+
+CLASSES = """import dataclasses
+@dataclasses.dataclass(order=True, unsafe_hash=True)
+class Point:
+    x: int
+    y: int
+    def moved(self, by): return Point(self.x + by, self.y + by)
+class Stack:
+    def __init__(self, items=()): self.items = list(items)
+    def push(self, item): self.items.append(item)
+    def __len__(self): return len(self.items)
+    def __getitem__(self, index): return self.items[index]
+    def __setitem__(self, index, item): self.items[index] = item
+    def __iter__(self): return iter(self.items)
+    def __str__(self): return f"a stack of {len(self)}"
+    def __repr__(self): return f"Stack({self.items})"
+"""
+# a program, and a test after the arrow
+CROSSING = named(r"""
+# an object that the test makes
+def f(p): return p.x + p.y
+->
+assert f(Point(1, y=2)) == 3
+
+# a list of objects
+def f(ps): return [p.x for p in ps]
+->
+assert f([Point(1, 2), Point(3, 4)]) == [1, 3]
+
+# an object as a key
+def f(d): return max(d, key=d.get)
+->
+assert f({Point(1, 2): 3, Point(2, 2): 5}).x == 2
+
+# attributes
+def f(): return Point(1, 2)
+->
+p = f()
+assert (p.x, p.y) == (1, 2) and not hasattr(p, 'z')
+
+# an attribute that is set
+def f(p): return p.x
+->
+p = Point(1, 2)
+p.x = 7
+assert f(p) == 7
+
+# a method
+def f(): return Point(1, 2)
+->
+assert f().moved(by=3).y == 5
+
+# equal objects
+def f(p): return p.moved(1)
+->
+assert f(Point(1, 2)) == Point(2, 3) != Point(2, 4)
+
+# objects in a set
+def f(): return [Point(1, 2)] * 3
+->
+assert set(f()) == {Point(1, 2)}
+
+# the same object
+def f(p): return p
+->
+p = Point(1, 2)
+assert f(p) == p and p in [f(p)]
+
+# a length, items and a text
+def f(): return Stack('ab')
+->
+s = f()
+s.push('c')
+s[0] = 'd'
+assert len(s) == 3 and s[-1] == 'c' and list(s) == ['d', 'b', 'c'] and f'{s}!' == 'a stack of 3!'
+
+# a repr
+def f(): return Stack('ab')
+->
+assert repr(f()) == "Stack(['a', 'b'])"
+
+# an empty object is false
+def f(s): return bool(s)
+->
+assert not f(Stack()) and not Stack() and f(Stack([1]))
+
+# a chain
+class Node:
+    def __init__(self, value, next=None):
+        self.value = value
+        self.next = next
+def f(values):
+    node = None
+    for value in reversed(values):
+        node = Node(value, node)
+    return node
+def g(node):
+    return 0 if node is None else node.value + g(node.next)
+->
+node = f([1, 2, 3])
+total = 0
+while node:
+    total += node.value
+    node = node.next
+assert total == 6 == g(f([1, 2, 3])) and g(None) == 0
+
+# a type
+def f(xs, t): return [x for x in xs if isinstance(x, t)]
+->
+assert f([1, 'a', 2.5, [3]], (int, list)) == [1, [3]]
+
+# a type that comes back
+def f(x): return type(x)
+->
+assert f(1) is int and f('a') == str
+
+# the type of an exception
+def f(kind): return issubclass(kind, ArithmeticError)
+->
+assert f(ZeroDivisionError) and not f(KeyError)
+
+# a class of the program
+def f(t): return t(1, 2).y
+->
+assert f(Point) == 2
+
+# a lambda
+def f(g, xs): return [g(x) for x in xs if g]
+->
+assert f(lambda x: x * x, [1, 2, 3]) == [1, 4, 9]
+
+# a function of the test
+def f(g): return g(1, b=g(2))
+->
+def g(a, b=5):
+    return a * 10 + b
+assert f(g) == 35
+
+# a built-in function
+def f(g, xs): return g(xs) + g(xs)
+->
+assert f(len, [1, 2]) == 4 and f(sum, [1, 2]) == 6
+
+# a function of a module
+def f(g, x): return g(x)
+->
+import math
+assert f(math.sqrt, 9) == 3
+
+# a method of the test
+def f(tell):
+    for x in 'abc': tell(x)
+->
+told = []
+f(told.append)
+assert told == ['a', 'b', 'c']
+
+# a key
+def f(ps, key): return min(ps, key=key).x
+->
+assert f([Point(1, 9), Point(2, 3)], lambda p: p.y) == 2
+
+# a function that comes back
+def f(n): return lambda x: x + n
+->
+assert f(2)(3) == 5 and [*map(f(1), [1, 2])] == [2, 3]
+
+# a wrapped function
+import functools
+def f(g):
+    @functools.wraps(g)
+    def h(x): return g(g(x))
+    return h
+->
+assert f(lambda x: x * 2)(3) == 12 and f(f(lambda x: x + 1))(0) == 4
+
+# a callback that calls the program
+def f(g, n): return g(n) if n else 0
+->
+def g(n):
+    return n + f(g, n - 1)
+assert f(g, 20) == 210
+
+# an object of the test that returns
+def f(g, x): return g(x)
+->
+class A: pass
+a = A()
+a.n = 5
+assert f(lambda x: x.n, a) == 5 and f(lambda x: x, a) is a
+
+# a name for a built-in function
+f = sorted
+->
+assert f([2, 1]) == [1, 2]
+
+# fractions
+from fractions import Fraction
+def f(x): return x + Fraction(1, 6)
+->
+from fractions import Fraction as F
+assert f(F(1, 3)) == F(1, 2) and type(f(F(1, 3))) is F
+
+# decimals
+def f(x): return x * 2
+->
+from decimal import Decimal as D
+assert repr(f(D('0.10'))) == "Decimal('0.20')"
+
+# dates
+import datetime
+def f(x): return x + datetime.timedelta(days=1)
+->
+from datetime import date, datetime, timedelta
+assert f(date(2024, 2, 28)) == date(2024, 2, 29)
+assert f(datetime(2024, 2, 28, 5, 6, 7, 8)) == datetime(2024, 2, 29, 5, 6, 7, 8)
+assert f(timedelta(seconds=1.5)) == timedelta(1, 1, 500000)
+
+# a time zone, a time and a slice
+def f(x): return [x]
+->
+from datetime import datetime, time, timezone
+for x in (datetime(2024, 2, 28, tzinfo=timezone.utc), time(1, 2), slice(1, 2)):
+    assert f(x) == [x]
+
+# a range
+def f(x): return x[::-1] if isinstance(x, range) else 0
+->
+assert f(range(3)) == range(2, -1, -1)
+
+# a bytearray
+def f(x): return x + bytearray(b'\0')
+->
+assert f(bytearray(b'a\xff')) == bytearray(b'a\xff\0')
+
+# a generator
+def f(n):
+    for k in range(n): yield k * k
+->
+assert list(f(4)) == [0, 1, 4, 9] and sum(f(3)) == 5
+
+# an endless generator
+def f():
+    k = 0
+    while True:
+        yield k
+        k += 1
+->
+k = f()
+assert [next(k), next(k), next(k)] == [0, 1, 2] and [x for _, x in zip('ab', k)] == [3, 4]
+
+# iterators
+def f(xs): return map(str, xs)
+->
+assert ''.join(f([1, 2])) == '12' and next(f([]), 'none') == 'none'
+
+# views of a dict
+def f(): return {1: 2}.items()
+->
+assert list(f()) == [(1, 2)] and len(f()) == 1
+
+# the kind of an exception
+def f(x):
+    if x < 0: raise ValueError(x)
+    return [x][x]
+->
+for x, kind in ((-1, ValueError), (2, IndexError), ('', TypeError)):
+    try:
+        f(x)
+        assert False
+    except kind as error:
+        assert type(error) is kind
+
+# the base of an exception
+class Mine(KeyError): pass
+def f(): raise Mine
+->
+try:
+    f()
+    assert 0
+except KeyError:
+    pass
+
+# an exception of a callback
+def f(g):
+    try: g(0)
+    except ZeroDivisionError: return 'caught'
+->
+assert f(lambda x: 1 / x) == 'caught'
+""")
+
+
+@pytest.mark.parametrize("case", CROSSING.values(), ids=CROSSING)
+def test_a_right_program_passes_whatever_crosses(case):
+    code, test = case.split("->\n")
+    names = [node.name for node in ast.parse(CLASSES + code).body if hasattr(node, "name")]
+    wanted = problem(test, prelude=CLASSES, functions=dict.fromkeys([*names, "f"]))
+    assert evaluator.run_tests(code, wanted) == (1, True)
+
+
 # ---- hostile programs ----------------------------------------------------------------------------------------------
 
 # Each defines f, or tries to. The tests want f(2) == 4 and f(3) == 9, which none of these says when it is asked.
@@ -543,7 +844,7 @@ def f(x): return 0
 # patched machinery
 import sys
 main = sys.modules['__main__']
-main.literal = main.send = main.receive = main.plain = lambda *_: (True, 4)
+main.encoded = main.send = main.receive = main.decoded = lambda *_: [True, 4]
 def f(x): return 0
 
 # replaced modules
@@ -568,6 +869,79 @@ import sys
 sys.settrace(lambda *_: sys.exit(0))
 sys.setprofile(lambda *_: sys.exit(0))
 def f(x): return 0
+
+# an object that lies whatever it is asked
+class A:
+    __eq__ = __contains__ = __bool__ = __lt__ = __gt__ = lambda *_: True
+    __hash__ = __len__ = __int__ = __index__ = lambda self: 4
+    __getattr__ = __getitem__ = __add__ = __radd__ = __round__ = __call__ = lambda *_: 4
+    __sub__ = lambda *_: 0
+    __str__ = __repr__ = lambda self: "4"
+    __ne__ = lambda *_: False
+    __iter__ = lambda self: iter(range(99))
+    __float__ = lambda self: 4.0
+def f(x): return A()
+
+# an object that says it is a number
+class A:
+    __class__ = int
+    __eq__ = lambda *_: True
+    __ne__ = lambda *_: False
+def f(x): return A()
+
+# a class that equals all
+class A(type):
+    __eq__ = __instancecheck__ = __subclasscheck__ = lambda *_: True
+    __ne__ = lambda *_: False
+    __hash__ = None
+def f(x): return A("int", (), {"__module__": "builtins"})
+
+# an exception that equals all
+class A(Exception):
+    __eq__ = lambda *_: True
+    __ne__ = lambda *_: False
+A.__module__ = "builtins"
+def f(x): raise A
+
+# an error that ends loops
+def f(x): raise StopIteration
+
+# requests that the tests do not serve
+import __main__ as main
+def f(x):
+    for name in ("eval", "exec", "type", "getattr", "setattr", "vars", "open", "globals", "__import__", 0, None):
+        for args in (("(x := 4)",), ("A", (), {"__eq__": lambda *_: True}), (f, "__globals__"), ()):
+            main.send((name, args, {}))
+            returned, found = main.receive()
+            if returned: return found
+
+# a type that is made in the tests' process
+import __main__ as main
+class A: __module__, __name__ = "builtins", "type"
+def f(x):
+    main.send(("call", (type, "A", (), {"__eq__": lambda *_: True, "__ne__": lambda *_: False}), {}))
+    return main.receive()[1]()
+
+# handles to what was never given
+import __main__ as main
+def f(x):
+    main.encoded = lambda value: value
+    for key in (0, 1, -1, None, True, "f", "tests", "namespace", "verdict", id(f), [], {}, 1e300):
+        main.send([True, {"yours": key}])
+
+# values that are no values
+import __main__ as main
+def f(x):
+    main.encoded = lambda value: value
+    for pair in ({"builtins.eval": [str(x * x)]}, {}, {"": 1}, {"os.system": ["x"]}, {"mine": {}}, {"yours": []}):
+        main.send([True, pair])
+
+# patched handles
+import __main__ as main
+main.Handle.__eq__ = lambda *_: True
+main.answer = lambda *_: main.send([True, 4])
+main.encoded = main.decoded = main.ask = lambda *_, **__: {"mine": 4}
+def f(x): return main.Handle(4)
 
 # printing ok
 import sys
@@ -685,6 +1059,168 @@ def test_a_hostile_program_gains_nothing(monkeypatch, code):
     assert time.monotonic() - start < 2
 
 
+# a program, and a test that it must not pass, after the arrow; A tells lies
+LIES = named(r"""
+# a number near it
+def f(): return A()
+->
+assert abs(f() - 4) < 1
+
+# a number not larger
+def f(): return A()
+->
+assert f() < 5
+
+# a number not smaller
+def f(): return A()
+->
+assert 5 > f()
+
+# close enough
+def f(): return A()
+->
+import math
+assert math.isclose(f(), 4)
+
+# rounded
+def f(): return A()
+->
+assert round(f()) == 4
+
+# one of two
+def f(): return A()
+->
+assert f() in [4, 5]
+
+# one of a set
+def f(): return A()
+->
+assert f() in {4, 5}
+
+# a member
+def f(): return A()
+->
+assert 100 in f()
+
+# part of a list
+def f(): return [A()]
+->
+assert f() == [4]
+
+# part of a dict
+def f(): return {"a": (A(), 1)}
+->
+assert f() == {"a": (4, 1)}
+
+# a key
+def f(): return {A(): 1}
+->
+assert f() == {4: 1}
+
+# an element
+def f(): return {A()}
+->
+assert f() == {4}
+
+# an integer
+def f(): return A()
+->
+assert isinstance(f(), int)
+
+# none at all
+def f(): return A()
+->
+assert f() is None
+
+# asked by its own name
+def f(): return A()
+->
+assert f().__eq__(4) is True
+
+# a date
+def f(): return A()
+->
+import datetime
+assert f() == datetime.date(2024, 1, 1) or f() == range(4)
+
+# a subclass of a plain class
+class B(__import__("fractions").Fraction):
+    __eq__ = lambda *_: True
+def f(): return B(1)
+->
+assert f() == 4
+
+# the end of a loop
+def f(x): raise StopIteration
+->
+assert all(map(lambda x: f(x) == x * x, [2, 3]))
+
+# a class made by a callback
+def f(g): return g(type, "B", (), {"__eq__": lambda *_: True})()
+->
+assert f(lambda h, *args: h(*args)) == 4
+
+# a class made by `type`
+def f(g): return g("B", (), {"__eq__": lambda *_: True})()
+->
+assert f(type) == 4
+
+# code for a callback
+def f(g): return g(eval, "secret")
+->
+secret = 4
+assert f(lambda h, *args: h(*args)) == 4
+
+# code for `eval`
+def f(g): return g("secret")
+->
+secret = 4
+assert f(eval) == 4
+
+# attributes by `getattr`
+def f(g, h): return g(h, "__globals__")["secret"]
+->
+secret = 4
+assert f(getattr, lambda: 5) == 4
+
+# an attribute of a callback
+def f(g): return g.__globals__["secret"]
+->
+secret = 4
+assert f(lambda: 5) == 4
+
+# an attribute of the object that a method of the test has
+def f(g): return g.__self__[0]
+->
+assert f([4].append) == 4
+
+# what a callback holds
+def f(g):
+    found = []
+    for name in ("__globals__", "__closure__", "__code__", "__defaults__", "__dict__", "__self__", "__func__"):
+        try: found.append(getattr(g, name) != {"#": vars(g)["#"]})
+        except AttributeError: continue
+    return any(found)
+->
+def g(secret=4): return secret
+assert f(g)
+
+# an attribute of a callback that is set
+def f(g):
+    g.__code__ = f.__code__
+    return g(4)
+->
+assert f(lambda x: 5) == 4
+""")
+
+
+@pytest.mark.parametrize("case", LIES.values(), ids=LIES)
+def test_a_lie_passes_no_test(case):
+    code, test = case.split("->\n")
+    lies = HOSTILE["an object that lies whatever it is asked"]
+    assert evaluator.run_tests(f"{lies}\n{code}", problem(test, "assert f")) == (0.5, True)
+
+
 def test_a_mutated_argument_is_only_the_programs_own_copy():
     code = "def f(xs):\n    xs.clear()\n    return xs"
     assert passes(code, "xs = [2, 1]", "assert f(xs) == sorted(xs)", "assert len(xs) == 0") == 0
@@ -796,7 +1332,9 @@ def test_what_runs_inside_knows_nothing_else_of_the_file():
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     made = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     made |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    made |= {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ExceptHandler))}
+    made |= {
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))
+    }
     made |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert names <= made | set(dir(builtins))
 
