@@ -301,7 +301,7 @@ ABOUT = r"approximately|about|exactly|\\approx|\\sim"
 NUMBER_AND_FRAC = r"(?<![\w.^/{}])(\d{1,9})\s*\\frac\s*\{\s*(\d{1,9})\s*\}\s*\{\s*(\d{1,9})\s*\}"
 METERS_OR_HOURS = r"""(?x)
     ^\s* ((?:\w+[ ]?=[ ]?)?[-+\d.,/ ]*\d) \s+ ([mh])\b  # 5 m, x = 5 h, but not 2m + 1
-    (?= \s*(?:\^[ ]?\{?[23]\}?)? [\s.,]*$ )             # 5 m^3, but not 5 m^2 h
+    (?= \s*(?:\^[ ]?\{?[23]\}?|/[a-z]+)? [\s.,]*$ )     # 5 m^3, 5 m/s, but not 5 m^2 h
 """
 REWRITES = [  # pattern; what a match is replaced by; an example, tested: what this rule alone makes of a text
     # signs and markup
@@ -764,7 +764,7 @@ def reading(text):
 
 def unless_counted(words):
     """What is left of the words after a number: nothing if they say what is counted, as in `18 red apples`."""
-    return "" if COUNTED.fullmatch(words[0]) else words[0]
+    return "" if COUNTED.fullmatch(words[0]) and not CHANGED.search(words[0].replace("^", "")) else words[0]
 
 
 def value_at(tokens, point):
@@ -923,7 +923,7 @@ DOUBT += "|almost|nearly|hardly|barely|doubt|unlikely"
 DOUBTFUL = re.compile(rf"(?i)\b(?:{DOUBT}|near|incorrect|except|but)\b|n't|(?:^|\s)[<>]|[<>!]=|\\[gln]e")
 CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
     \b(?:minus|negative|plus|times(?!\W*$)|twice|double[sd]?|tripled?|halve[sd]|squared|cubed|power|short|divide[sd]
-    |multiplied|inverted|reversed|rounded|exceeds?|precedes|follows|{FRACTION_WORD})\b
+    |multiplied|inverted|reversed|rounded|thousands|millions|billions|exceeds?|precedes|follows|{FRACTION_WORD})\b
   | \b(?:than|at[ ](?:least|most)|between|below|above|under|over|and|point)\b (?=\W*(?:\d|$|{IN_WORDS}))
   | [\\^_] | \w\(
 """)
@@ -965,7 +965,7 @@ REMARK = re.compile(r"\s\(([^()]*[=A-Za-z][^()]*)\)")  # (12*3=36), but not (3 +
 STATED = re.compile(rf"""(?xi)  # what stands around one number in a clause: is (-$1,080.50), 3/4kg of
     (?: \D*\b{LEAD}\s+ )? [^\w.^/*+-]*
     ( [+-]? (?:{GROUPED}|{UNGROUPED}) (?:/\d+)? ) (?![\^*+/\d]) \s?%?
-    (?: \s?/?\s? (?:[a-z-]+\s){{0,3}}? (?:{UNIT_NAMES}|{NOUN}) (?![a-z]) \D* | \s {AFTER}\b \D* | \W* )
+    (?: \s?/?\s? (?:[a-z-]+\s){{0,3}}? (?:{UNIT_NAMES}|{NOUN}|[a-z]+/[a-z]+) (?![a-z]) \D* | \s {AFTER}\b \D* | \W* )
 """)
 
 
@@ -1435,19 +1435,15 @@ def decoded(pairs):
 class Handle:
     """An object of the other process, by its name or number there."""
 
-    # def __len__(self): return ask(self, "len"), and so on
-    vars().update(
-        {
-            f"__{name}__": functools.partialmethod(ask, name)
-            for name in "getattr setattr getitem setitem call bool len str repr hash iter next".split()
-        }
-    )
-
     def __init__(self, key):
         vars(self)["#"] = key  # no attribute of the object can have this name
 
     def __eq__(self, other):
         return isinstance(other, Handle) and ask(self, "eq", other)
+
+
+for name in "getattr setattr getitem setitem call bool len str repr hash iter next".split():
+    setattr(Handle, f"__{name}__", functools.partialmethod(ask, name))  # def __len__(self): return ask(self, "len")
 
 
 def confine(uid, limits):
@@ -1519,9 +1515,8 @@ def majority(completions, problem=None):
     best = None
     most = 0
     for answer in votes:
-        count = sum(
-            votes[other] for other in votes if alike(other, answer, problem or {})
-        )  # with those that say the same
+        same = [votes[other] for other in votes if alike(other, answer, problem or {})]
+        count = sum(same)
         if count > most:
             best = answer
             most = count

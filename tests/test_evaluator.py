@@ -215,6 +215,8 @@ def test_the_format_rewards(completion, strict, soft, tags):
         ("<think>5?</think>\\boxed{6}", "6", 0),
         ("<think>5?</think> <think>\\boxed{7}", None, 0),
         ("<think>" + TIDY.format("so", "6"), None, 0),
+        (TIDY.format("so", "6") + "\n<think>5?</think>", "6", 1),
+        ("<answer><think>5</think>6</answer>", "6", 0),
     ],
 )
 def test_thoughts_stand_before_the_form_and_are_no_answer(completion, answer, soft):
@@ -384,7 +386,7 @@ def test_a_choice_is_its_letter(answer):
     [
         "41 (since 6*7=42)", "41, because 6*7 = 42", "It is 41. Check: 6*7 = 42", "The total is 41 = 42", "41 = 42",
         "6*7 = 41 = 42", "41; 6*7 = 42", "41 6*7 = 42", "41 (= 42)", "6*7 = 42, so 41", "41 or rather 42", "41 apples = 42",
-        "41, 6 × 7 = 42", "41.5 = 42", r"41, since $6 \cdot 7 = 42$",
+        "41, 6 × 7 = 42", "41.5 = 42", r"\frac{84}{2} = 41", r"6 \cdot 7 = 41", "2^3 + 34 = 41", r"41, since $6 \cdot 7 = 42$",
     ],
 )  # fmt: skip
 def test_a_number_that_is_not_the_result_contradicts_it(said):
@@ -394,7 +396,8 @@ def test_a_number_that_is_not_the_result_contradicts_it(said):
 @pytest.mark.parametrize(
     "said, gold",
     [
-        ("36 (12*3=36)", "36"), ("36 = 12 x 3", "36"), ("36 (= 12 x 3)", "36"), ("36 = 12 × 3", "36"),
+        ("36 (12*3=36)", "36"), ("36 (since 12*3=36)", "36"), ("36, because 12*3 = 36", "36"), ("36, as 12*3 = 36", "36"),
+        ("120 pages / 30 pages = 4 days", "4"), ("20 - 19 = 1 rose", "1"), ("36 = 12 x 3", "36"), ("36 (= 12 x 3)", "36"), ("36 = 12 × 3", "36"),
         ("It is 36. Check: 12*3 = 36", "36"), ("12 x 3 = 36 apples", "36"), ("5 cups + 3 cups = 8 cups", "8"),
         ("10/3 = 3.33", "3.33"), ("1/4 = 25%", "25%"), ("1/4 = 25%", "1/4"), ("36 * 50% = 18", "18"), ("(12/48) * 100 = 25%", "25"),
         (r"\angle A = 60^\circ - 40^\circ = 20^\circ", "20"), ("f(1,0) = 1", "1"), ("the value is x=5", "x=5"),
@@ -409,7 +412,9 @@ def test_a_calculation_says_its_result_and_may_repeat_it(said, gold):
     [
         "the reciprocal of 18", "18 factorial", "a factor of 18", "18 squared", "the square of 18", "18 choose 2", "18 modulo",
         "a multiple of 18", "the opposite of 18", "18 halved", "18 doubled", "18 reversed", "log 18", "18 prime", "up to 18",
-        "exceeds 18", "18 short", "divisible by 18", "18 to the power of two", "It is - 18", "18 backwards", "18 inverted",
+        "exceeds 18", "18 short", "18 hours and thirty minutes", "18 point five", "18 apples doubled", "18 dollars halved",
+        "18 apples divided by two", "more than 18", "18 and over", "rounded 18", "18 (in thousands)", "18 (plus two)",
+        "It cannot be 18", "I doubt it is 18", "It is unlikely to be 18", "It has -$18", "divisible by 18", "18 to the power of two", "It is - 18", "18 backwards", "18 inverted",
     ],
 )  # fmt: skip
 def test_words_that_are_not_known_to_leave_a_number_as_it_is_make_it_another(said):
@@ -422,7 +427,9 @@ def test_words_that_are_not_known_to_leave_a_number_as_it_is_make_it_another(sai
     [
         "18 apples", "a total of 18", "18 red apples", "18 in total", "18 apples in all", "She has 18 left", "18 people",
         "He earned 18 dollars last week", "It took them 18 hours to build", "18 more", "Total: 18", "They sold 18 tickets each",
-        "18 years old", "It costs $18 per day", "18 eggs for breakfast", "1/2 * 36 = 18", "18 miles per hour", "18 hours a day",
+        "Wendy polished 18 glasses", "Tom is currently 18 years old", "18 more than Bob", "18 apples over the summer",
+        "He runs 18 m/s", "18 m/s", "18 hours/month", "18 pages/person", "18 times", "18 T-shirts", "18 deer", "18 is the answer",
+        "Therefore, the total cost is $18", "18 years old", "It costs $18 per day", "18 eggs for breakfast", "1/2 * 36 = 18", "18 miles per hour", "18 hours a day",
     ],
 )  # fmt: skip
 def test_words_that_say_what_is_counted_leave_a_number_as_it_is(said):
@@ -451,11 +458,30 @@ def test_words_that_say_what_is_counted_leave_a_number_as_it_is(said):
         ("It is half of 18", "18", False),
         ("In 3 days she has 72 clips", "72", True),
         ("She sold 48 + 24 = 72 clips", "72", True),
+        ("The answer is $3(x+1)$. See above.", "3x+3", True),
+        ("The answer is 18 because each of the 3 kids gets 6.", "18", True),
+        ("<reasoning>so 18</reasoning>", "18", True),
+        ("Step 3: 3*6 = 18", "18", True),
+        ("So 18 is the answer.", "18", True),
         ("$5k", "5", False),
     ],
 )
 def test_lenient_reads_a_number_whole_where_the_answer_is_announced_or_last(completion, answer, found):
     assert evaluator.lenient(completion, {"answer": answer}) == found
+
+
+@pytest.mark.parametrize(
+    "said, gold",
+    [("1 apple", "1"), ("It is -5", "-5"), ("It is −5.", "-5"), ("She has -$18", "-18"), ("25% of the total", "25%")],
+)
+def test_one_thing_a_debt_and_a_share_are_read(said, gold):
+    assert evaluator.math_equal(said, gold)
+
+
+def test_a_vote_for_a_calculation_that_is_not_allowed_counts_for_nothing():
+    problem = {"kind": "countdown", "answer": "(8 - 2) * 5", "numbers": [8, 2, 5], "target": 30}
+    votes = ["8*5 - 2*5", "30", "(8-2) * 5", "5 * (8 - 2)", "8 * 2"]
+    assert evaluator.majority([f"<answer>{vote}</answer>" for vote in votes], problem) == "(8-2) * 5"
 
 
 @pytest.mark.parametrize("gold", ["6*7 = 42\n#### 42\nThis assumes 7 days.", "#### 42", "42"])
