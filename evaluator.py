@@ -22,7 +22,6 @@ import builtins
 import cmath
 import difflib
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -1460,7 +1459,7 @@ def confine(uid, limits):
 
 # ==== end of what runs inside ========================================================================================
 
-INSIDE = inspect.getsource(sys.modules[__name__]).split("# ====")[1]
+INSIDE = open(__file__, encoding="utf-8").read().split("# ====")[1]
 INSIDE = f"import builtins, functools, json, operator, os, sys, types, warnings\nREPLY_BYTES = {REPLY_BYTES}\n#{INSIDE}"
 
 
