@@ -78,7 +78,8 @@ def after_hashes(text):
 
 def after_thinking(completion):
     """The completion without its thoughts: up to </think>, and from a <think> that is never closed on."""
-    return re.sub(r"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?</think>|<think>.*", "", completion)
+    cut = r"(?:\A|(?<=</think>))\s*<think>.*"
+    return re.sub(rf"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?</think>|{cut}", "", completion)
 
 
 def outside_reasoning(completion):
@@ -167,6 +168,11 @@ def by_spelling(table):
         name, *spellings = line.split()
         names.update(dict.fromkeys(spellings, name))
     return names
+
+
+def any_of(words):
+    """A pattern for any of some words."""
+    return f"(?:{'|'.join(words.split())})"
 
 
 SIGNS = str.maketrans(
@@ -329,7 +335,10 @@ REWRITES = [  # pattern; what a match is replaced by; an example, tested: what t
     (r"^\((\d+)\)(?=_)", r"\1", "(101)_2 → 101_2"),
     (rf"^(?!.*{MEANINGFUL})[A-Za-z][A-Za-z ]*: ", "", "Total: 72 → 72"),
     (rf"(?<=\S) \((?!.*{MEANINGFUL})[A-Za-z -]{{3,}}\)$", "", "72 (seventy-two) → 72"),
-    (r"(?<=[\d)%]) x +(?=[\d(])", " * ", "12 x 3 → 12 * 3"),
+    (r"(?<=[\w)%]) x +(?=[\d(])", " * ", "12 x 3 → 12 * 3"),
+    (r"([\d.]+)%(?= ?(?:of|\*) ?\d)", r"(\1/100)", "50% of 72 → (50/100) of 72"),
+    (r"(\d/\d+|\)) of (?=\d)", r"\1 * ", "1/2 of 72 → 1/2 * 72"),
+    (r"[=-]>", "=", "12 * 3 => 36 → 12 * 3 = 36"),
     (r"^\s*([A-Za-z]\w*)\s*\\approx", r"\1=", r"x \approx 5 → x= 5"),
     (r"(?<=\S)\s*\\approx.*", "", r"8\sqrt2 \approx 11.3 → 8\sqrt2"),  # we take the exact value
     (rf"(?i)^\s*(?:{ABOUT}|US|USD|EUR|GBP)\s*(?=[-+\d.\\])", "", "about 72 → 72"),
@@ -364,11 +373,12 @@ WORD = r"(?:[A-Za-z]{4,}+|(?<=\s)(?=[a-z]*[aeiou])[a-z]{3}(?![A-Za-z]))"
 UNIT_NAMES = "|".join(name for name in (*UNITS, *UNITS.values()) if re.fullmatch("[A-Za-z]{2,}", name))  # not m and h
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"  # cm, feet, cm^2
 # what is counted: a word in the plural, one with another plural, or any word after 1; `18 factorial` counts nothing
-PLURALS = (
-    "people|[a-z]*children|women|feet|teeth|fish|sheep|mice|geese|deer|cattle|dice|money|change|water|candy|fruit|bread"
-)
+PLURALS = any_of("""
+    people [a-z]*children women feet teeth fish sheep mice geese deer cattle dice money change water candy fruit bread
+    staff luggage furniture homework salmon shrimp trout bison offspring aircraft old each left apiece
+""")
 NO_NOUNS = "minus|plus|times(?!\\W*$)|less|halves|\\w*wards"
-NOUN = rf"(?:(?!(?:{NO_NOUNS})\b)[A-Za-z][A-Za-z-]+s|{PLURALS}|old|each|left|apiece|(?<=\b1[ ])[a-z]+)\b"
+NOUN = rf"(?:(?!(?:{NO_NOUNS})\b)[A-Za-z][A-Za-z-]+s|{PLURALS}|(?<=\b1[ ])[a-z]+)\b"
 COUNTED = re.compile(rf"(?i)(?:.*\W)?(?:{UNIT_NAMES}|{NOUN}|(?:per |/ ?)[a-z]+|[a-z]{{0,2}}|%)(?:\W*\d)?\W*")
 TRAILING_UNITS = re.compile(rf"""(?x)
     (?: (?<=[\d)}}.]) | (?<=\\pi) )                        # they directly follow a number
@@ -928,11 +938,6 @@ CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
 """)
 
 
-def any_of(words):
-    """A pattern for any of some words."""
-    return f"(?:{'|'.join(words.split())})"
-
-
 # Only these words, next to a number, leave it as it is: `a total of 18 clips in all`, but not `a factor of 18`.
 BEFORE = any_of("""
     are were be been have had get got make made take took taken sell sold spend spent pay paid buy bought eat ate
@@ -949,7 +954,8 @@ QUANTITY = any_of("""
     number pay perimeter price profit rate salary savings score speed sum total value volume weight width
 """)
 SAME = any_of("equals? comes? came amounts? adds?(?:\\sup)? sums? out")
-LEAD = rf"(?:[a-z]+(?:ed|s|ly)|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"  # bakes, baked, finally: most verbs and adverbs
+# bakes, baked, finally; gave Tom; one of these; a total of; comes to
+LEAD = rf"(?:[a-z']+(?:ed|s|ly)|(?<=\w\s)(?-i:[A-Z][a-z]+)|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"
 AFTER = any_of(r"""
     in for on per a an to from of at after each total by during worth are were when every and long old tall wide
     deep high away left altogether remaining overall now today together daily weekly more fewer less farther longer
@@ -978,7 +984,8 @@ def stated(text):
         return None
     text = REMARK.sub(r"; \1;", text)
     text = re.sub(r"(\d.*?)\b(?:because|since|as)\s(?=[^a-z]*\d)", r"\1; ", text)  # 36, as 12*3 = 36
-    text = re.sub(rf"(?<=\d) {NOUN}(?= ?(?:[-+*=]|/ ?\d))", "", text)  # 5 cups + 3 cups = 8 cups
+    # 3 cups/day * 2 days = 6 cups
+    text = re.sub(rf"(?<=\d) ?(?:{NOUN})?(?:(?: per |/)[a-z]+)?(?= ?(?:[-+*=]|/ ?\d))", "", text)
     text = EQUATION.sub(result_of, FORMULA.sub(": ", text))
     if CHANGED.search(text):
         return None
@@ -1708,10 +1715,10 @@ def lenient(completion, problem):
 
 def announced(text):
     """What follows the last `answer is`, `answer:` or ####, up to the end of the sentence or a remark."""
-    found = re.split(r"(?i)\banswer\b[^.\n\d]{0,40}?(?:\bis\b|[:=])|####", text)[1:]
+    found = re.split(r"(?i)\banswer\b[^.\n\d]{0,40}?(?:\bis\b:?|[:=])|####", text)[1:]
     if not found:
         return None
-    return re.split(r"\n|\.(?!\d)|(?<!\\);|\s\(|,?\s(?:because|since|as)\s", found[-1].strip())[0]
+    return re.split(r"\n|\.(?!\d)|[!?]\s|(?<!\\);|\s\(|,?\s(?:because|since|as)\s", found[-1].strip())[0]
 
 
 def last_statement(text):
