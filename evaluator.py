@@ -78,7 +78,7 @@ def after_hashes(text):
 
 def after_thinking(completion):
     """The completion without its thoughts: up to </think>, and from a <think> that is never closed on."""
-    cut = r"(?:\A|(?<=</think>))\s*<think>.*"
+    cut = r"(?:\A|(?<=</think>))\s*<think>(?!.*</think>).*"
     return re.sub(rf"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?</think>|{cut}", "", completion)
 
 

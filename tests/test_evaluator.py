@@ -217,12 +217,15 @@ def test_the_format_rewards(completion, strict, soft, tags):
         ("<think>" + TIDY.format("so", "6"), None, 0),
         (TIDY.format("so", "6") + "\n<think>5?</think>", "6", 1),
         ("<answer><think>5</think>6</answer>", "6", 0),
+        (" \n<think>5?</think>\n\n<think>7?</think><answer>6</answer>", "6", 0),
+        ("<reasoning>I <think> so</reasoning><answer>6</answer>", "6", 1),
     ],
 )
 def test_thoughts_stand_before_the_form_and_are_no_answer(completion, answer, soft):
     assert evaluator.extract_answer(completion) == answer
     found = evaluator.rewards(completion, {"answer": "6"})
-    assert (found["soft_format"], found["strict_format"]) == (soft, soft) and found["lenient"] == (answer is not None)
+    assert found["soft_format"] == soft and found["lenient"] == (answer is not None)
+    assert found["strict_format"] == (soft and TIDY.format("so", "6") in completion)
 
 
 def test_the_form_that_the_prompt_asks_for_earns_everything():
