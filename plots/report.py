@@ -232,7 +232,7 @@ def eval_line(metrics):
 def share_of(p, n):
     """A share p of n with the ends of its 95 % interval: 0.985 [0.957, 0.995]."""
     low, high = wilson(p, n)
-    return f"{p:.3f} [{abs(low):.3f}, {high:.3f}]"  # abs: rounding makes -0.000 of 0
+    return f"{p:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def paired_difference(names, right):

@@ -6,7 +6,6 @@ import random
 import re
 import subprocess
 import sys
-import threading
 import time
 from fractions import Fraction  # noqa: F401 (of the text that is evaluated below)
 
@@ -337,16 +336,16 @@ def test_many_completions_are_scored_in_order_with_a_text_for_each_failure(monke
 
 
 def test_a_reward_that_takes_long_is_named_once_with_its_question(monkeypatch):
-    go_on = threading.Event()
     monkeypatch.setattr(evaluator, "PATIENCE", 0.05)
-    monkeypatch.setitem(evaluator.REWARDS, "slow", lambda completion, problem: float(go_on.wait()))
+    monkeypatch.setitem(evaluator.REWARDS, "slow", lambda completion, problem: time.sleep(0.15) or 1.0)
     monkeypatch.setitem(evaluator.REWARDS, "quick", lambda completion, problem: 1.0)
     noted = []
-    note = lambda line: (noted.append(line), go_on.set())
     problems = [{"question": f"about {one}", "answer": "1"} for one in "abc"]
-    values, failures = evaluator.score(["x", "y", "z"], problems, 1, note)
+    values, failures = evaluator.score(["x", "y", "z"], problems, 1, noted.append)
     assert values["slow"] == [1.0, 1.0, 1.0] == values["quick"] and not failures
     assert noted == ["waiting for the reward slow (question: about a)"]
+    evaluator.score(["x"], problems[:1], 1, noted.append)
+    assert len(noted) == 2  # once for each step
 
 
 def test_very_small_numbers_keep_their_sign():

@@ -827,6 +827,8 @@ def test_every_command_and_every_flag_of_the_readmes_exists():
         for script in re.findall(r"python ((?:plots|tests)/\w+\.py)", text):
             assert (ROOT / script).exists()
     assert len(commands) >= 10
+    launches = re.findall(r"torchrun --[^`\n]*", (ROOT / "README.md").read_text(encoding="utf-8") + main.__doc__)
+    assert launches and all(re.match(r"torchrun --nproc_per_node \d+ -- main\.py --", one) for one in launches)
     for command in commands:
         if command != "--help":
             main.parse(shlex.split(command))  # raises an error for a flag that is not there
