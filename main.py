@@ -477,10 +477,7 @@ def rule_rewards(problems, rollout):
 
 def weighted_sum(by_name):
     """r_i = Σ weight × reward: [Q, G]. A reward that is not in REWARDS is only recorded."""
-    total = 0.0
-    for name, values in by_name.items():
-        total = total + REWARDS.get(name, 0.0) * values
-    return total
+    return sum(REWARDS.get(name, 0.0) * values for name, values in by_name.items())
 
 
 # ==== One update: line 11 ===========================================================================================
@@ -488,21 +485,15 @@ def weighted_sum(by_name):
 # objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3); its gradient there is (20).
 
 
-class Update(NamedTuple):
-    """What is recorded of an optimizer step: numbers to be averaged over the μ updates of a step, and maxima."""
-
-    means: dict
-    maxima: dict
-
-
 @llms.timed("update")
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite.
 
     advantages [N] or [N, T], or the gradient coefficient of another method (Table 10, below). logp_old is None where
-    π_θold is π_θ. targets: what PPO's critic learns.
+    π_θold is π_θ. targets: V before the update and the returns, both [N, T], which PPO's critic learns from. Returns what
+    is recorded: {name: number}.
     """
-    means, maxima = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
+    measured = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     norms = []  # of the gradient, as they were before the clipping
     for network in (state.policy, state.critic):
         if network is not None:
@@ -510,20 +501,20 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
             norms.append(llms.full_tensor(norm).item())
     lr = learning_rate(state.updates)
     state.optimizer.param_groups[0]["lr"] = lr
-    finite = math.isfinite(means["loss"]) and all(math.isfinite(norm) for norm in norms)
+    finite = math.isfinite(measured["loss"]) and all(math.isfinite(norm) for norm in norms)
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad()
-    means["grad_norm"] = norms[0]
-    means["lr"] = lr
-    means["skipped_updates"] = 0 if finite else 1
+    measured["grad_norm"] = norms[0]
+    measured["lr"] = lr
+    measured["skipped_updates"] = 0 if finite else 1
     state.updates += 1
-    return Update(means, maxima)
+    return measured
 
 
 @llms.retry_with_less_memory("token_budget")
 def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
-    """Leave the gradient of the whole rollout in .grad; returns two dicts of diagnostics: means and maxima.
+    """Leave the gradient of the whole rollout in .grad; returns the losses and diagnostics, {name: number}.
 
     If the GPU's memory is too small, it begins again with half of the token budget.
 
@@ -557,18 +548,19 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
         (factor * loss).backward()
         sums["loss"] += factor * loss.item()
         if factor:
-            means, largest = diagnostics(logp, old, ref, sampled, A[rows, :T], mask)
-            for name, x in means.items():
-                sums[name] += torch.where(mask, x, 0).sum().item() / learnt_tokens
-            for name, x in largest.items():
-                maxima[name] = max(maxima[name], torch.where(mask, x, 0).max().item())
+            for name, x in diagnostics(logp, old, ref, sampled, A[rows, :T], mask).items():
+                x = torch.where(mask, x, 0)  # [n, T]
+                if name.endswith("_max"):
+                    maxima[name] = max(maxima[name], x.max().item())
+                else:
+                    sums[name] += x.sum().item() / learnt_tokens
         if targets:
             V = state.critic.token_values(ids, attention, mask)  # [n, T]
-            V_old = part(targets.values, rows, T)
-            loss = value_loss(V, V_old, part(targets.returns, rows, T), mask, denominator[rows])
+            values, returns = targets
+            loss = value_loss(V, values[rows, :T], returns[rows, :T], mask, denominator[rows])
             (factor * loss).backward()
             sums["value_loss"] += factor * loss.item()
-    return llms.merged_over_ranks(sums, sum), llms.merged_over_ranks(maxima, max)
+    return llms.merged_over_ranks(sums, sum) | llms.merged_over_ranks(maxima, max)
 
 
 def in_loss(rollout):
@@ -585,8 +577,8 @@ def part(x, rows, T):
 
 @torch.no_grad()
 def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
-    """Is the update healthy? Two dicts {name: a number of each token}: of the first the mean is recorded, of the second
-    the maximum."""
+    """Is the update healthy? {name: a number of each token}. Its mean is recorded, or the maximum where the name ends in
+    _max."""
     ratio = token_ratio(logp, logp_old)  # [n, T]
     if OBJECTIVE == "gspo":
         ratio = sequence_ratio(logp, logp_old, mask)  # [n, 1]
@@ -595,25 +587,24 @@ def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
     if OBJECTIVE != "cispo":  # in a min(), the clip acts above only if Â > 0, and below only if Â < 0
         below = below & (A < 0)
         above = above & (A > 0)
-    means = {"clip_low": below, "clip_high": above}
-    maxima = {"ratio_max": ratio}
+    measured = {"clip_low": below, "clip_high": above, "ratio_max": ratio}
     if logp_sampled is not None:
         gap = (logp_old - logp_sampled).abs()
         name = "staleness_gap" if STALENESS else "sampler_gap"
-        means[name] = gap
-        maxima[f"{name}_max"] = gap
+        measured[name] = gap
+        measured[f"{name}_max"] = gap
     if logp_sampled is not None and CORRECTION != "none":
         weight = token_weight(logp_old, logp_sampled, mask)  # [n, T]
         if CORRECTION == "sequence_tis":
             weight = sequence_weight(logp_old, logp_sampled, mask)  # [n, 1]
-        means["correction"] = weight
+        measured["correction"] = weight
         limited = CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)
-        means["correction_limited"] = limited != weight
-        maxima["correction_max"] = weight
+        measured["correction_limited"] = limited != weight
+        measured["correction_max"] = weight
     if logp_ref is not None:
-        means["kl"] = k3(logp, logp_old, logp_ref)
-        maxima["kl_log_ratio_max"] = (logp_ref - logp).abs()
-    return means, maxima
+        measured["kl"] = k3(logp, logp_old, logp_ref)
+        measured["kl_log_ratio_max"] = (logp_ref - logp).abs()
+    return measured
 
 
 def learning_rate(number):
@@ -657,7 +648,7 @@ class Learnt:
 
     batch: Batch
     advantages: torch.Tensor  # [N] or [N, T], or the gradient coefficient of another method
-    updates: list  # an Update for each of the μ updates
+    updates: list  # for each of the μ updates what `update` returns
     metrics: dict = field(default_factory=dict)  # of the method
 
 
@@ -712,7 +703,7 @@ class Coefficient(NamedTuple):
     """What a coefficient function returns."""
 
     GC: torch.Tensor  # [N] or [N, T]
-    targets: object = None  # what PPO's critic learns
+    targets: tuple = None  # V before the update and the returns, both [N, T], which PPO's critic learns from
     metrics: object = None  # {name: number} to record
 
 
@@ -812,13 +803,6 @@ def right_and_wrong(batch):
     return torch.tensor(plus, dtype=torch.long), torch.tensor(minus, dtype=torch.long)
 
 
-class Targets(NamedTuple):
-    """What PPO's critic learns."""
-
-    values: torch.Tensor  # [N, T]  V before the update
-    returns: torch.Tensor  # [N, T]
-
-
 def ppo_advantages(state, batch, logp_old, logp_ref):
     """PPO: A_t, eq. (18), by GAE on the rewards of eq. (2): r_i on the end token, - β log(π_θ/π_ref) on every token."""
     rollout = batch.rollout
@@ -832,7 +816,7 @@ def ppo_advantages(state, batch, logp_old, logp_ref):
             logp = rollout.logp  # what was recorded while sampling
         rewards -= BETA * (logp - logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
-    return Coefficient(advantages, Targets(values, advantages + values))
+    return Coefficient(advantages, (values, advantages + values))
 
 
 def gae(rewards, values, mask):
@@ -1416,13 +1400,12 @@ def output_metrics(state, batch, records):
 
 def update_metrics(updates):
     """The part of a step's metrics that is about its μ updates: means, and the largest of maxima."""
-    always = ("loss", "ratio_max", "clip_low", "clip_high", "grad_norm", "lr", "skipped_updates")
-    metrics = dict.fromkeys(always, 0.0)
+    always = "loss ratio_max clip_low clip_high grad_norm lr skipped_updates"
+    metrics = dict.fromkeys(always.split(), 0.0)
     if updates:
-        for name in updates[0].means:
-            metrics[name] = sum(update.means[name] for update in updates) / len(updates)
-        for name in updates[0].maxima:
-            metrics[name] = max(update.maxima[name] for update in updates)
+        for name in updates[0]:
+            numbers = [update[name] for update in updates]
+            metrics[name] = max(numbers) if name.endswith("_max") else sum(numbers) / len(numbers)
     return metrics
 
 

@@ -167,7 +167,7 @@ def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_g
         seen = {}
         state.optimizer.step = lambda seen=seen: seen.update(V=state.critic.value_head.weight.grad.clone())
         A, targets, _ = main.ppo_advantages(state, toy.batch(), None, logp_ref)
-        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
+        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
         results.append((seen["V"], measured["value_loss"], measured["loss"]))
         state.critic.value_head.weight.grad = None  # the optimizer of this test does not know the critic
     for V, value_loss, loss in results:
@@ -183,7 +183,7 @@ def test_the_critic_learns_from_outputs_without_advantage_too(toy, constants):
     state.critic.value_head.double()
     state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
     values, returns = torch.zeros(toy.rollout.mask.shape), torch.ones(toy.rollout.mask.shape)
-    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, main.Targets(values, returns))
+    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, (values, returns))
     assert state.critic.value_head.bias.item() > 0  # from V = 0 up to the returns, 1
 
 
@@ -194,7 +194,7 @@ def with_critic(toy):
     state.critic.value_head.double()
     state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
     shape = toy.rollout.mask.shape
-    return state, main.Targets(torch.zeros(shape), torch.ones(shape))
+    return state, (torch.zeros(shape), torch.ones(shape))
 
 
 def test_the_gradient_of_the_critic_is_clipped_by_itself_and_that_of_the_policy_is_recorded(toy, constants):
@@ -209,8 +209,8 @@ def test_the_gradient_of_the_critic_is_clipped_by_itself_and_that_of_the_policy_
 
         state.optimizer.step = step
         A = tensor([2.0, -2.0, -2.0, 2.0])
-        means = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
-        assert means["grad_norm"] == pytest.approx(seen["policy", 1e9])  # as it was before the clipping
+        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
+        assert measured["grad_norm"] == pytest.approx(seen["policy", 1e9])  # as it was before the clipping
     assert 0.02 < seen["policy", 1e9] and 0.02 < seen["critic", 1e9] != pytest.approx(seen["policy", 1e9])
     assert seen["policy", 0.01] == pytest.approx(0.01, rel=1e-3) == seen["critic", 0.01]
 
@@ -221,8 +221,8 @@ def test_a_gradient_of_the_critic_that_is_not_finite_leaves_out_the_update(toy, 
     state.critic.value_head.weight.register_hook(lambda gradient: gradient * float("nan"))
     before = [weight.clone() for network in (state.policy, state.critic) for weight in network.parameters()]
     A = tensor([1.0, -1.0, -1.0, 1.0])
-    means = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
-    assert means["skipped_updates"] == 1 and means["grad_norm"] > 0
+    measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
+    assert measured["skipped_updates"] == 1 and measured["grad_norm"] > 0
     after = [weight for network in (state.policy, state.critic) for weight in network.parameters()]
     assert all(map(torch.equal, before, after))
 
