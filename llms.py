@@ -1660,6 +1660,12 @@ def sums_over_ranks(*numbers):
     return [sum(of_ranks) for of_ranks in zip(*gather([numbers]))]
 
 
+def mean_over_ranks(numbers):
+    """The mean of the numbers of all ranks."""
+    everyones = gather(numbers)
+    return sum(everyones) / len(everyones)
+
+
 def merged_over_ranks(numbers, merge):
     """The dicts {name: number} of all ranks as one; `merge` is sum or max. A rank may lack some names, or all."""
     collected = {}

@@ -297,7 +297,7 @@ def train(state, after_step):
                 learnt = other_step(state, TABLE_10[ALGORITHM])
             # 12: the reward is a rule or a frozen model, there is nothing to train
             state.step += 1
-            stopped = after_step(state, record_step(state, learnt))
+            stopped = after_step(state, record_step(state, *learnt))
             if stopped:
                 return stopped
     return 0
@@ -309,7 +309,7 @@ def cold_start(state, after_step):
         llms.start_clock()
         learnt = other_step(state, TABLE_10["sft"])
         state.step += 1
-        stopped = after_step(state, record_step(state, learnt))
+        stopped = after_step(state, record_step(state, *learnt))
         if stopped:
             return stopped
     state.optimizer.state.clear()  # AdamW begins again
@@ -328,7 +328,10 @@ def needs_reference():
 
 
 def grpo_step(state):
-    """Lines 5 to 11 for one batch of questions; with several ranks, each has its share."""
+    """Lines 5 to 11 for one batch of questions; with several ranks, each has its share.
+
+    Returns the batch, Â, and what each `update` has returned.
+    """
     if REFILL or STALENESS:
         batch = other_batch(state)  # published later
     else:
@@ -347,7 +350,7 @@ def grpo_step(state):
     if batch.learns:
         for _ in range(MU):  # 10
             updates.append(update(state, batch.rollout, advantages, logp_old, logp_ref))  # 11
-    return Learnt(batch, advantages, updates)
+    return batch, advantages, updates
 
 
 def outcome_advantages(batch):
@@ -490,8 +493,7 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite.
 
     advantages [N] or [N, T], or the gradient coefficient of another method (Table 10, below). logp_old is None where
-    π_θold is π_θ. targets: V before the update and the returns, both [N, T], which PPO's critic learns from. Returns what
-    is recorded: {name: number}.
+    π_θold is π_θ. targets: those of the batch. Returns what is recorded: {name: number}.
     """
     measured = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     norms = []  # of the gradient, as they were before the clipping
@@ -639,17 +641,8 @@ class Batch:
     rewards: torch.Tensor  # [Q, G]  r_i
     learns: bool = True  # False: too few groups are left, and no update is made
     dropped: list = field(default_factory=list)  # records of outputs that were drawn in vain (REFILL)
-    metrics: dict = field(default_factory=dict)  # of how it was drawn
-
-
-@dataclass
-class Learnt:
-    """What is recorded of a step."""
-
-    batch: Batch
-    advantages: torch.Tensor  # [N] or [N, T], or the gradient coefficient of another method
-    updates: list  # for each of the μ updates what `update` returns
-    metrics: dict = field(default_factory=dict)  # of the method
+    metrics: dict = field(default_factory=dict)  # of how it was drawn, and of the method
+    targets: tuple = None  # V before the updates and the returns, both [N, T]: what PPO's critic learns from
 
 
 @dataclass
@@ -695,16 +688,8 @@ class Method(NamedTuple):
     """A row of Table 10."""
 
     source: str  # D: "policy" (π_θ), "reference" (π_sft), or "solutions" (P_sft(Q, O), of the data set)
-    coefficient: Callable  # GC, a function of (state, batch, logp_old, logp_ref)
+    coefficient: Callable  # (state, batch, logp_old, logp_ref) -> GC [N] or [N, T]; it may add to batch.metrics
     loss: Callable
-
-
-class Coefficient(NamedTuple):
-    """What a coefficient function returns."""
-
-    GC: torch.Tensor  # [N] or [N, T]
-    targets: tuple = None  # V before the update and the returns, both [N, T], which PPO's critic learns from
-    metrics: object = None  # {name: number} to record
 
 
 def other_step(state, method):
@@ -722,12 +707,12 @@ def other_step(state, method):
             logp_old = llms.log_probs(state.policy, batch.rollout, TEMPERATURE)  # [N, T]
         if needs_reference():
             logp_ref = llms.log_probs(state.reference, batch.rollout, TEMPERATURE)  # [N, T]
-    GC, targets, metrics = method.coefficient(state, batch, logp_old, logp_ref)
+    GC = method.coefficient(state, batch, logp_old, logp_ref)
     updates = []
     num_updates = 1 if method.source == "solutions" else MU
     for _ in range(num_updates):
-        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, method.loss, targets))
-    return Learnt(batch, GC, updates, metrics or {})
+        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, method.loss, batch.targets))
+    return batch, GC, updates
 
 
 def likelihood_loss(logp, logp_old, logp_ref, GC, mask, denominator, logp_sampled=None):
@@ -750,12 +735,12 @@ def worked_solutions(state):
 
 def ones(state, batch, logp_old, logp_ref):
     """SFT: 1, eq. (7)."""
-    return Coefficient(torch.ones(len(batch.rollout.mask)))
+    return torch.ones(len(batch.rollout.mask))
 
 
 def is_right(state, batch, logp_old, logp_ref):
     """RFT and Online RFT: 𝕀(o), 1 if the answer is right, else 0, eq. (10)."""
-    return Coefficient(batch.by_name["correctness"].flatten())
+    return batch.by_name["correctness"].flatten()
 
 
 def preference(state, batch, logp_old, logp_ref):
@@ -768,9 +753,10 @@ def preference(state, batch, logp_old, logp_ref):
     plus, minus = right_and_wrong(batch)  # rows, [pairs] each
     N = len(rollout.mask)
     num_pairs, num_outputs = llms.sums_over_ranks(len(plus), N)
+    batch.metrics["dpo/pairs"] = num_pairs
     GC = torch.zeros(N)  # [N]
     if num_pairs == 0:
-        return Coefficient(GC, metrics={"dpo/pairs": 0})
+        return GC
     logp = llms.log_probs(state.policy, rollout, TEMPERATURE)  # [N, T]
     logp_ref = llms.log_probs(state.reference, rollout, TEMPERATURE)  # [N, T]
     log_ratio = (logp - logp_ref).sum(1) / rollout.mask.sum(1).clamp(min=1)  # [N]
@@ -779,12 +765,9 @@ def preference(state, batch, logp_old, logp_ref):
     coefficient = BETA_DPO * torch.sigmoid(-delta)  # [pairs]  β σ(-Δ)
     GC[plus] = (coefficient * num_outputs / num_pairs).to(GC)  # the loss divides by N, and (12) by the pairs
     GC[minus] = -GC[plus]
-    metrics = {
-        "dpo/pairs": num_pairs,
-        "dpo/loss": sum(llms.gather(loss.tolist())) / num_pairs,
-        "dpo/margin": sum(llms.gather(delta.tolist())) / num_pairs,
-    }
-    return Coefficient(GC, metrics=metrics)
+    batch.metrics["dpo/loss"] = llms.mean_over_ranks(loss.tolist())
+    batch.metrics["dpo/margin"] = llms.mean_over_ranks(delta.tolist())
+    return GC
 
 
 def right_and_wrong(batch):
@@ -816,7 +799,8 @@ def ppo_advantages(state, batch, logp_old, logp_ref):
             logp = rollout.logp  # what was recorded while sampling
         rewards -= BETA * (logp - logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
-    return Coefficient(advantages, (values, advantages + values))
+    batch.targets = values, advantages + values
+    return advantages
 
 
 def gae(rewards, values, mask):
@@ -1104,8 +1088,9 @@ def from_teacher(state, batch, logp_old, logp_ref):
         logp = llms.log_probs(state.policy, rollout, TEMPERATURE)  # [N, T]
     GC = (llms.log_probs(state.teacher, rollout, TEMPERATURE) - logp) * rollout.mask  # [N, T]
     total, tokens = llms.sums_over_ranks(GC.sum().item(), int(rollout.mask.sum()))
-    largest = max(llms.gather([GC.abs().max().item()]))
-    return Coefficient(GC, metrics={"distill/kl": -total / tokens, "distill/max": largest})
+    batch.metrics["distill/kl"] = -total / tokens
+    batch.metrics["distill/max"] = max(llms.gather([GC.abs().max().item()]))
+    return GC
 
 
 TABLE_10["distill"] = Method("policy", from_teacher, ppo_loss)  # not in the paper, but a row of the same kind
@@ -1302,17 +1287,16 @@ def sampled_metrics(state, problems, prompts, votes):
     generator = torch.Generator().manual_seed(SEED)
     rollout = llms.sample(state.policy, state.tokenizer, prompts, n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator)
     correctness = rule_rewards(problems, rollout)["correctness"]  # [Q, n]
-    right = llms.gather(correctness.sum(1).int().tolist())  # how many of the n, for each question
+    right = correctness.sum(1).int().tolist()  # how many of the n, for each question
     metrics = {}
     for k in powers_of_two(n):
         passed = [evaluator.pass_at_k(n, c, k) for c in right]
-        metrics[f"eval/pass@{k}"] = sum(passed) / len(passed)
+        metrics[f"eval/pass@{k}"] = llms.mean_over_ranks(passed)
         if votes:
             elected = []
             for problem, texts in zip(problems, groups_of_texts(rollout)):
                 elected.append(evaluator.right(evaluator.majority(texts[:k], problem), problem))
-            elected = llms.gather(elected)
-            metrics[f"eval/maj@{k}"] = sum(elected) / len(elected)
+            metrics[f"eval/maj@{k}"] = llms.mean_over_ranks(elected)
     return metrics
 
 
@@ -1364,13 +1348,12 @@ def batch_records(batch, advantages):
     return output_records(batch.rollout, batch.problems, batch.by_name | about)
 
 
-def record_step(state, learnt):
-    """Write the metrics of the step that has ended, over all ranks; return them."""
-    batch = learnt.batch
-    records = batch_records(batch, learnt.advantages) + batch.dropped
+def record_step(state, batch, advantages, updates):
+    """Write the metrics of the step that has ended, over all ranks; return them. The inputs are what the step returned."""
+    records = batch_records(batch, advantages) + batch.dropped
     row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
     row |= output_metrics(state, batch, records)
-    row |= update_metrics(learnt.updates) | batch.metrics | learnt.metrics
+    row |= update_metrics(updates) | batch.metrics
     for name in ("questions", "prompts_skipped", "rows_skipped", "tokens", "updates"):
         row[name] = getattr(state, name)
     row |= llms.LIMITS

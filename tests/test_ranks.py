@@ -74,7 +74,7 @@ def step(state):
     """A step of Algorithm 1: its metrics."""
     learnt = main.grpo_step(state)
     state.step += 1
-    return main.record_step(state, learnt)
+    return main.record_step(state, *learnt)
 
 
 def gradient(checkpoint, questions, **settings):
@@ -118,8 +118,11 @@ def dpo(checkpoint):
     right = llms.share([[0.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
     right = torch.tensor(right)
     batch = main.Batch([], rollout, {"correctness": right}, right)
-    coefficients, _, metrics = main.preference(state, batch, None, None)
-    return {"coefficients": torch.tensor(llms.gather(coefficients.tolist())), "loss": torch.tensor(metrics["dpo/loss"])}
+    coefficients = main.preference(state, batch, None, None)
+    return {
+        "coefficients": torch.tensor(llms.gather(coefficients.tolist())),
+        "loss": torch.tensor(batch.metrics["dpo/loss"]),
+    }
 
 
 def ten_steps(checkpoint, folder):

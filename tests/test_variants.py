@@ -568,7 +568,7 @@ def test_refill_keeps_the_groups_with_right_and_wrong_outputs_and_counts_all(set
     assert [record["length"] for record in batch.dropped] == [4, 4, 7, 7]  # 37 in all
     assert batch.metrics == {"refill/draws": 2, "refill/mixed": 0.75}
     state.step = 1
-    row = main.record_step(state, main.Learnt(batch, torch.ones(4), []))
+    row = main.record_step(state, batch, torch.ones(4), [])
     assert (row["accuracy"], row["length"], row["zero_std_groups"]) == (0.375, 37 / 8, 0.25)
     assert row["zero_advantage"] == 0.5 and row["skipped_updates"] == 0
 
@@ -685,8 +685,9 @@ def test_distillation_has_the_gradient_of_k2_to_the_teacher(setup):
         for weight in state.reference.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     state.teacher, N = state.reference, len(rollout.texts)
-    GC, _, metrics = main.from_teacher(state, batch_with(rollout), None, None)
-    assert metrics["distill/kl"] > 1e-4
+    batch = batch_with(rollout)
+    GC = main.from_teacher(state, batch, None, None)
+    assert batch.metrics["distill/kl"] > 1e-4
     gradients = []
     for A, ref, loss in (
         (GC, None, main.ppo_loss),
@@ -854,7 +855,9 @@ def test_what_is_recorded_of_the_distance_to_the_teacher(setup):
     for _ in range(2):  # one way and the other, so that once the largest is negative
         distance = llms.log_probs(state.teacher, rollout, 1.0) - llms.log_probs(state.policy, rollout, 1.0)
         distance = distance[rollout.mask]
-        extra = main.from_teacher(state, batch_with(rollout), None, None).metrics
+        batch = batch_with(rollout)
+        main.from_teacher(state, batch, None, None)
+        extra = batch.metrics
         assert extra["distill/kl"] == pytest.approx(-distance.mean().item(), rel=1e-4)
         assert extra["distill/max"] == pytest.approx(distance.abs().max().item(), rel=1e-4)
         state.policy, state.teacher = state.teacher, state.policy
