@@ -46,6 +46,8 @@ Departures: where the code leaves the paper, or decides what the paper leaves op
 12. π_θinit is any model; the paper's has been through SFT. COLD_START > 0 begins with SFT, for a model that needs it.
     The learning rate of that is in `learning_rate`.
 """
+# Words are easier to read without quotes.
+# ruff: noqa: SIM905
 
 import argparse
 import ast
@@ -579,8 +581,10 @@ def part(x, rows, T):
 
 @torch.no_grad()
 def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
-    """Is the update healthy? {name: a number of each token}. Its mean is recorded, or the maximum where the name ends in
-    _max."""
+    """Is the update healthy? {name: a number of each token}.
+
+    Recorded is the mean, or the maximum where the name ends in _max.
+    """
     ratio = token_ratio(logp, logp_old)  # [n, T]
     if OBJECTIVE == "gspo":
         ratio = sequence_ratio(logp, logp_old, mask)  # [n, 1]
@@ -696,10 +700,8 @@ def other_step(state, method):
     """A step of one of the other methods, in the place of `grpo_step`."""
     if method.source == "solutions":
         batch = worked_solutions(state)
-    elif method.source == "reference":
-        batch = draw(state, state.reference)
     else:
-        batch = draw(state, state.policy)
+        batch = draw(state, state.networks()[method.source])
     logp_old = None
     logp_ref = None
     if method.source == "policy":  # a ratio and a KL can be estimated only from outputs of π_θ
@@ -777,12 +779,10 @@ def right_and_wrong(batch):
     rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
     plus = []
     minus = []
-    for question in range(len(rows)):
-        good = rows[question][right[question] & usable[question]].tolist()
-        bad = rows[question][~right[question] & usable[question]].tolist()
-        pairs = min(len(good), len(bad))
-        plus += good[:pairs]
-        minus += bad[:pairs]
+    for group, good, bad in zip(rows, right & usable, ~right & usable):  # [G] each
+        pairs = min(good.sum(), bad.sum())
+        plus += group[good][:pairs].tolist()
+        minus += group[bad][:pairs].tolist()
     return torch.tensor(plus, dtype=torch.long), torch.tensor(minus, dtype=torch.long)
 
 
@@ -864,8 +864,7 @@ def rloo(rewards):
 
 def batch_std(rewards):
     """Magistral (arXiv 2506.10910), ScaleRL (arXiv 2510.13786): one std, that of r_i - mean(r) over all questions."""
-    advantages = dr_grpo(rewards)  # [Q, G]
-    return advantages / (over_ranks(advantages).std() + 1e-4)
+    return over_their_std(dr_grpo(rewards))
 
 
 def maxrl(rewards):
@@ -901,13 +900,13 @@ def w_reinforce(rewards):
 def gdpo(by_name):
     """GDPO (arXiv 2601.05242): each reward is normalised in its group, and their weighted sum in the batch."""
     normalised = {name: group_advantages(rewards) for name, rewards in by_name.items()}
-    advantages = weighted_sum(normalised)  # [Q, G], their mean is 0
-    return advantages / (over_ranks(advantages).std() + 1e-4)
+    return over_their_std(weighted_sum(normalised))  # the mean of the sum is 0
 
 
-def over_ranks(x):
-    """The numbers of all ranks: [N]."""
-    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
+def over_their_std(advantages):
+    """Advantages [Q, G], divided by one std, that of all ranks."""
+    everyones = torch.tensor(llms.gather(advantages.flatten().tolist()), dtype=advantages.dtype)  # [N]
+    return advantages / (everyones.std() + 1e-4)
 
 
 ADVANTAGES = {
@@ -1163,12 +1162,11 @@ def model_rewards(reward_model, problems, rollout):
 
 def judge_rewards(judge, problems, rollout):
     """How each output fares against the others of its group, by a judge: {"judge": [Q, G], "judge_flips": [Q, G]}."""
-    by_name = {"judge": [], "judge_flips": []}
+    judged = []
     for problem, texts in zip(problems, groups_of_texts(rollout)):
-        wins, flips = llms.judge_group(judge, problem["question"], texts)
-        by_name["judge"].append(wins)
-        by_name["judge_flips"].append(flips)
-    return {name: torch.tensor(values) for name, values in by_name.items()}
+        judged.append(llms.judge_group(judge, problem["question"], texts))
+    wins, flips = torch.tensor(judged).unbind(1)  # [Q, 2, G] -> 2 × [Q, G]
+    return {"judge": wins, "judge_flips": flips}
 
 
 def coin_tosses(state, problems, rollout):
@@ -1349,7 +1347,7 @@ def batch_records(batch, advantages):
 
 
 def record_step(state, batch, advantages, updates):
-    """Write the metrics of the step that has ended, over all ranks; return them. The inputs are what the step returned."""
+    """Write the metrics of the step that has ended, over all ranks; return them. It takes what the step returned."""
     records = batch_records(batch, advantages) + batch.dropped
     row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
     row |= output_metrics(state, batch, records)
@@ -1400,7 +1398,7 @@ def write(run, row, split, records):
 
 # ==== Checkpoints ===================================================================================================
 
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "rows_skipped", "tokens")
+COUNTERS = "step updates stage position questions prompts_skipped rows_skipped tokens".split()
 
 
 def save_checkpoint(state, writer):
@@ -1548,8 +1546,9 @@ TYPES = {name: kind for kind, names in OF_TYPE.items() for name in names.split()
 CONSTANTS = read_constants()
 put_in_force(of_the_block(MODEL))
 # what a resumed run may change; of these only STEPS changes an update, as it moves the end of SCHEDULE
-MAY_CHANGE = ["STEPS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"]
-MAY_CHANGE += ["TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"]
+MAY_CHANGE = """
+    STEPS EVAL_EVERY SAVE_EVERY SHOW_EVERY TENSORBOARD TOKEN_BUDGET CACHE_TOKENS GRADIENT_CHECKPOINTING
+""".split()
 # a method that is added to one of these tables can be chosen at once
 TABLES = {
     "ALGORITHM": ["grpo", *TABLE_10],
@@ -1664,18 +1663,17 @@ def choose_settings(actions, flags):
     """Put the constants in force. A flag wins over a run's settings, and these over what stands in the block."""
     run = actions.resume or actions.evaluate
     model = actions.evaluate or flags.get("MODEL", MODEL)
-    values = of_the_block(model)
-    known = {}
     if actions.resume or (run and report.is_run(run)):
         values = of_the_block(report.read_config(run).get("MODEL", model))
-        known = report.read_settings(run, values, for_resume=bool(actions.resume))
+        values = report.read_settings(run, values, for_resume=bool(actions.resume))
+    else:
+        values = of_the_block(model)
+        values["STEPS"] = steps_of_curriculum(values | flags, flags)
     if actions.resume:
-        refuse_changes(run, known, flags)
-    values |= known | flags
+        refuse_changes(run, values, flags)
+    values |= flags
     if actions.evaluate:
         values["MODEL"] = model
-    if not known:
-        values["STEPS"] = steps_of_curriculum(values, flags)
     if actions.test:
         values |= {"STEPS": 2, "ITERATIONS": 1}
         values["COLD_START"] = min(values["COLD_START"], 2)
@@ -1720,9 +1718,9 @@ def require(holds, name, demand):
         raise SettingsError(f"--{name.lower()} must be {demand}, not {as_flag(settings()[name])}")
 
 
-AT_LEAST_1 = ["ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "PASS_K", "MAX_NEW_TOKENS"]
-AT_LEAST_1 += ["CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY"]
-ABOVE_0 = ("LORA_ALPHA", "BETA_DPO", "MAX_GRAD_NORM", "CORRECTION_MAX")
+AT_LEAST_1 = "ITERATIONS STEPS GROUP_SIZE MU PASS_K MAX_NEW_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY".split()
+LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}  # of all others 0
+ABOVE_0 = "LORA_ALPHA BETA_DPO MAX_GRAD_NORM CORRECTION_MAX".split()
 
 
 def check_settings(training=True):
@@ -1752,14 +1750,9 @@ def check_value(name, value):
         require(value.isprintable(), name, "printable")
     elif not isinstance(value, dict):
         require(abs(value) < 2**63, name, "below 2 to the 63")
-        if name in ABOVE_0:
-            require(value > 0, name, "above 0")
-        elif name in ("TEMPERATURE", "EVAL_TEMPERATURE"):
-            require(value >= 0.01, name, "at least 0.01")
-        elif name in AT_LEAST_1:
-            require(value >= 1, name, "at least 1")
-        else:
-            require(value >= 0, name, "at least 0")
+        require(value > 0 or name not in ABOVE_0, name, "above 0")
+        least = LEAST.get(name, 0)
+        require(value >= least, name, f"at least {least}")
 
 
 def check_rewards():
@@ -1776,12 +1769,13 @@ def check_rewards():
 def check_methods():
     """Which settings of the methods contradict each other?"""
     now = settings()
+    fixed = {}  # {constant: its only value for this algorithm}
     if ALGORITHM != "grpo":
-        for name, value in {"SUPERVISION": "outcome", "ADVANTAGE": "grpo", "REFILL": 0, "STALENESS": 0}.items():
-            require(now[name] == value, name, f"{value} for {ALGORITHM}")
+        fixed |= {"SUPERVISION": "outcome", "ADVANTAGE": "grpo", "REFILL": 0, "STALENESS": 0}
     if ALGORITHM in ("sft", "rft", "dpo", "online_rft"):  # they have no ratio
-        for name, value in {"OBJECTIVE": "grpo", "CORRECTION": "none"}.items():
-            require(now[name] == value, name, f"{value} for {ALGORITHM}")
+        fixed |= {"OBJECTIVE": "grpo", "CORRECTION": "none"}
+    for name, value in fixed.items():
+        require(now[name] == value, name, f"{value} for {ALGORITHM}")
     compares = ALGORITHM in ("grpo", "dpo")
     require(GROUP_SIZE > 1 or not compares, "GROUP_SIZE", f"at least 2: {ALGORITHM} compares outputs")
     require(GROUP_SIZE > 1 or not JUDGE, "JUDGE", "empty with --group_size 1: it compares outputs")
@@ -1801,11 +1795,11 @@ def check_methods():
         require(TEACHER, "TEACHER", "a model")
     else:
         require(not TEACHER, "TEACHER", f"empty for {ALGORITHM}")
-    check_variants()
+    check_variants(earned)
 
 
-def check_variants():
-    """Which settings of what came after the paper contradict each other?"""
+def check_variants(earned):
+    """Which settings of what came after the paper contradict each other? earned: the rewards that count in r_i."""
     outcome = SUPERVISION == "outcome"
     require(outcome or ADVANTAGE == "grpo", "ADVANTAGE", f"grpo with --supervision {SUPERVISION}")
     require(outcome or REFILL == 0, "REFILL", f"0 with --supervision {SUPERVISION}")
@@ -1814,11 +1808,8 @@ def check_variants():
     if ADVANTAGE == "pass_at_k":
         require(PASS_K < GROUP_SIZE, "PASS_K", f"below --group_size {GROUP_SIZE}")
     if ADVANTAGE in ("pass_at_k", "w_reinforce"):
-        counted = {name for name, weight in REWARDS.items() if weight}
-        alone = counted - {"reward_model", "judge", "steps"} in ({"correctness"}, {"random"})
-        alone = alone and min(REWARDS.values()) >= 0
-        demand = f"correctness=1 with --advantage {ADVANTAGE}: an output is right or wrong"
-        require(alone and not REWARD_MODEL and not JUDGE, "REWARDS", demand)
+        alone = earned in ({"correctness"}, {"random"}) and min(REWARDS.values()) >= 0
+        require(alone, "REWARDS", f"correctness=1 with --advantage {ADVANTAGE}: an output is right or wrong")
     if ADVANTAGE == "maxrl":
         negative = REWARDS.get("overlong") or REWARD_MODEL or min(REWARDS.values()) < 0
         require(not negative, "ADVANTAGE", "another than maxrl: a reward can be negative")
@@ -1836,7 +1827,10 @@ def check_data(training=True):
     """Check the data; return the test questions: the first of each task, EVAL_QUESTIONS in all."""
     tasks = test_tasks()
     samples = []
-    for name in training_sets(training):
+    names = [name for name, _ in rldatasets.stages(DATASET)]
+    if not training:  # a test reads only the one that SHOTS come from
+        names = names[:1] if SHOTS else []
+    for name in names:
         same = [task for task in tasks if Path(task).resolve() == Path(name).resolve()]
         if same and Path(name).is_file():
             raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
@@ -1862,14 +1856,6 @@ def test_tasks():
     return list(dict.fromkeys(name.strip() for name in EVAL_DATASET.split(",")))
 
 
-def training_sets(training):
-    """The data sets whose training questions are read: all stages, or for a test the one that SHOTS come from."""
-    names = [name for name, _ in rldatasets.stages(DATASET)]
-    if training:
-        return names
-    return names[:1] if SHOTS else []
-
-
 def first_problems(name, count):
     """The problems that a run on one data set asks first."""
     return list(itertools.islice(rldatasets.readable(rldatasets.shuffled(name, "train", SEED)), count))
@@ -1882,10 +1868,8 @@ def check_solutions(name, problems):
     if (ALGORITHM == "sft" or imitated) and not all(solutions):
         setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
         raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
-    if SUPERVISION != "outcome":
-        calculated = [evaluator.step_rewards(*pair) for pair in zip(solutions, problems)]
-        if not any(calculated):
-            raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
+    if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
+        raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
 
 
 def check_shots():
@@ -2191,10 +2175,11 @@ def main(argv=None):
         print("main.py: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
+        reason = str(error).strip()
         if llms.lost_another_rank(error):
-            return report_error(1, f"lost the other ranks, see their output; --resume goes on: {str(error).strip()}")
+            return report_error(1, f"lost the other ranks, see their output; --resume goes on: {reason}")
         if isinstance(error, (RunError, torch.OutOfMemoryError)):
-            return report_error(1, str(error).strip())
+            return report_error(1, reason)
         raise
 
 
