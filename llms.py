@@ -338,9 +338,7 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor = (
-        None  # [N, T]  log π of each token as it was sampled (τ = 0: at 1); None if the policy did not sample it
-    )
+    logp: Tensor = None  # [N, T]  log π of each token as sampled (τ = 0: at 1); None if the policy did not sample it
     entropy: Tensor = None  # [N, T]  the entropy of π for each token, in nats
     truncated: Tensor = None  # [N]  True where no end token came within the limit
     texts: list = None  # [N]  the completions, without their end token
@@ -387,17 +385,18 @@ def rollout_from_texts(model, tokenizer, prompts, texts, max_new_tokens):
     """
     ends = [end_of_turn(tokenizer), tokenizer.eos_token_id, *end_tokens(model, tokenizer)]
     end = next(token for token in ends if token is not None)
-    texts = list(texts)
     completions = []
-    truncated = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
-    for row, text in enumerate(texts):
-        closing = "</think>\n\n" if opening(tokenizer, prompts[row]) else ""
+    truncated = []
+    read = []  # the texts of the tokens
+    for prompt, text in zip(prompts, texts):
+        closing = "</think>\n\n" if opening(tokenizer, prompt) else ""
         tokens = tokenizer(closing + text, add_special_tokens=False)["input_ids"]
-        truncated[row] = len(tokens) >= max_new_tokens
+        truncated.append(len(tokens) >= max_new_tokens)
         tokens = tokens[:max_new_tokens]
-        texts[row] = text_of(tokenizer, prompts[row], tokens)
-        completions.append(tokens if truncated[row] else [*tokens, end])
-    return Rollout(*batch(prompts, completions, model.device), truncated=truncated, texts=texts)
+        read.append(text_of(tokenizer, prompt, tokens))
+        completions.append(tokens if truncated[-1] else [*tokens, end])
+    truncated = torch.tensor(truncated, device=model.device)
+    return Rollout(*batch(prompts, completions, model.device), truncated=truncated, texts=read)
 
 
 def at_tokens(tokenizer, rollout, marks):
@@ -953,9 +952,9 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     entropy = decoding.entropy[:N, : mask.shape[1]].where(mask, 0.0)
     check_finite(logp)  # from nan logits the last token is sampled, without an error
     return Rollout(
-        ids=ids,
-        attention=attention,
-        mask=mask,
+        ids,
+        attention,
+        mask,
         logp=logp,
         entropy=entropy,
         truncated=torch.tensor(truncated, device=model.device),
@@ -1061,7 +1060,7 @@ class DecodingBatch:
         self.size = size
         self.ends = ends
         self.cache = KVCache(size.slots, size.columns, model.device)
-        self.graphs = {}  # on a GPU {StepKind: the CUDA graph of a decode step}
+        self.graphs = {}  # on a GPU {(slots, columns that are read, temperature): the CUDA graph of a decode step}
         self.recordable = True
         self.temperature = 1.0
         self.begun = 0  # outputs that have begun
@@ -1402,7 +1401,7 @@ def load_reward_model(name):
 
 
 @torch.no_grad()
-def reward_scores(reward_model, questions, completions, rows=16):
+def reward_scores(reward_model, questions, completions):
     """A score for each completion: the only logit, or the log-odds of the last class, which should mean "good"."""
     model, tokenizer = reward_model
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
@@ -1413,7 +1412,7 @@ def reward_scores(reward_model, questions, completions, rows=16):
         "return_tensors": "pt",
     }
     scores = []
-    for chunk in slices(len(questions), rows):
+    for chunk in slices(len(questions), 16):
         asked = questions[chunk]
         answers = completions[chunk]
         # a decoder reads the dialogue; the template has its own special tokens
@@ -1473,11 +1472,9 @@ def judge_group(judge, question, texts):
     which the verdict goes to the place, first or second, and not to an output.
     """
     G = len(texts)
-    pairs = list(itertools.permutations(range(G), 2))
-    said = first_is_better(judge, question, [(texts[i], texts[j]) for i, j in pairs])  # [G (G - 1)]
+    said = first_is_better(judge, question, list(itertools.permutations(texts, 2)))  # [G (G - 1)]
     first = torch.full((G, G), 0.5, dtype=torch.float64)  # [G, G]: i, shown first, is better than j
-    for (i, j), probability in zip(pairs, said.tolist()):
-        first[i, j] = probability
+    first[~torch.eye(G, dtype=torch.bool)] = said.double()  # row by row, as the pairs
     wins = (first + 1 - first.T) / 2  # [G, G]
     flips = ((first > 0.5) == (first.T > 0.5)).fill_diagonal_(False)  # [G, G]
     wins = (wins.sum(1) - 0.5) / (G - 1)  # [G], without the diagonal
@@ -1806,14 +1803,6 @@ def round_up(number, step):
     return math.ceil(number / step) * step
 
 
-class StepKind(NamedTuple):
-    """What is fixed in a recorded decode step."""
-
-    slots: int
-    width: int  # columns of the cache that are read
-    temperature: float
-
-
 def decode_gpu(decoding, last):
     """Sample the next tokens of every slot in use. `last` is the largest position of a newest token."""
     # the next power of 2, so that few graphs are needed
@@ -1821,7 +1810,7 @@ def decode_gpu(decoding, last):
     # at least 2: with one row, matrix products are less exact
     n = min(decoding.size.slots, max(2, n))
     width = min(decoding.size.columns, round_up(last + 1 + STEPS_BETWEEN_LOOKS, COLUMN_BLOCK))
-    kind = StepKind(n, width, decoding.temperature)
+    kind = n, width, decoding.temperature  # what is fixed in a recorded step
     for _ in range(STEPS_BETWEEN_LOOKS):
         if kind in decoding.graphs:
             decoding.graphs[kind].replay()
@@ -1834,6 +1823,7 @@ def record(decoding, kind):
     """Record a decode step, without running it. If that fails, all steps run as usual from then on."""
     if not decoding.recordable:
         return
+    n, width, _ = kind
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
     pool = None  # of memory, which all graphs share
@@ -1842,7 +1832,7 @@ def record(decoding, kind):
     try:
         # thread_local: what other threads do, as that of a CheckpointWriter, does not end the recording
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            decoding.decode_step(kind.slots, kind.width)
+            decoding.decode_step(n, width)
         decoding.graphs[kind] = graph
     except torch.OutOfMemoryError:  # it is a RuntimeError too
         raise
