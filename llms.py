@@ -243,15 +243,14 @@ def dated(template):
 
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the tokenizer's chat template, or plain paragraphs where it has none."""
-    paragraphs = []
+    plain = ""
     for message in messages:
-        text = message["content"]
+        plain += message["content"]
         if message["role"] == "assistant":  # a worked example ends as an output does
-            text += tokenizer.eos_token or ""
-        paragraphs.append(text)
-    plain = "\n\n".join(paragraphs)
+            plain += tokenizer.eos_token or ""
+        plain += "\n\n"
     if not tokenizer.chat_template:
-        return tokenizer(plain + "\n\n")["input_ids"]
+        return tokenizer(plain)["input_ids"]
     has_instruction = messages[0]["role"] == "system"
     text = ""
     try:
@@ -277,7 +276,7 @@ def end_tokens(model, tokenizer):
 def end_of_turn(tokenizer):
     """The token that the chat template writes after what the assistant says, or None: some base models' configs name
     another."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.chat_template:
         return None
     said = "So it is 42."
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}]
@@ -299,6 +298,11 @@ def text_of(tokenizer, prompt, tokens):
 def context_length(model):
     """How many tokens the model reads, prompt and output together."""
     return getattr(model.config, "max_position_embeddings", math.inf)
+
+
+def repeated(rows, times):
+    """Each row several times, one after the other."""
+    return [row for row in rows for _ in range(times)]
 
 
 def batch(prompts, completions, device):
@@ -931,7 +935,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
         prompts_at_once = max(1, LIMITS["cache_tokens"] // (columns * group_size))
         at_once = min(prompts_at_once, max(counts)) * group_size
         slots = max(2, at_once)  # 2: see `decode_gpu`
-        size = Size(outputs=max(counts) * group_size, slots=slots, columns=columns, max_new_tokens=max_new_tokens)
+        size = Size(max(counts) * group_size, slots, columns, max_new_tokens)
         decoding = decoding_batch(model, size, ends)
         decoding.reset(temperature, uniform)
         decoding.sample_all(prompts, group_size, at_once)
@@ -942,7 +946,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     completions = [row[:length] for row, length in zip(decoding.tokens[:N].tolist(), lengths)]
     truncated = [tokens[-1] not in ends for tokens in completions]
     texts = []
-    asked = [prompt for prompt in prompts for _ in range(group_size)]
+    asked = repeated(prompts, group_size)
     for prompt, tokens, too_long in zip(asked, completions, truncated):
         if not too_long:
             tokens = tokens[:-1]  # without the end token
@@ -1314,7 +1318,7 @@ def named_tensors(networks, optimizer, generator):
     """
     tensors = {"generator": generator.get_state()}
     for network, module in networks.items():
-        has_adapters = bool(lora_layers(module))
+        has_adapters = lora_layers(module)
         for name, weight in module.named_parameters():
             if has_adapters and not weight.requires_grad and ".lora_" not in name:
                 continue
@@ -1491,9 +1495,8 @@ def first_is_better(judge, question, pairs):
     limit = context_length(model)
     if max(map(len, prompts)) >= limit:
         raise ModelError(f"a question with two answers is longer than the judge reads, {limit} tokens")
-    prompts = [prompt for prompt in prompts for _ in range(2)]  # for each reply
     replies = [[last_token(tokenizer, "1")], [last_token(tokenizer, "2")]] * len(pairs)
-    rollout = Rollout(*batch(prompts, replies, model.device), group_size=2)
+    rollout = Rollout(*batch(repeated(prompts, 2), replies, model.device), group_size=2)
     log_p = torch.zeros(len(replies), 1, device=model.device)
     # not `micro_batches`, in which ranks wait for each other: here they ask about unequal numbers of questions
     for rows in split_rows(rollout, range(len(replies))):

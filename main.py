@@ -454,7 +454,7 @@ def score(state, problems, rollout):
     by_name = rule_rewards(problems, rollout)
     if rollout.group_size > 1:
         by_name |= rewards_of_groups(problems, rollout)
-    if problems[0].get("kind") == "nim":  # a game, far below
+    if problems[0]["kind"] == "nim":  # a game, far below
         by_name["optimal"] = by_name["correctness"]  # only recorded: is it the move of perfect play?
         by_name["correctness"] = self_play(state, problems, rollout)  # a move is right if it wins
     by_name["overlong"] = overlong(rollout)
@@ -470,7 +470,7 @@ def score(state, problems, rollout):
 def rule_rewards(problems, rollout):
     """The rewards of evaluator.py that look at one output: {name: [Q, G]}."""
     G = rollout.group_size
-    asked = [problem for problem in problems for _ in range(G)]  # [N]
+    asked = llms.repeated(problems, G)  # [N]
     threads = max(1, os.cpu_count() // llms.LOCAL_WORLD)
     by_name, failures = evaluator.score(rollout.texts, asked, threads, note)  # failures: errors of a reward's code
     failed, outputs = llms.sums_over_ranks(len(failures), len(asked))
@@ -531,7 +531,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     lengths = rollout.mask.sum(1)  # [N]  |o_i|
     A = advantages.view(len(lengths), -1).to(lengths.device)  # [N, 1] or [N, T]
     counted = in_loss(rollout)  # [N]
-    denominator = denominators(torch.where(counted, lengths, 0), rollout.group_size)  # [N, 1]
+    denominator = denominators(lengths * counted, rollout.group_size)  # [N, 1]
     has_gradient = counted  # [N]
     if logp_ref is None and targets is None:
         has_gradient = counted & A.any(1)
@@ -599,14 +599,14 @@ def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
         name = "staleness_gap" if STALENESS else "sampler_gap"
         measured[name] = gap
         measured[f"{name}_max"] = gap
-    if logp_sampled is not None and CORRECTION != "none":
-        weight = token_weight(logp_old, logp_sampled, mask)  # [n, T]
-        if CORRECTION == "sequence_tis":
-            weight = sequence_weight(logp_old, logp_sampled, mask)  # [n, 1]
-        measured["correction"] = weight
-        limited = CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)
-        measured["correction_limited"] = limited != weight
-        measured["correction_max"] = weight
+        if CORRECTION != "none":
+            weight = token_weight(logp_old, logp_sampled, mask)  # [n, T]
+            if CORRECTION == "sequence_tis":
+                weight = sequence_weight(logp_old, logp_sampled, mask)  # [n, 1]
+            measured["correction"] = weight
+            limited = CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)
+            measured["correction_limited"] = limited != weight
+            measured["correction_max"] = weight
     if logp_ref is not None:
         measured["kl"] = k3(logp, logp_old, logp_ref)
         measured["kl_log_ratio_max"] = (logp_ref - logp).abs()
@@ -725,7 +725,7 @@ def likelihood_loss(logp, logp_old, logp_ref, GC, mask, denominator, logp_sample
 def worked_solutions(state):
     """SFT's batch: questions with the worked solutions that the data set has, as outputs with an end token."""
     problems, prompts = next_questions(state)
-    if not all(problem.get("solution") for problem in problems):
+    if not all(problem["solution"] for problem in problems):
         raise RunError("a question has no worked solution to imitate")
     texts = [rldatasets.written_out(problem) for problem in problems]
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
@@ -1155,7 +1155,7 @@ def overlong(rollout):
 
 def model_rewards(reward_model, problems, rollout):
     """The scores of a learned reward model, standardised over the outputs of the step: [Q, G]."""
-    questions = [problem["question"] for problem in problems for _ in range(rollout.group_size)]
+    questions = [problem["question"] for problem in llms.repeated(problems, rollout.group_size)]  # [N]
     scores = llms.reward_scores(reward_model, questions, rollout.texts)
     return llms.standardised(scores).view(-1, rollout.group_size)
 
@@ -1197,7 +1197,7 @@ def self_play(state, problems, rollout):
     G = rollout.group_size
     generator = torch.Generator().manual_seed(SEED + state.questions)
     player = model_player(state, state.policy, TEMPERATURE, generator)
-    positions = [problem for problem in problems for _ in range(G)]  # [N]
+    positions = llms.repeated(problems, G)  # [N]
     return torch.tensor(play(positions, [player, player], rollout.texts)).view(-1, G)
 
 
@@ -1257,8 +1257,8 @@ def matches(state, problems):
 
 def evaluate(state, problems):
     """Test the policy: metrics, and a record for each problem."""
-    kinds = {problem.get("kind") for problem in problems}
-    of_nim = [problem for problem in problems if problem.get("kind") == "nim"]
+    kinds = {problem["kind"] for problem in problems}
+    of_nim = [problem for problem in problems if problem["kind"] == "nim"]
     openings = [problem for problem in of_nim if min(problem["heaps"].values()) > 1]
     problems = llms.share(problems)
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
@@ -1316,7 +1316,7 @@ def mean_log_prob(model, rollout):
 def prefers_true(state, problems, prompts):
     """Is the true next turn of a dialogue likelier, per token, than the false one? 1 or 0 for each problem: [Q]."""
     texts = [reply for problem in problems for reply in problem.get("replies", ("", ""))]
-    twice = [prompt for prompt in prompts for _ in range(2)]
+    twice = llms.repeated(prompts, 2)
     replies = llms.rollout_from_texts(state.policy, state.tokenizer, twice, texts, TOKEN_BUDGET)
     pairs = mean_log_prob(state.policy, replies).view(-1, 2)  # [Q, 2]
     return (pairs[:, 0] > pairs[:, 1]).float()
@@ -1352,7 +1352,7 @@ def record_step(state, batch, advantages, updates):
     row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
     row |= output_metrics(state, batch, records)
     row |= update_metrics(updates) | batch.metrics
-    for name in ("questions", "prompts_skipped", "rows_skipped", "tokens", "updates"):
+    for name in "questions prompts_skipped rows_skipped tokens updates".split():
         row[name] = getattr(state, name)
     row |= llms.LIMITS
     row["memory"] = llms.peak_memory()
@@ -1465,15 +1465,11 @@ def read_constants():
     lines = source.splitlines()
     first = lines.index("# -- Model and data")
     last = lines.index("# -- End of the constants")
-    section = ""
-    sections = {}  # {line: the section that it is in}
-    for number in range(first, last):
-        if lines[number].startswith("# -- "):
-            section = lines[number].removeprefix("# -- ")
-        sections[number + 1] = section
     constants = {}
     for node in ast.parse(source).body:
-        if node.lineno in sections:
+        if first < node.lineno <= last:
+            above = reversed(lines[: node.lineno])
+            section = next(line for line in above if line.startswith("# -- "))
             last_line = lines[node.end_lineno - 1].encode()  # ast counts the columns in bytes
             after = last_line[node.end_col_offset :].decode()  # the comment
             name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
@@ -1481,7 +1477,7 @@ def read_constants():
             mistake = what_is_wrong(name, value, after)
             if mistake:
                 sys.exit(f"main.py: error: line {node.lineno}: {mistake}")
-            constants[name] = Constant(sections[node.lineno], value, after.removeprefix("  # "))
+            constants[name] = Constant(section.removeprefix("# -- "), value, after.removeprefix("  # "))
     for name in TYPES:
         if name not in constants:
             sys.exit(f"main.py: error: {name} is missing from the constants; 0 or an empty text turns most of them off")
@@ -1707,9 +1703,10 @@ def steps_of_curriculum(values, flags):
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
     if not any(counts):
         return values["STEPS"]
-    if flags.get("STEPS", sum(counts)) != sum(counts):
-        raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
-    return sum(counts)
+    total = sum(counts)
+    if flags.get("STEPS", total) != total:
+        raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {total} steps")
+    return total
 
 
 def require(holds, name, demand):
@@ -1863,7 +1860,7 @@ def first_problems(name, count):
 
 def check_solutions(name, problems):
     """Has a data set the worked solutions that the settings need?"""
-    solutions = [problem.get("solution", "") for problem in problems]
+    solutions = [problem["solution"] for problem in problems]
     imitated = COLD_START and name == stage_of(0)[1]
     if (ALGORITHM == "sft" or imitated) and not all(solutions):
         setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
@@ -1874,7 +1871,7 @@ def check_solutions(name, problems):
 
 def check_shots():
     first = stage_of(0)[1]
-    worked = [example for example in rldatasets.examples(first, SHOTS) if example.get("solution")]
+    worked = [example for example in rldatasets.examples(first, SHOTS) if example["solution"]]
     if len(worked) < SHOTS:
         raise SettingsError(f"--shots {SHOTS}: {first} does not begin with {SHOTS} worked solutions")
 

@@ -73,6 +73,7 @@ class Words:
     """A tokenizer for Scripted: a token is written as its number."""
 
     eos_token_id = None
+    chat_template = None
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(map(str, ids))

@@ -1309,7 +1309,7 @@ def test_all_ranks_decide_alike_whether_answers_are_voted_on(setup, monkeypatch)
 
 
 def test_the_weights_of_the_rewards_are_the_constants(constants):
-    text, problem = "<answer>72</answer>", {"question": "?", "answer": "72"}
+    text, problem = "<answer>72</answer>", {"question": "?", "answer": "72", "kind": "math"}
     assert rewards_of([text] * 2, problem)[0] == [2.75, 2.75]  # 2 + 0.5 + 0.5 · 2/4
     constants(REWARDS=main.REWARDS | {"correctness": 0.0, "tag_count": 4.0})
     assert rewards_of([text], problem)[0] == [2.5]
