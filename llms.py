@@ -601,7 +601,7 @@ def with_full_weights(function):
     def run(module, *inputs):
         if module not in SHARDED:
             return function(module, *inputs)
-        return SHARDED[module].root(lambda: function(module, *inputs))
+        return SHARDED[module](lambda: function(module, *inputs))
 
     return run
 
@@ -1252,7 +1252,7 @@ def copy_with(module, change=None):
 
     Without `change` the copy has clones of the trained weights, and shares the frozen ones.
     """
-    source = SHARDED[module].skeleton if module in SHARDED else module
+    source = SKELETONS.get(module, module)
     copies = {}  # {id of a weight of the source: the weight that the copy gets}
     for old, weight in zip(source.parameters(), module.parameters()):
         new = full_tensor(weight)
@@ -1681,14 +1681,8 @@ class Root(nn.Sequential):
         return function()
 
 
-class Sharded(NamedTuple):
-    """What stands beside a module whose weights are split over the ranks."""
-
-    root: Root
-    skeleton: nn.Module  # the same module without weights, to make copies of
-
-
-SHARDED = weakref.WeakKeyDictionary()  # {module: Sharded}
+SHARDED = weakref.WeakKeyDictionary()  # {a module whose weights are split over the ranks: its Root}
+SKELETONS = weakref.WeakKeyDictionary()  # {such a module: the same without weights, to make copies of}
 
 
 def shard(module):
@@ -1710,7 +1704,8 @@ def shard(module):
         part.set_gradient_divide_factor(1.0)
         # the plain sum: no operation that also multiplies by the factor
         part.set_force_sum_reduction_for_comms(True)
-    SHARDED[module] = Sharded(root, skeleton)
+    SHARDED[module] = root
+    SKELETONS[module] = skeleton
     return module
 
 

@@ -61,7 +61,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,9 +209,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, denominator=None, logp
     mask = mask.bool()
     if denominator is None:
         denominator = denominators(mask.sum(1), GROUP_SIZE)  # [N, 1]
-    A = advantages  # [N] or [N, T]
-    if A.dim() == 1:
-        A = A[:, None]  # [N, 1]
+    A = advantages.reshape(len(mask), -1)  # [N, 1] or [N, T]
     # padding may hold anything, even nan, and 0 · nan is nan
     logp = torch.where(mask, logp, 0.0)  # [N, T]
     logp_old = torch.where(mask, logp_old, 0.0)  # [N, T]
@@ -688,32 +685,25 @@ class State:
 # the reward function and the gradient coefficient GC.
 
 
-class Method(NamedTuple):
-    """A row of Table 10."""
-
-    source: str  # D: "policy" (π_θ), "reference" (π_sft), or "solutions" (P_sft(Q, O), of the data set)
-    coefficient: Callable  # (state, batch, logp_old, logp_ref) -> GC [N] or [N, T]; it may add to batch.metrics
-    loss: Callable
-
-
 def other_step(state, method):
-    """A step of one of the other methods, in the place of `grpo_step`."""
-    if method.source == "solutions":
+    """A step of one of the other methods, a row of TABLE_10, in the place of `grpo_step`."""
+    source, coefficient, loss = method
+    if source == "solutions":
         batch = worked_solutions(state)
     else:
-        batch = draw(state, state.networks()[method.source])
+        batch = draw(state, state.networks()[source])
     logp_old = None
     logp_ref = None
-    if method.source == "policy":  # a ratio and a KL can be estimated only from outputs of π_θ
+    if source == "policy":  # a ratio and a KL can be estimated only from outputs of π_θ
         if MU > 1:
             logp_old = llms.log_probs(state.policy, batch.rollout, TEMPERATURE)  # [N, T]
         if needs_reference():
             logp_ref = llms.log_probs(state.reference, batch.rollout, TEMPERATURE)  # [N, T]
-    GC = method.coefficient(state, batch, logp_old, logp_ref)
+    GC = coefficient(state, batch, logp_old, logp_ref)
     updates = []
-    num_updates = 1 if method.source == "solutions" else MU
+    num_updates = 1 if source == "solutions" else MU
     for _ in range(num_updates):
-        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, method.loss, batch.targets))
+        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, loss, batch.targets))
     return batch, GC, updates
 
 
@@ -831,12 +821,15 @@ def value_loss(values, values_old, returns, mask, denominator):
     return sum_over_tokens(error / 2, mask, denominator)
 
 
-TABLE_10 = {  # a new method: one function, one line; distill, which is not in the paper, is added below
-    "sft": Method("solutions", ones, likelihood_loss),
-    "rft": Method("reference", is_right, likelihood_loss),
-    "dpo": Method("reference", preference, likelihood_loss),
-    "online_rft": Method("policy", is_right, likelihood_loss),
-    "ppo": Method("policy", ppo_advantages, ppo_loss),
+# D: the outputs of π_θ ("policy") or π_sft ("reference"), or P_sft(Q, O) of the data set ("solutions"). GC: a function
+# (state, batch, logp_old, logp_ref) -> [N] or [N, T], which may add to batch.metrics. A new method is a function and a
+# line; distill, which is not in the paper, is added below.
+TABLE_10 = {  # D, GC, loss
+    "sft": ("solutions", ones, likelihood_loss),
+    "rft": ("reference", is_right, likelihood_loss),
+    "dpo": ("reference", preference, likelihood_loss),
+    "online_rft": ("policy", is_right, likelihood_loss),
+    "ppo": ("policy", ppo_advantages, ppo_loss),
 }
 
 
@@ -1092,7 +1085,7 @@ def from_teacher(state, batch, logp_old, logp_ref):
     return GC
 
 
-TABLE_10["distill"] = Method("policy", from_teacher, ppo_loss)  # not in the paper, but a row of the same kind
+TABLE_10["distill"] = ("policy", from_teacher, ppo_loss)  # not in the paper, but a row of the same kind
 
 
 # ==== Errors, and lines on the console ==============================================================================
@@ -1210,7 +1203,7 @@ def play(problems, players, texts=None):
     positions = llms.gather(problems)  # of all games; None where a game has ended
     moves = llms.gather(texts) if texts else moves_of(players[0], positions)
     won = [0.0] * len(positions)
-    live = list(range(len(positions)))  # games that go on
+    live = range(len(positions))  # games that go on
     turn = 0
     while live:
         for game, move in zip(live, moves):
@@ -1565,9 +1558,9 @@ def parse(argv):
     parser = new_parser()
     flags = []
     for word in argv:
-        name = word.partition("=")[0]
+        name, equals, value = word.partition("=")
         if name.startswith("--"):  # --group-size is --group_size
-            word = "--" + name[2:].replace("-", "_") + word[len(name) :]
+            word = "--" + name[2:].replace("-", "_") + equals + value
         flags.append(word)
     actions, unknown = parser.parse_known_args(flags)
     if unknown:
@@ -1822,9 +1815,9 @@ def check_variants(earned):
 
 def check_data(training=True):
     """Check the data; return the test questions: the first of each task, EVAL_QUESTIONS in all."""
-    tasks = test_tasks()
-    samples = []
     names = [name for name, _ in rldatasets.stages(DATASET)]
+    tasks = test_tasks(names)
+    samples = []
     if not training:  # a test reads only the one that SHOTS come from
         names = names[:1] if SHOTS else []
     for name in names:
@@ -1844,10 +1837,10 @@ def check_data(training=True):
     return tests
 
 
-def test_tasks():
-    """The names of the data sets to test on."""
+def test_tasks(names):
+    """The names of the data sets to test on; names: those of DATASET."""
     if not EVAL_DATASET:
-        return list(dict.fromkeys(name for name, _ in rldatasets.stages(DATASET)))
+        return list(dict.fromkeys(names))
     if Path(EVAL_DATASET).exists():  # a path can have commas in it
         return [EVAL_DATASET]
     return list(dict.fromkeys(name.strip() for name in EVAL_DATASET.split(",")))
