@@ -855,10 +855,6 @@ def start_clock():
     CLOCK["start"] = time.perf_counter()
 
 
-def seconds_since_start():
-    return time.perf_counter() - CLOCK["start"]
-
-
 @contextmanager
 def timed(part):
     """Add the seconds of a block or function, those of the GPU included, to SECONDS."""

@@ -363,9 +363,9 @@ def step_advantages(state, batch):
     """Â_{i,t} [N, T]; the mean reward of each output's reasoning steps is recorded as the reward "steps"."""
     rollout = batch.rollout
     Q, G = batch.rewards.shape
-    marks = []  # for each output [(end of a reasoning step in the text, its reward)]
-    for i, text in enumerate(rollout.texts):
-        marks.append(evaluator.step_rewards(text, batch.problems[i // G]))
+    asked = llms.repeated(batch.problems, G)  # [N]
+    # for each output [(end of a reasoning step in the text, its reward)]
+    marks = list(map(evaluator.step_rewards, rollout.texts, asked))
     step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, marks)  # [N, T]
     means = step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)  # [N]
     batch.by_name["steps"] = means.view(Q, G)  # without the answer, which comes now
@@ -431,6 +431,11 @@ def open_stream(state):
         state.stream = rldatasets.shuffled(dataset, "train", seed, state.position)
 
 
+def first_dataset():
+    """The data set of the first stage."""
+    return stage_of(0)[1]
+
+
 def stage_of(step):
     """(number, data set) of the curriculum's stage at a step; the cold start has the questions of the first stage."""
     return rldatasets.stage_at(DATASET, max(0, step - COLD_START), STEPS)
@@ -438,7 +443,7 @@ def stage_of(step):
 
 def prompt_ids(tokenizer, problem):
     """The prompt of a problem, with SHOTS worked examples in it that are the same for all problems."""
-    examples = rldatasets.examples(stage_of(0)[1], SHOTS)
+    examples = rldatasets.examples(first_dataset(), SHOTS)
     return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
 
 
@@ -502,7 +507,7 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
             norms.append(llms.full_tensor(norm).item())
     lr = learning_rate(state.updates)
     state.optimizer.param_groups[0]["lr"] = lr
-    finite = math.isfinite(measured["loss"]) and all(math.isfinite(norm) for norm in norms)
+    finite = all(math.isfinite(number) for number in (measured["loss"], *norms))
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad()
@@ -565,10 +570,8 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
 
 
 def in_loss(rollout):
-    """Which outputs count in the loss: [N]."""
-    if MASK_TRUNCATED:
-        return ~rollout.truncated
-    return torch.ones_like(rollout.truncated)
+    """Which outputs count in the loss: [N]. All, or with MASK_TRUNCATED those that were not cut."""
+    return ~(rollout.truncated & MASK_TRUNCATED)
 
 
 def part(x, rows, T):
@@ -1239,9 +1242,9 @@ def matches(state, problems):
     for name, opponent in opponents.items():
         won = play(problems, [player, opponent])
         lost = play(problems, [opponent, player])
-        results = llms.gather(won + [1 - result for result in lost])
-        metrics[f"eval/wins/{name}"] = sum(results) / len(results)
-    metrics["eval/games"] = len(results)
+        results = won + [1 - result for result in lost]
+        metrics[f"eval/wins/{name}"] = llms.mean_over_ranks(results)
+    metrics["eval/games"] = llms.total_over_ranks(len(results))
     return metrics
 
 
@@ -1349,7 +1352,7 @@ def record_step(state, batch, advantages, updates):
         row[name] = getattr(state, name)
     row |= llms.LIMITS
     row["memory"] = llms.peak_memory()
-    row["seconds"] = llms.seconds_since_start()
+    row["seconds"] = time.perf_counter() - llms.CLOCK["start"]
     row |= {"seconds/update": 0.0} | llms.SECONDS
     write(state.run, row, "train", records[: batch.rollout.group_size])
     say(report.step_line(row))
@@ -1638,10 +1641,11 @@ def weights(text):
     table = {}
     for pair in text.split(","):
         name, _, weight = pair.partition("=")
-        if name.strip() in table:
-            raise argparse.ArgumentTypeError(f"{name.strip()} has two weights")
+        name = name.strip()
+        if name in table:
+            raise argparse.ArgumentTypeError(f"{name} has two weights")
         try:
-            table[name.strip()] = float(weight)
+            table[name] = float(weight)
         except ValueError:
             reason = f"name=weight pairs, as in correctness=2,integer=0.5, not {text!r}"
             raise argparse.ArgumentTypeError(reason) from None
@@ -1854,7 +1858,7 @@ def first_problems(name, count):
 def check_solutions(name, problems):
     """Has a data set the worked solutions that the settings need?"""
     solutions = [problem["solution"] for problem in problems]
-    imitated = COLD_START and name == stage_of(0)[1]
+    imitated = COLD_START and name == first_dataset()
     if (ALGORITHM == "sft" or imitated) and not all(solutions):
         setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
         raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
@@ -1863,7 +1867,7 @@ def check_solutions(name, problems):
 
 
 def check_shots():
-    first = stage_of(0)[1]
+    first = first_dataset()
     worked = [example for example in rldatasets.examples(first, SHOTS) if example["solution"]]
     if len(worked) < SHOTS:
         raise SettingsError(f"--shots {SHOTS}: {first} does not begin with {SHOTS} worked solutions")
@@ -1908,7 +1912,7 @@ def check_prompts(state, tests, training=()):
 
 def note_lost_rewards(state):
     """Say which rewards a worked solution of the training questions loses as an output: as tokens, and read again."""
-    problem = first_problems(stage_of(0)[1], 1)[0]
+    problem = first_problems(first_dataset(), 1)[0]
     text = rldatasets.written_out(problem)
     prompt = prompt_ids(state.tokenizer, problem)
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], [text], MAX_NEW_TOKENS)
@@ -1935,7 +1939,7 @@ def model_folder(name):
     if name != "tiny":
         return name
     corpora = rldatasets.tiny_corpus()
-    if stage_of(0)[1].partition(":")[0] == "nim":
+    if first_dataset().partition(":")[0] == "nim":
         corpora = [rldatasets.nim_corpus()]
     return llms.tiny_folder(report.runs_folder(), corpora)
 

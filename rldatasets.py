@@ -869,7 +869,7 @@ def shuffled(name, split, seed, position=0):
     """
     for epoch in itertools.count():
         rng = random.Random(f"{seed} {epoch}")
-        stream = iter(load(name, split))
+        stream = load(name, split)
         block = list(itertools.islice(stream, 10_000))
         if not block:
             raise DataError(f"{name}, {split} split: there is no problem in it")
