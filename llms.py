@@ -1314,9 +1314,9 @@ def named_tensors(networks, optimizer, generator):
     """
     tensors = {"generator": generator.get_state()}
     for network, module in networks.items():
-        has_adapters = lora_layers(module)
+        adapters = lora_layers(module)
         for name, weight in module.named_parameters():
-            if has_adapters and not weight.requires_grad and ".lora_" not in name:
+            if adapters and not weight.requires_grad and ".lora_" not in name:
                 continue
             name = f"{network}/{name}"
             tensors[name] = weight.detach()
@@ -1412,7 +1412,7 @@ def reward_scores(reward_model, questions, completions):
         "return_tensors": "pt",
     }
     scores = []
-    for chunk in slices(len(questions), 16):
+    for chunk in slices(len(questions), 16):  # rows at once
         asked = questions[chunk]
         answers = completions[chunk]
         # a decoder reads the dialogue; the template has its own special tokens
