@@ -243,15 +243,14 @@ def dated(template):
 
 def encode(tokenizer, messages):
     """Token ids of a prompt: through the tokenizer's chat template, or plain paragraphs where it has none."""
-    paragraphs = []
+    plain = ""
     for message in messages:
-        text = message["content"]
+        plain += message["content"]
         if message["role"] == "assistant":  # a worked example ends as an output does
-            text += tokenizer.eos_token or ""
-        paragraphs.append(text)
-    plain = "\n\n".join(paragraphs)
+            plain += tokenizer.eos_token or ""
+        plain += "\n\n"
     if not tokenizer.chat_template:
-        return tokenizer(plain + "\n\n")["input_ids"]
+        return tokenizer(plain)["input_ids"]
     has_instruction = messages[0]["role"] == "system"
     text = ""
     try:
@@ -277,7 +276,7 @@ def end_tokens(model, tokenizer):
 def end_of_turn(tokenizer):
     """The token that the chat template writes after what the assistant says, or None: some base models' configs name
     another."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.chat_template:
         return None
     said = "So it is 42."
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}]
@@ -299,6 +298,11 @@ def text_of(tokenizer, prompt, tokens):
 def context_length(model):
     """How many tokens the model reads, prompt and output together."""
     return getattr(model.config, "max_position_embeddings", math.inf)
+
+
+def repeated(rows, times):
+    """Each row several times, one after the other."""
+    return [row for row in rows for _ in range(times)]
 
 
 def batch(prompts, completions, device):
@@ -338,9 +342,7 @@ class Rollout(NamedTuple):
     ids: Tensor  # [N, P + T]
     attention: Tensor  # [N, P + T]
     mask: Tensor  # [N, T]  True on the |o_i| tokens of output i
-    logp: Tensor = (
-        None  # [N, T]  log π of each token as it was sampled (τ = 0: at 1); None if the policy did not sample it
-    )
+    logp: Tensor = None  # [N, T]  log π of each token as sampled (τ = 0: at 1); None if the policy did not sample it
     entropy: Tensor = None  # [N, T]  the entropy of π for each token, in nats
     truncated: Tensor = None  # [N]  True where no end token came within the limit
     texts: list = None  # [N]  the completions, without their end token
@@ -387,17 +389,18 @@ def rollout_from_texts(model, tokenizer, prompts, texts, max_new_tokens):
     """
     ends = [end_of_turn(tokenizer), tokenizer.eos_token_id, *end_tokens(model, tokenizer)]
     end = next(token for token in ends if token is not None)
-    texts = list(texts)
     completions = []
-    truncated = torch.zeros(len(texts), dtype=torch.bool, device=model.device)
-    for row, text in enumerate(texts):
-        closing = "</think>\n\n" if opening(tokenizer, prompts[row]) else ""
+    truncated = []
+    read = []  # the texts of the tokens
+    for prompt, text in zip(prompts, texts):
+        closing = "</think>\n\n" if opening(tokenizer, prompt) else ""
         tokens = tokenizer(closing + text, add_special_tokens=False)["input_ids"]
-        truncated[row] = len(tokens) >= max_new_tokens
+        truncated.append(len(tokens) >= max_new_tokens)
         tokens = tokens[:max_new_tokens]
-        texts[row] = text_of(tokenizer, prompts[row], tokens)
-        completions.append(tokens if truncated[row] else [*tokens, end])
-    return Rollout(*batch(prompts, completions, model.device), truncated=truncated, texts=texts)
+        read.append(text_of(tokenizer, prompt, tokens))
+        completions.append(tokens if truncated[-1] else [*tokens, end])
+    truncated = torch.tensor(truncated, device=model.device)
+    return Rollout(*batch(prompts, completions, model.device), truncated=truncated, texts=read)
 
 
 def at_tokens(tokenizer, rollout, marks):
@@ -598,7 +601,7 @@ def with_full_weights(function):
     def run(module, *inputs):
         if module not in SHARDED:
             return function(module, *inputs)
-        return SHARDED[module].root(lambda: function(module, *inputs))
+        return SHARDED[module](lambda: function(module, *inputs))
 
     return run
 
@@ -852,10 +855,6 @@ def start_clock():
     CLOCK["start"] = time.perf_counter()
 
 
-def seconds_since_start():
-    return time.perf_counter() - CLOCK["start"]
-
-
 @contextmanager
 def timed(part):
     """Add the seconds of a block or function, those of the GPU included, to SECONDS."""
@@ -932,7 +931,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
         prompts_at_once = max(1, LIMITS["cache_tokens"] // (columns * group_size))
         at_once = min(prompts_at_once, max(counts)) * group_size
         slots = max(2, at_once)  # 2: see `decode_gpu`
-        size = Size(outputs=max(counts) * group_size, slots=slots, columns=columns, max_new_tokens=max_new_tokens)
+        size = Size(max(counts) * group_size, slots, columns, max_new_tokens)
         decoding = decoding_batch(model, size, ends)
         decoding.reset(temperature, uniform)
         decoding.sample_all(prompts, group_size, at_once)
@@ -943,7 +942,7 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     completions = [row[:length] for row, length in zip(decoding.tokens[:N].tolist(), lengths)]
     truncated = [tokens[-1] not in ends for tokens in completions]
     texts = []
-    asked = [prompt for prompt in prompts for _ in range(group_size)]
+    asked = repeated(prompts, group_size)
     for prompt, tokens, too_long in zip(asked, completions, truncated):
         if not too_long:
             tokens = tokens[:-1]  # without the end token
@@ -953,9 +952,9 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     entropy = decoding.entropy[:N, : mask.shape[1]].where(mask, 0.0)
     check_finite(logp)  # from nan logits the last token is sampled, without an error
     return Rollout(
-        ids=ids,
-        attention=attention,
-        mask=mask,
+        ids,
+        attention,
+        mask,
         logp=logp,
         entropy=entropy,
         truncated=torch.tensor(truncated, device=model.device),
@@ -1061,7 +1060,7 @@ class DecodingBatch:
         self.size = size
         self.ends = ends
         self.cache = KVCache(size.slots, size.columns, model.device)
-        self.graphs = {}  # on a GPU {StepKind: the CUDA graph of a decode step}
+        self.graphs = {}  # on a GPU {(slots, columns that are read, temperature): the CUDA graph of a decode step}
         self.recordable = True
         self.temperature = 1.0
         self.begun = 0  # outputs that have begun
@@ -1249,7 +1248,7 @@ def copy_with(module, change=None):
 
     Without `change` the copy has clones of the trained weights, and shares the frozen ones.
     """
-    source = SHARDED[module].skeleton if module in SHARDED else module
+    source = SKELETONS.get(module, module)
     copies = {}  # {id of a weight of the source: the weight that the copy gets}
     for old, weight in zip(source.parameters(), module.parameters()):
         new = full_tensor(weight)
@@ -1315,9 +1314,9 @@ def named_tensors(networks, optimizer, generator):
     """
     tensors = {"generator": generator.get_state()}
     for network, module in networks.items():
-        has_adapters = bool(lora_layers(module))
+        adapters = lora_layers(module)
         for name, weight in module.named_parameters():
-            if has_adapters and not weight.requires_grad and ".lora_" not in name:
+            if adapters and not weight.requires_grad and ".lora_" not in name:
                 continue
             name = f"{network}/{name}"
             tensors[name] = weight.detach()
@@ -1402,7 +1401,7 @@ def load_reward_model(name):
 
 
 @torch.no_grad()
-def reward_scores(reward_model, questions, completions, rows=16):
+def reward_scores(reward_model, questions, completions):
     """A score for each completion: the only logit, or the log-odds of the last class, which should mean "good"."""
     model, tokenizer = reward_model
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
@@ -1413,7 +1412,7 @@ def reward_scores(reward_model, questions, completions, rows=16):
         "return_tensors": "pt",
     }
     scores = []
-    for chunk in slices(len(questions), rows):
+    for chunk in slices(len(questions), 16):  # rows at once
         asked = questions[chunk]
         answers = completions[chunk]
         # a decoder reads the dialogue; the template has its own special tokens
@@ -1473,11 +1472,9 @@ def judge_group(judge, question, texts):
     which the verdict goes to the place, first or second, and not to an output.
     """
     G = len(texts)
-    pairs = list(itertools.permutations(range(G), 2))
-    said = first_is_better(judge, question, [(texts[i], texts[j]) for i, j in pairs])  # [G (G - 1)]
+    said = first_is_better(judge, question, list(itertools.permutations(texts, 2)))  # [G (G - 1)]
     first = torch.full((G, G), 0.5, dtype=torch.float64)  # [G, G]: i, shown first, is better than j
-    for (i, j), probability in zip(pairs, said.tolist()):
-        first[i, j] = probability
+    first[~torch.eye(G, dtype=torch.bool)] = said.double()  # row by row, as the pairs
     wins = (first + 1 - first.T) / 2  # [G, G]
     flips = ((first > 0.5) == (first.T > 0.5)).fill_diagonal_(False)  # [G, G]
     wins = (wins.sum(1) - 0.5) / (G - 1)  # [G], without the diagonal
@@ -1494,9 +1491,8 @@ def first_is_better(judge, question, pairs):
     limit = context_length(model)
     if max(map(len, prompts)) >= limit:
         raise ModelError(f"a question with two answers is longer than the judge reads, {limit} tokens")
-    prompts = [prompt for prompt in prompts for _ in range(2)]  # for each reply
     replies = [[last_token(tokenizer, "1")], [last_token(tokenizer, "2")]] * len(pairs)
-    rollout = Rollout(*batch(prompts, replies, model.device), group_size=2)
+    rollout = Rollout(*batch(repeated(prompts, 2), replies, model.device), group_size=2)
     log_p = torch.zeros(len(replies), 1, device=model.device)
     # not `micro_batches`, in which ranks wait for each other: here they ask about unequal numbers of questions
     for rows in split_rows(rollout, range(len(replies))):
@@ -1660,6 +1656,12 @@ def sums_over_ranks(*numbers):
     return [sum(of_ranks) for of_ranks in zip(*gather([numbers]))]
 
 
+def mean_over_ranks(numbers):
+    """The mean of the numbers of all ranks."""
+    everyones = gather(numbers)
+    return sum(everyones) / len(everyones)
+
+
 def merged_over_ranks(numbers, merge):
     """The dicts {name: number} of all ranks as one; `merge` is sum or max. A rank may lack some names, or all."""
     collected = {}
@@ -1675,14 +1677,8 @@ class Root(nn.Sequential):
         return function()
 
 
-class Sharded(NamedTuple):
-    """What stands beside a module whose weights are split over the ranks."""
-
-    root: Root
-    skeleton: nn.Module  # the same module without weights, to make copies of
-
-
-SHARDED = weakref.WeakKeyDictionary()  # {module: Sharded}
+SHARDED = weakref.WeakKeyDictionary()  # {a module whose weights are split over the ranks: its Root}
+SKELETONS = weakref.WeakKeyDictionary()  # {such a module: the same without weights, to make copies of}
 
 
 def shard(module):
@@ -1704,7 +1700,8 @@ def shard(module):
         part.set_gradient_divide_factor(1.0)
         # the plain sum: no operation that also multiplies by the factor
         part.set_force_sum_reduction_for_comms(True)
-    SHARDED[module] = Sharded(root, skeleton)
+    SHARDED[module] = root
+    SKELETONS[module] = skeleton
     return module
 
 
@@ -1800,14 +1797,6 @@ def round_up(number, step):
     return math.ceil(number / step) * step
 
 
-class StepKind(NamedTuple):
-    """What is fixed in a recorded decode step."""
-
-    slots: int
-    width: int  # columns of the cache that are read
-    temperature: float
-
-
 def decode_gpu(decoding, last):
     """Sample the next tokens of every slot in use. `last` is the largest position of a newest token."""
     # the next power of 2, so that few graphs are needed
@@ -1815,7 +1804,7 @@ def decode_gpu(decoding, last):
     # at least 2: with one row, matrix products are less exact
     n = min(decoding.size.slots, max(2, n))
     width = min(decoding.size.columns, round_up(last + 1 + STEPS_BETWEEN_LOOKS, COLUMN_BLOCK))
-    kind = StepKind(n, width, decoding.temperature)
+    kind = n, width, decoding.temperature  # what is fixed in a recorded step
     for _ in range(STEPS_BETWEEN_LOOKS):
         if kind in decoding.graphs:
             decoding.graphs[kind].replay()
@@ -1828,6 +1817,7 @@ def record(decoding, kind):
     """Record a decode step, without running it. If that fails, all steps run as usual from then on."""
     if not decoding.recordable:
         return
+    n, width, _ = kind
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
     pool = None  # of memory, which all graphs share
@@ -1836,7 +1826,7 @@ def record(decoding, kind):
     try:
         # thread_local: what other threads do, as that of a CheckpointWriter, does not end the recording
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            decoding.decode_step(kind.slots, kind.width)
+            decoding.decode_step(n, width)
         decoding.graphs[kind] = graph
     except torch.OutOfMemoryError:  # it is a RuntimeError too
         raise

@@ -46,6 +46,8 @@ Departures: where the code leaves the paper, or decides what the paper leaves op
 12. π_θinit is any model; the paper's has been through SFT. COLD_START > 0 begins with SFT, for a model that needs it.
     The learning rate of that is in `learning_rate`.
 """
+# Words are easier to read without quotes.
+# ruff: noqa: SIM905
 
 import argparse
 import ast
@@ -59,7 +61,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,9 +209,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, denominator=None, logp
     mask = mask.bool()
     if denominator is None:
         denominator = denominators(mask.sum(1), GROUP_SIZE)  # [N, 1]
-    A = advantages  # [N] or [N, T]
-    if A.dim() == 1:
-        A = A[:, None]  # [N, 1]
+    A = advantages.reshape(len(mask), -1)  # [N, 1] or [N, T]
     # padding may hold anything, even nan, and 0 · nan is nan
     logp = torch.where(mask, logp, 0.0)  # [N, T]
     logp_old = torch.where(mask, logp_old, 0.0)  # [N, T]
@@ -297,7 +296,7 @@ def train(state, after_step):
                 learnt = other_step(state, TABLE_10[ALGORITHM])
             # 12: the reward is a rule or a frozen model, there is nothing to train
             state.step += 1
-            stopped = after_step(state, record_step(state, learnt))
+            stopped = after_step(state, record_step(state, *learnt))
             if stopped:
                 return stopped
     return 0
@@ -309,7 +308,7 @@ def cold_start(state, after_step):
         llms.start_clock()
         learnt = other_step(state, TABLE_10["sft"])
         state.step += 1
-        stopped = after_step(state, record_step(state, learnt))
+        stopped = after_step(state, record_step(state, *learnt))
         if stopped:
             return stopped
     state.optimizer.state.clear()  # AdamW begins again
@@ -328,7 +327,10 @@ def needs_reference():
 
 
 def grpo_step(state):
-    """Lines 5 to 11 for one batch of questions; with several ranks, each has its share."""
+    """Lines 5 to 11 for one batch of questions; with several ranks, each has its share.
+
+    Returns the batch, Â, and what each `update` has returned.
+    """
     if REFILL or STALENESS:
         batch = other_batch(state)  # published later
     else:
@@ -347,7 +349,7 @@ def grpo_step(state):
     if batch.learns:
         for _ in range(MU):  # 10
             updates.append(update(state, batch.rollout, advantages, logp_old, logp_ref))  # 11
-    return Learnt(batch, advantages, updates)
+    return batch, advantages, updates
 
 
 def outcome_advantages(batch):
@@ -361,9 +363,9 @@ def step_advantages(state, batch):
     """Â_{i,t} [N, T]; the mean reward of each output's reasoning steps is recorded as the reward "steps"."""
     rollout = batch.rollout
     Q, G = batch.rewards.shape
-    marks = []  # for each output [(end of a reasoning step in the text, its reward)]
-    for i, text in enumerate(rollout.texts):
-        marks.append(evaluator.step_rewards(text, batch.problems[i // G]))
+    asked = llms.repeated(batch.problems, G)  # [N]
+    # for each output [(end of a reasoning step in the text, its reward)]
+    marks = list(map(evaluator.step_rewards, rollout.texts, asked))
     step_rewards, step_ends = llms.at_tokens(state.tokenizer, rollout, marks)  # [N, T]
     means = step_rewards.sum(1) / step_ends.sum(1).clamp(min=1)  # [N]
     batch.by_name["steps"] = means.view(Q, G)  # without the answer, which comes now
@@ -429,6 +431,11 @@ def open_stream(state):
         state.stream = rldatasets.shuffled(dataset, "train", seed, state.position)
 
 
+def first_dataset():
+    """The data set of the first stage."""
+    return stage_of(0)[1]
+
+
 def stage_of(step):
     """(number, data set) of the curriculum's stage at a step; the cold start has the questions of the first stage."""
     return rldatasets.stage_at(DATASET, max(0, step - COLD_START), STEPS)
@@ -436,7 +443,7 @@ def stage_of(step):
 
 def prompt_ids(tokenizer, problem):
     """The prompt of a problem, with SHOTS worked examples in it that are the same for all problems."""
-    examples = rldatasets.examples(stage_of(0)[1], SHOTS)
+    examples = rldatasets.examples(first_dataset(), SHOTS)
     return llms.encode(tokenizer, rldatasets.prompt(problem, examples))
 
 
@@ -449,7 +456,7 @@ def score(state, problems, rollout):
     by_name = rule_rewards(problems, rollout)
     if rollout.group_size > 1:
         by_name |= rewards_of_groups(problems, rollout)
-    if problems[0].get("kind") == "nim":  # a game, far below
+    if problems[0]["kind"] == "nim":  # a game, far below
         by_name["optimal"] = by_name["correctness"]  # only recorded: is it the move of perfect play?
         by_name["correctness"] = self_play(state, problems, rollout)  # a move is right if it wins
     by_name["overlong"] = overlong(rollout)
@@ -465,7 +472,7 @@ def score(state, problems, rollout):
 def rule_rewards(problems, rollout):
     """The rewards of evaluator.py that look at one output: {name: [Q, G]}."""
     G = rollout.group_size
-    asked = [problem for problem in problems for _ in range(G)]  # [N]
+    asked = llms.repeated(problems, G)  # [N]
     threads = max(1, os.cpu_count() // llms.LOCAL_WORLD)
     by_name, failures = evaluator.score(rollout.texts, asked, threads, note)  # failures: errors of a reward's code
     failed, outputs = llms.sums_over_ranks(len(failures), len(asked))
@@ -477,10 +484,7 @@ def rule_rewards(problems, rollout):
 
 def weighted_sum(by_name):
     """r_i = Σ weight × reward: [Q, G]. A reward that is not in REWARDS is only recorded."""
-    total = 0.0
-    for name, values in by_name.items():
-        total = total + REWARDS.get(name, 0.0) * values
-    return total
+    return sum(REWARDS.get(name, 0.0) * values for name, values in by_name.items())
 
 
 # ==== One update: line 11 ===========================================================================================
@@ -488,21 +492,14 @@ def weighted_sum(by_name):
 # objective, Â + β (π_ref/π_θ - 1), where π_θold = π_θ. What is maximised is eq. (3); its gradient there is (20).
 
 
-class Update(NamedTuple):
-    """What is recorded of an optimizer step: numbers to be averaged over the μ updates of a step, and maxima."""
-
-    means: dict
-    maxima: dict
-
-
 @llms.timed("update")
 def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_loss, targets=None):
     """One optimizer step on the whole rollout, unless the loss or the gradient is not finite.
 
     advantages [N] or [N, T], or the gradient coefficient of another method (Table 10, below). logp_old is None where
-    π_θold is π_θ. targets: what PPO's critic learns.
+    π_θold is π_θ. targets: those of the batch. Returns what is recorded: {name: number}.
     """
-    means, maxima = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
+    measured = backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets)
     norms = []  # of the gradient, as they were before the clipping
     for network in (state.policy, state.critic):
         if network is not None:
@@ -510,20 +507,20 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
             norms.append(llms.full_tensor(norm).item())
     lr = learning_rate(state.updates)
     state.optimizer.param_groups[0]["lr"] = lr
-    finite = math.isfinite(means["loss"]) and all(math.isfinite(norm) for norm in norms)
+    finite = all(math.isfinite(number) for number in (measured["loss"], *norms))
     if finite:
         state.optimizer.step()
     state.optimizer.zero_grad()
-    means["grad_norm"] = norms[0]
-    means["lr"] = lr
-    means["skipped_updates"] = 0 if finite else 1
+    measured["grad_norm"] = norms[0]
+    measured["lr"] = lr
+    measured["skipped_updates"] = 0 if finite else 1
     state.updates += 1
-    return Update(means, maxima)
+    return measured
 
 
 @llms.retry_with_less_memory("token_budget")
 def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
-    """Leave the gradient of the whole rollout in .grad; returns two dicts of diagnostics: means and maxima.
+    """Leave the gradient of the whole rollout in .grad; returns the losses and diagnostics, {name: number}.
 
     If the GPU's memory is too small, it begins again with half of the token budget.
 
@@ -536,7 +533,7 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
     lengths = rollout.mask.sum(1)  # [N]  |o_i|
     A = advantages.view(len(lengths), -1).to(lengths.device)  # [N, 1] or [N, T]
     counted = in_loss(rollout)  # [N]
-    denominator = denominators(torch.where(counted, lengths, 0), rollout.group_size)  # [N, 1]
+    denominator = denominators(lengths * counted, rollout.group_size)  # [N, 1]
     has_gradient = counted  # [N]
     if logp_ref is None and targets is None:
         has_gradient = counted & A.any(1)
@@ -557,25 +554,24 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
         (factor * loss).backward()
         sums["loss"] += factor * loss.item()
         if factor:
-            means, largest = diagnostics(logp, old, ref, sampled, A[rows, :T], mask)
-            for name, x in means.items():
-                sums[name] += torch.where(mask, x, 0).sum().item() / learnt_tokens
-            for name, x in largest.items():
-                maxima[name] = max(maxima[name], torch.where(mask, x, 0).max().item())
+            for name, x in diagnostics(logp, old, ref, sampled, A[rows, :T], mask).items():
+                x = torch.where(mask, x, 0)  # [n, T]
+                if name.endswith("_max"):
+                    maxima[name] = max(maxima[name], x.max().item())
+                else:
+                    sums[name] += x.sum().item() / learnt_tokens
         if targets:
             V = state.critic.token_values(ids, attention, mask)  # [n, T]
-            V_old = part(targets.values, rows, T)
-            loss = value_loss(V, V_old, part(targets.returns, rows, T), mask, denominator[rows])
+            values, returns = targets
+            loss = value_loss(V, values[rows, :T], returns[rows, :T], mask, denominator[rows])
             (factor * loss).backward()
             sums["value_loss"] += factor * loss.item()
-    return llms.merged_over_ranks(sums, sum), llms.merged_over_ranks(maxima, max)
+    return llms.merged_over_ranks(sums, sum) | llms.merged_over_ranks(maxima, max)
 
 
 def in_loss(rollout):
-    """Which outputs count in the loss: [N]."""
-    if MASK_TRUNCATED:
-        return ~rollout.truncated
-    return torch.ones_like(rollout.truncated)
+    """Which outputs count in the loss: [N]. All, or with MASK_TRUNCATED those that were not cut."""
+    return ~(rollout.truncated & MASK_TRUNCATED)
 
 
 def part(x, rows, T):
@@ -585,8 +581,10 @@ def part(x, rows, T):
 
 @torch.no_grad()
 def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
-    """Is the update healthy? Two dicts {name: a number of each token}: of the first the mean is recorded, of the second
-    the maximum."""
+    """Is the update healthy? {name: a number of each token}.
+
+    Recorded is the mean, or the maximum where the name ends in _max.
+    """
     ratio = token_ratio(logp, logp_old)  # [n, T]
     if OBJECTIVE == "gspo":
         ratio = sequence_ratio(logp, logp_old, mask)  # [n, 1]
@@ -595,25 +593,24 @@ def diagnostics(logp, logp_old, logp_ref, logp_sampled, A, mask):
     if OBJECTIVE != "cispo":  # in a min(), the clip acts above only if Â > 0, and below only if Â < 0
         below = below & (A < 0)
         above = above & (A > 0)
-    means = {"clip_low": below, "clip_high": above}
-    maxima = {"ratio_max": ratio}
+    measured = {"clip_low": below, "clip_high": above, "ratio_max": ratio}
     if logp_sampled is not None:
         gap = (logp_old - logp_sampled).abs()
         name = "staleness_gap" if STALENESS else "sampler_gap"
-        means[name] = gap
-        maxima[f"{name}_max"] = gap
-    if logp_sampled is not None and CORRECTION != "none":
-        weight = token_weight(logp_old, logp_sampled, mask)  # [n, T]
-        if CORRECTION == "sequence_tis":
-            weight = sequence_weight(logp_old, logp_sampled, mask)  # [n, 1]
-        means["correction"] = weight
-        limited = CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)
-        means["correction_limited"] = limited != weight
-        maxima["correction_max"] = weight
+        measured[name] = gap
+        measured[f"{name}_max"] = gap
+        if CORRECTION != "none":
+            weight = token_weight(logp_old, logp_sampled, mask)  # [n, T]
+            if CORRECTION == "sequence_tis":
+                weight = sequence_weight(logp_old, logp_sampled, mask)  # [n, 1]
+            measured["correction"] = weight
+            limited = CORRECTIONS[CORRECTION](logp_old, logp_sampled, mask)
+            measured["correction_limited"] = limited != weight
+            measured["correction_max"] = weight
     if logp_ref is not None:
-        means["kl"] = k3(logp, logp_old, logp_ref)
-        maxima["kl_log_ratio_max"] = (logp_ref - logp).abs()
-    return means, maxima
+        measured["kl"] = k3(logp, logp_old, logp_ref)
+        measured["kl_log_ratio_max"] = (logp_ref - logp).abs()
+    return measured
 
 
 def learning_rate(number):
@@ -648,17 +645,8 @@ class Batch:
     rewards: torch.Tensor  # [Q, G]  r_i
     learns: bool = True  # False: too few groups are left, and no update is made
     dropped: list = field(default_factory=list)  # records of outputs that were drawn in vain (REFILL)
-    metrics: dict = field(default_factory=dict)  # of how it was drawn
-
-
-@dataclass
-class Learnt:
-    """What is recorded of a step."""
-
-    batch: Batch
-    advantages: torch.Tensor  # [N] or [N, T], or the gradient coefficient of another method
-    updates: list  # an Update for each of the μ updates
-    metrics: dict = field(default_factory=dict)  # of the method
+    metrics: dict = field(default_factory=dict)  # of how it was drawn, and of the method
+    targets: tuple = None  # V before the updates and the returns, both [N, T]: what PPO's critic learns from
 
 
 @dataclass
@@ -700,43 +688,26 @@ class State:
 # the reward function and the gradient coefficient GC.
 
 
-class Method(NamedTuple):
-    """A row of Table 10."""
-
-    source: str  # D: "policy" (π_θ), "reference" (π_sft), or "solutions" (P_sft(Q, O), of the data set)
-    coefficient: Callable  # GC, a function of (state, batch, logp_old, logp_ref)
-    loss: Callable
-
-
-class Coefficient(NamedTuple):
-    """What a coefficient function returns."""
-
-    GC: torch.Tensor  # [N] or [N, T]
-    targets: object = None  # what PPO's critic learns
-    metrics: object = None  # {name: number} to record
-
-
 def other_step(state, method):
-    """A step of one of the other methods, in the place of `grpo_step`."""
-    if method.source == "solutions":
+    """A step of one of the other methods, a row of TABLE_10, in the place of `grpo_step`."""
+    source, coefficient, loss = method
+    if source == "solutions":
         batch = worked_solutions(state)
-    elif method.source == "reference":
-        batch = draw(state, state.reference)
     else:
-        batch = draw(state, state.policy)
+        batch = draw(state, state.networks()[source])
     logp_old = None
     logp_ref = None
-    if method.source == "policy":  # a ratio and a KL can be estimated only from outputs of π_θ
+    if source == "policy":  # a ratio and a KL can be estimated only from outputs of π_θ
         if MU > 1:
             logp_old = llms.log_probs(state.policy, batch.rollout, TEMPERATURE)  # [N, T]
         if needs_reference():
             logp_ref = llms.log_probs(state.reference, batch.rollout, TEMPERATURE)  # [N, T]
-    GC, targets, metrics = method.coefficient(state, batch, logp_old, logp_ref)
+    GC = coefficient(state, batch, logp_old, logp_ref)
     updates = []
-    num_updates = 1 if method.source == "solutions" else MU
+    num_updates = 1 if source == "solutions" else MU
     for _ in range(num_updates):
-        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, method.loss, targets))
-    return Learnt(batch, GC, updates, metrics or {})
+        updates.append(update(state, batch.rollout, GC, logp_old, logp_ref, loss, batch.targets))
+    return batch, GC, updates
 
 
 def likelihood_loss(logp, logp_old, logp_ref, GC, mask, denominator, logp_sampled=None):
@@ -747,7 +718,7 @@ def likelihood_loss(logp, logp_old, logp_ref, GC, mask, denominator, logp_sample
 def worked_solutions(state):
     """SFT's batch: questions with the worked solutions that the data set has, as outputs with an end token."""
     problems, prompts = next_questions(state)
-    if not all(problem.get("solution") for problem in problems):
+    if not all(problem["solution"] for problem in problems):
         raise RunError("a question has no worked solution to imitate")
     texts = [rldatasets.written_out(problem) for problem in problems]
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, prompts, texts, MAX_NEW_TOKENS)
@@ -759,12 +730,12 @@ def worked_solutions(state):
 
 def ones(state, batch, logp_old, logp_ref):
     """SFT: 1, eq. (7)."""
-    return Coefficient(torch.ones(len(batch.rollout.mask)))
+    return torch.ones(len(batch.rollout.mask))
 
 
 def is_right(state, batch, logp_old, logp_ref):
     """RFT and Online RFT: 𝕀(o), 1 if the answer is right, else 0, eq. (10)."""
-    return Coefficient(batch.by_name["correctness"].flatten())
+    return batch.by_name["correctness"].flatten()
 
 
 def preference(state, batch, logp_old, logp_ref):
@@ -777,9 +748,10 @@ def preference(state, batch, logp_old, logp_ref):
     plus, minus = right_and_wrong(batch)  # rows, [pairs] each
     N = len(rollout.mask)
     num_pairs, num_outputs = llms.sums_over_ranks(len(plus), N)
+    batch.metrics["dpo/pairs"] = num_pairs
     GC = torch.zeros(N)  # [N]
     if num_pairs == 0:
-        return Coefficient(GC, metrics={"dpo/pairs": 0})
+        return GC
     logp = llms.log_probs(state.policy, rollout, TEMPERATURE)  # [N, T]
     logp_ref = llms.log_probs(state.reference, rollout, TEMPERATURE)  # [N, T]
     log_ratio = (logp - logp_ref).sum(1) / rollout.mask.sum(1).clamp(min=1)  # [N]
@@ -788,12 +760,9 @@ def preference(state, batch, logp_old, logp_ref):
     coefficient = BETA_DPO * torch.sigmoid(-delta)  # [pairs]  β σ(-Δ)
     GC[plus] = (coefficient * num_outputs / num_pairs).to(GC)  # the loss divides by N, and (12) by the pairs
     GC[minus] = -GC[plus]
-    metrics = {
-        "dpo/pairs": num_pairs,
-        "dpo/loss": sum(llms.gather(loss.tolist())) / num_pairs,
-        "dpo/margin": sum(llms.gather(delta.tolist())) / num_pairs,
-    }
-    return Coefficient(GC, metrics=metrics)
+    batch.metrics["dpo/loss"] = llms.mean_over_ranks(loss.tolist())
+    batch.metrics["dpo/margin"] = llms.mean_over_ranks(delta.tolist())
+    return GC
 
 
 def right_and_wrong(batch):
@@ -803,20 +772,11 @@ def right_and_wrong(batch):
     rows = torch.arange(right.numel()).view(right.shape)  # [Q, G]
     plus = []
     minus = []
-    for question in range(len(rows)):
-        good = rows[question][right[question] & usable[question]].tolist()
-        bad = rows[question][~right[question] & usable[question]].tolist()
-        pairs = min(len(good), len(bad))
-        plus += good[:pairs]
-        minus += bad[:pairs]
+    for group, good, bad in zip(rows, right & usable, ~right & usable):  # [G] each
+        pairs = min(good.sum(), bad.sum())
+        plus += group[good][:pairs].tolist()
+        minus += group[bad][:pairs].tolist()
     return torch.tensor(plus, dtype=torch.long), torch.tensor(minus, dtype=torch.long)
-
-
-class Targets(NamedTuple):
-    """What PPO's critic learns."""
-
-    values: torch.Tensor  # [N, T]  V before the update
-    returns: torch.Tensor  # [N, T]
 
 
 def ppo_advantages(state, batch, logp_old, logp_ref):
@@ -832,7 +792,8 @@ def ppo_advantages(state, batch, logp_old, logp_ref):
             logp = rollout.logp  # what was recorded while sampling
         rewards -= BETA * (logp - logp_ref)
     advantages = gae(rewards, values, rollout.mask)  # [N, T]
-    return Coefficient(advantages, Targets(values, advantages + values))
+    batch.targets = values, advantages + values
+    return advantages
 
 
 def gae(rewards, values, mask):
@@ -863,12 +824,15 @@ def value_loss(values, values_old, returns, mask, denominator):
     return sum_over_tokens(error / 2, mask, denominator)
 
 
-TABLE_10 = {  # a new method: one function, one line; distill, which is not in the paper, is added below
-    "sft": Method("solutions", ones, likelihood_loss),
-    "rft": Method("reference", is_right, likelihood_loss),
-    "dpo": Method("reference", preference, likelihood_loss),
-    "online_rft": Method("policy", is_right, likelihood_loss),
-    "ppo": Method("policy", ppo_advantages, ppo_loss),
+# D: the outputs of π_θ ("policy") or π_sft ("reference"), or P_sft(Q, O) of the data set ("solutions"). GC: a function
+# (state, batch, logp_old, logp_ref) -> [N] or [N, T], which may add to batch.metrics. A new method is a function and a
+# line; distill, which is not in the paper, is added below.
+TABLE_10 = {  # D, GC, loss
+    "sft": ("solutions", ones, likelihood_loss),
+    "rft": ("reference", is_right, likelihood_loss),
+    "dpo": ("reference", preference, likelihood_loss),
+    "online_rft": ("policy", is_right, likelihood_loss),
+    "ppo": ("policy", ppo_advantages, ppo_loss),
 }
 
 
@@ -896,8 +860,7 @@ def rloo(rewards):
 
 def batch_std(rewards):
     """Magistral (arXiv 2506.10910), ScaleRL (arXiv 2510.13786): one std, that of r_i - mean(r) over all questions."""
-    advantages = dr_grpo(rewards)  # [Q, G]
-    return advantages / (over_ranks(advantages).std() + 1e-4)
+    return over_their_std(dr_grpo(rewards))
 
 
 def maxrl(rewards):
@@ -933,13 +896,13 @@ def w_reinforce(rewards):
 def gdpo(by_name):
     """GDPO (arXiv 2601.05242): each reward is normalised in its group, and their weighted sum in the batch."""
     normalised = {name: group_advantages(rewards) for name, rewards in by_name.items()}
-    advantages = weighted_sum(normalised)  # [Q, G], their mean is 0
-    return advantages / (over_ranks(advantages).std() + 1e-4)
+    return over_their_std(weighted_sum(normalised))  # the mean of the sum is 0
 
 
-def over_ranks(x):
-    """The numbers of all ranks: [N]."""
-    return torch.tensor(llms.gather(x.flatten().tolist()), dtype=x.dtype)
+def over_their_std(advantages):
+    """Advantages [Q, G], divided by one std, that of all ranks."""
+    everyones = torch.tensor(llms.gather(advantages.flatten().tolist()), dtype=advantages.dtype)  # [N]
+    return advantages / (everyones.std() + 1e-4)
 
 
 ADVANTAGES = {
@@ -1120,11 +1083,12 @@ def from_teacher(state, batch, logp_old, logp_ref):
         logp = llms.log_probs(state.policy, rollout, TEMPERATURE)  # [N, T]
     GC = (llms.log_probs(state.teacher, rollout, TEMPERATURE) - logp) * rollout.mask  # [N, T]
     total, tokens = llms.sums_over_ranks(GC.sum().item(), int(rollout.mask.sum()))
-    largest = max(llms.gather([GC.abs().max().item()]))
-    return Coefficient(GC, metrics={"distill/kl": -total / tokens, "distill/max": largest})
+    batch.metrics["distill/kl"] = -total / tokens
+    batch.metrics["distill/max"] = max(llms.gather([GC.abs().max().item()]))
+    return GC
 
 
-TABLE_10["distill"] = Method("policy", from_teacher, ppo_loss)  # not in the paper, but a row of the same kind
+TABLE_10["distill"] = ("policy", from_teacher, ppo_loss)  # not in the paper, but a row of the same kind
 
 
 # ==== Errors, and lines on the console ==============================================================================
@@ -1187,19 +1151,18 @@ def overlong(rollout):
 
 def model_rewards(reward_model, problems, rollout):
     """The scores of a learned reward model, standardised over the outputs of the step: [Q, G]."""
-    questions = [problem["question"] for problem in problems for _ in range(rollout.group_size)]
+    questions = [problem["question"] for problem in llms.repeated(problems, rollout.group_size)]  # [N]
     scores = llms.reward_scores(reward_model, questions, rollout.texts)
     return llms.standardised(scores).view(-1, rollout.group_size)
 
 
 def judge_rewards(judge, problems, rollout):
     """How each output fares against the others of its group, by a judge: {"judge": [Q, G], "judge_flips": [Q, G]}."""
-    by_name = {"judge": [], "judge_flips": []}
+    judged = []
     for problem, texts in zip(problems, groups_of_texts(rollout)):
-        wins, flips = llms.judge_group(judge, problem["question"], texts)
-        by_name["judge"].append(wins)
-        by_name["judge_flips"].append(flips)
-    return {name: torch.tensor(values) for name, values in by_name.items()}
+        judged.append(llms.judge_group(judge, problem["question"], texts))
+    wins, flips = torch.tensor(judged).unbind(1)  # [Q, 2, G] -> 2 × [Q, G]
+    return {"judge": wins, "judge_flips": flips}
 
 
 def coin_tosses(state, problems, rollout):
@@ -1230,7 +1193,7 @@ def self_play(state, problems, rollout):
     G = rollout.group_size
     generator = torch.Generator().manual_seed(SEED + state.questions)
     player = model_player(state, state.policy, TEMPERATURE, generator)
-    positions = [problem for problem in problems for _ in range(G)]  # [N]
+    positions = llms.repeated(problems, G)  # [N]
     return torch.tensor(play(positions, [player, player], rollout.texts)).view(-1, G)
 
 
@@ -1243,7 +1206,7 @@ def play(problems, players, texts=None):
     positions = llms.gather(problems)  # of all games; None where a game has ended
     moves = llms.gather(texts) if texts else moves_of(players[0], positions)
     won = [0.0] * len(positions)
-    live = list(range(len(positions)))  # games that go on
+    live = range(len(positions))  # games that go on
     turn = 0
     while live:
         for game, move in zip(live, moves):
@@ -1279,9 +1242,9 @@ def matches(state, problems):
     for name, opponent in opponents.items():
         won = play(problems, [player, opponent])
         lost = play(problems, [opponent, player])
-        results = llms.gather(won + [1 - result for result in lost])
-        metrics[f"eval/wins/{name}"] = sum(results) / len(results)
-    metrics["eval/games"] = len(results)
+        results = won + [1 - result for result in lost]
+        metrics[f"eval/wins/{name}"] = llms.mean_over_ranks(results)
+    metrics["eval/games"] = llms.total_over_ranks(len(results))
     return metrics
 
 
@@ -1290,8 +1253,8 @@ def matches(state, problems):
 
 def evaluate(state, problems):
     """Test the policy: metrics, and a record for each problem."""
-    kinds = {problem.get("kind") for problem in problems}
-    of_nim = [problem for problem in problems if problem.get("kind") == "nim"]
+    kinds = {problem["kind"] for problem in problems}
+    of_nim = [problem for problem in problems if problem["kind"] == "nim"]
     openings = [problem for problem in of_nim if min(problem["heaps"].values()) > 1]
     problems = llms.share(problems)
     prompts = [prompt_ids(state.tokenizer, problem) for problem in problems]
@@ -1318,17 +1281,16 @@ def sampled_metrics(state, problems, prompts, votes):
     generator = torch.Generator().manual_seed(SEED)
     rollout = llms.sample(state.policy, state.tokenizer, prompts, n, MAX_NEW_TOKENS, EVAL_TEMPERATURE, generator)
     correctness = rule_rewards(problems, rollout)["correctness"]  # [Q, n]
-    right = llms.gather(correctness.sum(1).int().tolist())  # how many of the n, for each question
+    right = correctness.sum(1).int().tolist()  # how many of the n, for each question
     metrics = {}
     for k in powers_of_two(n):
         passed = [evaluator.pass_at_k(n, c, k) for c in right]
-        metrics[f"eval/pass@{k}"] = sum(passed) / len(passed)
+        metrics[f"eval/pass@{k}"] = llms.mean_over_ranks(passed)
         if votes:
             elected = []
             for problem, texts in zip(problems, groups_of_texts(rollout)):
                 elected.append(evaluator.right(evaluator.majority(texts[:k], problem), problem))
-            elected = llms.gather(elected)
-            metrics[f"eval/maj@{k}"] = sum(elected) / len(elected)
+            metrics[f"eval/maj@{k}"] = llms.mean_over_ranks(elected)
     return metrics
 
 
@@ -1350,7 +1312,7 @@ def mean_log_prob(model, rollout):
 def prefers_true(state, problems, prompts):
     """Is the true next turn of a dialogue likelier, per token, than the false one? 1 or 0 for each problem: [Q]."""
     texts = [reply for problem in problems for reply in problem.get("replies", ("", ""))]
-    twice = [prompt for prompt in prompts for _ in range(2)]
+    twice = llms.repeated(prompts, 2)
     replies = llms.rollout_from_texts(state.policy, state.tokenizer, twice, texts, TOKEN_BUDGET)
     pairs = mean_log_prob(state.policy, replies).view(-1, 2)  # [Q, 2]
     return (pairs[:, 0] > pairs[:, 1]).float()
@@ -1380,18 +1342,17 @@ def batch_records(batch, advantages):
     return output_records(batch.rollout, batch.problems, batch.by_name | about)
 
 
-def record_step(state, learnt):
-    """Write the metrics of the step that has ended, over all ranks; return them."""
-    batch = learnt.batch
-    records = batch_records(batch, learnt.advantages) + batch.dropped
+def record_step(state, batch, advantages, updates):
+    """Write the metrics of the step that has ended, over all ranks; return them. It takes what the step returned."""
+    records = batch_records(batch, advantages) + batch.dropped
     row = {"step": state.step, "stage": stage_of(state.step - 1)[1]}
     row |= output_metrics(state, batch, records)
-    row |= update_metrics(learnt.updates) | batch.metrics | learnt.metrics
-    for name in ("questions", "prompts_skipped", "rows_skipped", "tokens", "updates"):
+    row |= update_metrics(updates) | batch.metrics
+    for name in "questions prompts_skipped rows_skipped tokens updates".split():
         row[name] = getattr(state, name)
     row |= llms.LIMITS
     row["memory"] = llms.peak_memory()
-    row["seconds"] = llms.seconds_since_start()
+    row["seconds"] = time.perf_counter() - llms.CLOCK["start"]
     row |= {"seconds/update": 0.0} | llms.SECONDS
     write(state.run, row, "train", records[: batch.rollout.group_size])
     say(report.step_line(row))
@@ -1416,13 +1377,12 @@ def output_metrics(state, batch, records):
 
 def update_metrics(updates):
     """The part of a step's metrics that is about its μ updates: means, and the largest of maxima."""
-    always = ("loss", "ratio_max", "clip_low", "clip_high", "grad_norm", "lr", "skipped_updates")
-    metrics = dict.fromkeys(always, 0.0)
+    always = "loss ratio_max clip_low clip_high grad_norm lr skipped_updates"
+    metrics = dict.fromkeys(always.split(), 0.0)
     if updates:
-        for name in updates[0].means:
-            metrics[name] = sum(update.means[name] for update in updates) / len(updates)
-        for name in updates[0].maxima:
-            metrics[name] = max(update.maxima[name] for update in updates)
+        for name in updates[0]:
+            numbers = [update[name] for update in updates]
+            metrics[name] = max(numbers) if name.endswith("_max") else sum(numbers) / len(numbers)
     return metrics
 
 
@@ -1434,7 +1394,7 @@ def write(run, row, split, records):
 
 # ==== Checkpoints ===================================================================================================
 
-COUNTERS = ("step", "updates", "stage", "position", "questions", "prompts_skipped", "rows_skipped", "tokens")
+COUNTERS = "step updates stage position questions prompts_skipped rows_skipped tokens".split()
 
 
 def save_checkpoint(state, writer):
@@ -1501,15 +1461,11 @@ def read_constants():
     lines = source.splitlines()
     first = lines.index("# -- Model and data")
     last = lines.index("# -- End of the constants")
-    section = ""
-    sections = {}  # {line: the section that it is in}
-    for number in range(first, last):
-        if lines[number].startswith("# -- "):
-            section = lines[number].removeprefix("# -- ")
-        sections[number + 1] = section
     constants = {}
     for node in ast.parse(source).body:
-        if node.lineno in sections:
+        if first < node.lineno <= last:
+            above = reversed(lines[: node.lineno])
+            section = next(line for line in above if line.startswith("# -- "))
             last_line = lines[node.end_lineno - 1].encode()  # ast counts the columns in bytes
             after = last_line[node.end_col_offset :].decode()  # the comment
             name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
@@ -1517,7 +1473,7 @@ def read_constants():
             mistake = what_is_wrong(name, value, after)
             if mistake:
                 sys.exit(f"main.py: error: line {node.lineno}: {mistake}")
-            constants[name] = Constant(sections[node.lineno], value, after.removeprefix("  # "))
+            constants[name] = Constant(section.removeprefix("# -- "), value, after.removeprefix("  # "))
     for name in TYPES:
         if name not in constants:
             sys.exit(f"main.py: error: {name} is missing from the constants; 0 or an empty text turns most of them off")
@@ -1582,8 +1538,9 @@ TYPES = {name: kind for kind, names in OF_TYPE.items() for name in names.split()
 CONSTANTS = read_constants()
 put_in_force(of_the_block(MODEL))
 # what a resumed run may change; of these only STEPS changes an update, as it moves the end of SCHEDULE
-MAY_CHANGE = ["STEPS", "EVAL_EVERY", "SAVE_EVERY", "SHOW_EVERY", "TENSORBOARD"]
-MAY_CHANGE += ["TOKEN_BUDGET", "CACHE_TOKENS", "GRADIENT_CHECKPOINTING"]
+MAY_CHANGE = """
+    STEPS EVAL_EVERY SAVE_EVERY SHOW_EVERY TENSORBOARD TOKEN_BUDGET CACHE_TOKENS GRADIENT_CHECKPOINTING
+""".split()
 # a method that is added to one of these tables can be chosen at once
 TABLES = {
     "ALGORITHM": ["grpo", *TABLE_10],
@@ -1604,9 +1561,9 @@ def parse(argv):
     parser = new_parser()
     flags = []
     for word in argv:
-        name = word.partition("=")[0]
+        name, equals, value = word.partition("=")
         if name.startswith("--"):  # --group-size is --group_size
-            word = "--" + name[2:].replace("-", "_") + word[len(name) :]
+            word = "--" + name[2:].replace("-", "_") + equals + value
         flags.append(word)
     actions, unknown = parser.parse_known_args(flags)
     if unknown:
@@ -1684,10 +1641,11 @@ def weights(text):
     table = {}
     for pair in text.split(","):
         name, _, weight = pair.partition("=")
-        if name.strip() in table:
-            raise argparse.ArgumentTypeError(f"{name.strip()} has two weights")
+        name = name.strip()
+        if name in table:
+            raise argparse.ArgumentTypeError(f"{name} has two weights")
         try:
-            table[name.strip()] = float(weight)
+            table[name] = float(weight)
         except ValueError:
             reason = f"name=weight pairs, as in correctness=2,integer=0.5, not {text!r}"
             raise argparse.ArgumentTypeError(reason) from None
@@ -1698,18 +1656,17 @@ def choose_settings(actions, flags):
     """Put the constants in force. A flag wins over a run's settings, and these over what stands in the block."""
     run = actions.resume or actions.evaluate
     model = actions.evaluate or flags.get("MODEL", MODEL)
-    values = of_the_block(model)
-    known = {}
     if actions.resume or (run and report.is_run(run)):
         values = of_the_block(report.read_config(run).get("MODEL", model))
-        known = report.read_settings(run, values, for_resume=bool(actions.resume))
+        values = report.read_settings(run, values, for_resume=bool(actions.resume))
+    else:
+        values = of_the_block(model)
+        values["STEPS"] = steps_of_curriculum(values | flags, flags)
     if actions.resume:
-        refuse_changes(run, known, flags)
-    values |= known | flags
+        refuse_changes(run, values, flags)
+    values |= flags
     if actions.evaluate:
         values["MODEL"] = model
-    if not known:
-        values["STEPS"] = steps_of_curriculum(values, flags)
     if actions.test:
         values |= {"STEPS": 2, "ITERATIONS": 1}
         values["COLD_START"] = min(values["COLD_START"], 2)
@@ -1743,9 +1700,10 @@ def steps_of_curriculum(values, flags):
     counts = [steps for _, steps in rldatasets.stages(values["DATASET"])]
     if not any(counts):
         return values["STEPS"]
-    if flags.get("STEPS", sum(counts)) != sum(counts):
-        raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {sum(counts)} steps")
-    return sum(counts)
+    total = sum(counts)
+    if flags.get("STEPS", total) != total:
+        raise SettingsError(f"--steps {flags['STEPS']}: the stages of --dataset have {total} steps")
+    return total
 
 
 def require(holds, name, demand):
@@ -1754,9 +1712,9 @@ def require(holds, name, demand):
         raise SettingsError(f"--{name.lower()} must be {demand}, not {as_flag(settings()[name])}")
 
 
-AT_LEAST_1 = ["ITERATIONS", "STEPS", "GROUP_SIZE", "MU", "PASS_K", "MAX_NEW_TOKENS"]
-AT_LEAST_1 += ["CACHE_TOKENS", "EVAL_EVERY", "SAVE_EVERY"]
-ABOVE_0 = ("LORA_ALPHA", "BETA_DPO", "MAX_GRAD_NORM", "CORRECTION_MAX")
+AT_LEAST_1 = "ITERATIONS STEPS GROUP_SIZE MU PASS_K MAX_NEW_TOKENS CACHE_TOKENS EVAL_EVERY SAVE_EVERY".split()
+LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"TEMPERATURE": 0.01, "EVAL_TEMPERATURE": 0.01}  # of all others 0
+ABOVE_0 = "LORA_ALPHA BETA_DPO MAX_GRAD_NORM CORRECTION_MAX".split()
 
 
 def check_settings(training=True):
@@ -1786,14 +1744,9 @@ def check_value(name, value):
         require(value.isprintable(), name, "printable")
     elif not isinstance(value, dict):
         require(abs(value) < 2**63, name, "below 2 to the 63")
-        if name in ABOVE_0:
-            require(value > 0, name, "above 0")
-        elif name in ("TEMPERATURE", "EVAL_TEMPERATURE"):
-            require(value >= 0.01, name, "at least 0.01")
-        elif name in AT_LEAST_1:
-            require(value >= 1, name, "at least 1")
-        else:
-            require(value >= 0, name, "at least 0")
+        require(value > 0 or name not in ABOVE_0, name, "above 0")
+        least = LEAST.get(name, 0)
+        require(value >= least, name, f"at least {least}")
 
 
 def check_rewards():
@@ -1810,12 +1763,13 @@ def check_rewards():
 def check_methods():
     """Which settings of the methods contradict each other?"""
     now = settings()
+    fixed = {}  # {constant: its only value for this algorithm}
     if ALGORITHM != "grpo":
-        for name, value in {"SUPERVISION": "outcome", "ADVANTAGE": "grpo", "REFILL": 0, "STALENESS": 0}.items():
-            require(now[name] == value, name, f"{value} for {ALGORITHM}")
+        fixed |= {"SUPERVISION": "outcome", "ADVANTAGE": "grpo", "REFILL": 0, "STALENESS": 0}
     if ALGORITHM in ("sft", "rft", "dpo", "online_rft"):  # they have no ratio
-        for name, value in {"OBJECTIVE": "grpo", "CORRECTION": "none"}.items():
-            require(now[name] == value, name, f"{value} for {ALGORITHM}")
+        fixed |= {"OBJECTIVE": "grpo", "CORRECTION": "none"}
+    for name, value in fixed.items():
+        require(now[name] == value, name, f"{value} for {ALGORITHM}")
     compares = ALGORITHM in ("grpo", "dpo")
     require(GROUP_SIZE > 1 or not compares, "GROUP_SIZE", f"at least 2: {ALGORITHM} compares outputs")
     require(GROUP_SIZE > 1 or not JUDGE, "JUDGE", "empty with --group_size 1: it compares outputs")
@@ -1835,11 +1789,11 @@ def check_methods():
         require(TEACHER, "TEACHER", "a model")
     else:
         require(not TEACHER, "TEACHER", f"empty for {ALGORITHM}")
-    check_variants()
+    check_variants(earned)
 
 
-def check_variants():
-    """Which settings of what came after the paper contradict each other?"""
+def check_variants(earned):
+    """Which settings of what came after the paper contradict each other? earned: the rewards that count in r_i."""
     outcome = SUPERVISION == "outcome"
     require(outcome or ADVANTAGE == "grpo", "ADVANTAGE", f"grpo with --supervision {SUPERVISION}")
     require(outcome or REFILL == 0, "REFILL", f"0 with --supervision {SUPERVISION}")
@@ -1848,11 +1802,8 @@ def check_variants():
     if ADVANTAGE == "pass_at_k":
         require(PASS_K < GROUP_SIZE, "PASS_K", f"below --group_size {GROUP_SIZE}")
     if ADVANTAGE in ("pass_at_k", "w_reinforce"):
-        counted = {name for name, weight in REWARDS.items() if weight}
-        alone = counted - {"reward_model", "judge", "steps"} in ({"correctness"}, {"random"})
-        alone = alone and min(REWARDS.values()) >= 0
-        demand = f"correctness=1 with --advantage {ADVANTAGE}: an output is right or wrong"
-        require(alone and not REWARD_MODEL and not JUDGE, "REWARDS", demand)
+        alone = earned in ({"correctness"}, {"random"}) and min(REWARDS.values()) >= 0
+        require(alone, "REWARDS", f"correctness=1 with --advantage {ADVANTAGE}: an output is right or wrong")
     if ADVANTAGE == "maxrl":
         negative = REWARDS.get("overlong") or REWARD_MODEL or min(REWARDS.values()) < 0
         require(not negative, "ADVANTAGE", "another than maxrl: a reward can be negative")
@@ -1868,9 +1819,12 @@ def check_variants():
 
 def check_data(training=True):
     """Check the data; return the test questions: the first of each task, EVAL_QUESTIONS in all."""
-    tasks = test_tasks()
+    names = [name for name, _ in rldatasets.stages(DATASET)]
+    tasks = test_tasks(names)
     samples = []
-    for name in training_sets(training):
+    if not training:  # a test reads only the one that SHOTS come from
+        names = names[:1] if SHOTS else []
+    for name in names:
         same = [task for task in tasks if Path(task).resolve() == Path(name).resolve()]
         if same and Path(name).is_file():
             raise SettingsError(f"{name} is a single file: give --eval_dataset too, with other rows than it has")
@@ -1887,21 +1841,13 @@ def check_data(training=True):
     return tests
 
 
-def test_tasks():
-    """The names of the data sets to test on."""
+def test_tasks(names):
+    """The names of the data sets to test on; names: those of DATASET."""
     if not EVAL_DATASET:
-        return list(dict.fromkeys(name for name, _ in rldatasets.stages(DATASET)))
+        return list(dict.fromkeys(names))
     if Path(EVAL_DATASET).exists():  # a path can have commas in it
         return [EVAL_DATASET]
     return list(dict.fromkeys(name.strip() for name in EVAL_DATASET.split(",")))
-
-
-def training_sets(training):
-    """The data sets whose training questions are read: all stages, or for a test the one that SHOTS come from."""
-    names = [name for name, _ in rldatasets.stages(DATASET)]
-    if training:
-        return names
-    return names[:1] if SHOTS else []
 
 
 def first_problems(name, count):
@@ -1911,20 +1857,18 @@ def first_problems(name, count):
 
 def check_solutions(name, problems):
     """Has a data set the worked solutions that the settings need?"""
-    solutions = [problem.get("solution", "") for problem in problems]
-    imitated = COLD_START and name == stage_of(0)[1]
+    solutions = [problem["solution"] for problem in problems]
+    imitated = COLD_START and name == first_dataset()
     if (ALGORITHM == "sft" or imitated) and not all(solutions):
         setting = "--algorithm sft" if ALGORITHM == "sft" else "--cold_start"
         raise SettingsError(f"{setting} imitates worked solutions, and {name} has none")
-    if SUPERVISION != "outcome":
-        calculated = [evaluator.step_rewards(*pair) for pair in zip(solutions, problems)]
-        if not any(calculated):
-            raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
+    if SUPERVISION != "outcome" and not any(map(evaluator.step_rewards, solutions, problems)):
+        raise SettingsError(f"--supervision {SUPERVISION} rewards calculations: the solutions of {name} have none")
 
 
 def check_shots():
-    first = stage_of(0)[1]
-    worked = [example for example in rldatasets.examples(first, SHOTS) if example.get("solution")]
+    first = first_dataset()
+    worked = [example for example in rldatasets.examples(first, SHOTS) if example["solution"]]
     if len(worked) < SHOTS:
         raise SettingsError(f"--shots {SHOTS}: {first} does not begin with {SHOTS} worked solutions")
 
@@ -1968,7 +1912,7 @@ def check_prompts(state, tests, training=()):
 
 def note_lost_rewards(state):
     """Say which rewards a worked solution of the training questions loses as an output: as tokens, and read again."""
-    problem = first_problems(stage_of(0)[1], 1)[0]
+    problem = first_problems(first_dataset(), 1)[0]
     text = rldatasets.written_out(problem)
     prompt = prompt_ids(state.tokenizer, problem)
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], [text], MAX_NEW_TOKENS)
@@ -1995,7 +1939,7 @@ def model_folder(name):
     if name != "tiny":
         return name
     corpora = rldatasets.tiny_corpus()
-    if stage_of(0)[1].partition(":")[0] == "nim":
+    if first_dataset().partition(":")[0] == "nim":
         corpora = [rldatasets.nim_corpus()]
     return llms.tiny_folder(report.runs_folder(), corpora)
 
@@ -2225,10 +2169,11 @@ def main(argv=None):
         print("main.py: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
+        reason = str(error).strip()
         if llms.lost_another_rank(error):
-            return report_error(1, f"lost the other ranks, see their output; --resume goes on: {str(error).strip()}")
+            return report_error(1, f"lost the other ranks, see their output; --resume goes on: {reason}")
         if isinstance(error, (RunError, torch.OutOfMemoryError)):
-            return report_error(1, str(error).strip())
+            return report_error(1, reason)
         raise
 
 

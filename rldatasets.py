@@ -19,6 +19,8 @@ the group size. These functions are called from outside:
 
 To add a data set whose columns are among the FORMATS, add one line to DATASETS.
 """
+# Words are easier to read without quotes.
+# ruff: noqa: SIM905
 
 import ast
 import builtins
@@ -101,11 +103,11 @@ def in_split(number, split):
 
 # ---- word problems in the format of GSM8K, with one to five calculations -------------------------------------------
 
-NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kofi", "Lena"]
-THINGS = ["apples", "books", "coins", "eggs", "pens", "shells"]
+NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jana Kofi Lena".split()
+THINGS = "apples books coins eggs pens shells".split()
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-GAINS = ["buys", "finds", "wins", "gets"]
-LOSSES = ["breaks", "loses", "sells", "eats"]
+GAINS = "buys finds wins gets".split()
+LOSSES = "breaks loses sells eats".split()
 LARGEST = 12  # no number in a word problem is larger
 
 
@@ -438,21 +440,8 @@ def nim_corpus(count=24000):
 
 # ---- to test writing and dialogue ----------------------------------------------------------------------------------
 
-WORDS = [
-    "bridge",
-    "clock",
-    "garden",
-    "horse",
-    "island",
-    "lamp",
-    "letter",
-    "music",
-    "river",
-    "ticket",
-    "window",
-    "winter",
-]
-ANIMALS = ["cat", "dog", "horse", "parrot", "rabbit", "turtle"]
+WORDS = "bridge clock garden horse island lamp letter music river ticket window winter".split()
+ANIMALS = "cat dog horse parrot rabbit turtle".split()
 REPLIES = ["I see.", "Good to know.", "What a lovely name!", "Thank you for telling me.", "All right.", "How nice."]
 
 
@@ -890,7 +879,7 @@ def shuffled(name, split, seed, position=0):
     """
     for epoch in itertools.count():
         rng = random.Random(f"{seed} {epoch}")
-        stream = iter(load(name, split))
+        stream = load(name, split)
         block = list(itertools.islice(stream, 10_000))
         if not block:
             raise DataError(f"{name}, {split} split: there is no problem in it")

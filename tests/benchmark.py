@@ -80,6 +80,7 @@ class Words:
     """A tokenizer that has nothing to say."""
 
     eos_token_id = None
+    chat_template = None
 
     def decode(self, ids, skip_special_tokens):
         return ""

@@ -248,8 +248,7 @@ def first_step():
     state.reference = llms.frozen_copy(state.policy)
     rollout = benchmark.sample(state, benchmark.questions(4, VOCABULARY))
     logp_ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
-    means, maxima = main.update(state, rollout, torch.randn(64), None, logp_ref)
-    row = means | maxima
+    row = main.update(state, rollout, torch.randn(64), None, logp_ref)
     figures = f"KL {row['kl']:g}, sampler_gap {row['sampler_gap']:.4f}, at most {row['sampler_gap_max']:.3f}"
     assert row["kl"] == row["kl_log_ratio_max"] == row["skipped_updates"] == 0 <= row["sampler_gap"] < 0.01, figures
     return figures

@@ -75,8 +75,8 @@ def watch(steps):
     record_step, ends, notes = main.record_step, [], []
     torch.set_num_threads(1)  # so small a model gains nothing by more
 
-    def watched(state, learnt):
-        row = record_step(state, learnt)
+    def watched(state, *learnt):
+        row = record_step(state, *learnt)
         ends.append((time.perf_counter(), time.process_time(), yardstick()))
         if state.step % (steps // 5) == 0:
             notes.append(held(state.run))

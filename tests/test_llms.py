@@ -73,6 +73,7 @@ class Words:
     """A tokenizer for Scripted: a token is written as its number."""
 
     eos_token_id = None
+    chat_template = None
 
     def decode(self, ids, skip_special_tokens):
         return " ".join(map(str, ids))
@@ -783,7 +784,7 @@ def test_steps_after_the_end_of_an_output_change_nothing(checkpoint):  # as on a
 def test_the_copy_that_samples_is_renewed_in_place_and_keeps_its_adapters(checkpoint, monkeypatch):
     model, _ = llms.load(checkpoint("qwen2"))
     llms.add_lora(model, 2, 4.0)
-    monkeypatch.setitem(llms.SHARDED, model, llms.Sharded(None, model))  # now a copy is sampled from, as on a GPU
+    monkeypatch.setitem(llms.SHARDED, model, None)  # now a copy is sampled from, as on a GPU
     monkeypatch.setattr(llms, "has_bf16", lambda device: True)
     size, ends = llms.Size(4, 4, 20, 8), [11]
     with torch.no_grad():
@@ -1077,7 +1078,8 @@ def test_the_copy_that_is_sampled_from_follows_the_model_is_used_again_and_can_b
     model, tokenizer = llms.load(checkpoint("qwen2"))
     expected = [draw(model, tokenizer, n=n, seed=n).texts for n in (4, 2, 8)]
     on_meta, _ = llms.load(checkpoint("qwen2"))
-    monkeypatch.setitem(llms.SHARDED, model, llms.Sharded(None, on_meta))  # now a copy is sampled from, as on a GPU
+    monkeypatch.setitem(llms.SHARDED, model, None)  # now a copy is sampled from, as on a GPU
+    monkeypatch.setitem(llms.SKELETONS, model, on_meta)
     used = []
     for n, texts in zip((4, 2, 8), expected):  # fewer rows are no reason for another copy, more rows are
         assert draw(model, tokenizer, n=n, seed=n).texts == texts

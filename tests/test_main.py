@@ -626,16 +626,16 @@ def test_what_is_recorded_of_an_update_by_hand(setup):
 def test_the_distance_to_the_reference_has_no_sign():
     one = torch.ones(1, 1)
     for logp_ref in (0.5, -0.5):
-        _, maxima = main.diagnostics(0 * one, 0 * one, logp_ref * one, None, one, one.bool())
-        assert maxima["kl_log_ratio_max"].item() == 0.5
+        measured = main.diagnostics(0 * one, 0 * one, logp_ref * one, None, one, one.bool())
+        assert measured["kl_log_ratio_max"].item() == 0.5
 
 
 @pytest.mark.parametrize("estimator", main.KLS)
 def test_the_kl_that_is_recorded_is_k3_whichever_is_in_the_loss(constants, estimator):
     constants(KL=estimator)
     one = torch.ones(1, 1)
-    means, _ = main.diagnostics(0 * one, 0.2 * one, 0.5 * one, None, one, one.bool())
-    assert means["kl"].item() == pytest.approx(0.1487212707)  # e^½ - ½ - 1
+    measured = main.diagnostics(0 * one, 0.2 * one, 0.5 * one, None, one, one.bool())
+    assert measured["kl"].item() == pytest.approx(0.1487212707)  # e^½ - ½ - 1
 
 
 def test_the_second_update_of_a_rollout_has_ratios_to_the_policy_that_sampled_it(setup, monkeypatch):
@@ -643,7 +643,7 @@ def test_the_second_update_of_a_rollout_has_ratios_to_the_policy_that_sampled_it
     real, seen = main.update, []
     monkeypatch.setattr(main, "update", lambda *inputs: seen.append(real(*inputs)) or seen[-1])
     (row,) = train(state, PROBLEMS)
-    first, second = (update.maxima["ratio_max"] for update in seen)
+    first, second = (update["ratio_max"] for update in seen)
     assert first < 1.00001 and second > 1.0001 and row["ratio_max"] == second
 
 
@@ -653,7 +653,7 @@ def test_all_policies_are_read_at_the_temperature_that_sampled(setup, monkeypatc
     real, seen = main.update, []
     monkeypatch.setattr(main, "update", lambda *inputs: seen.append(real(*inputs)) or seen[-1])
     train(state, PROBLEMS)
-    first = seen[0].maxima  # nothing has moved: π_θ, π_θold, π_ref and the policy that sampled are the same
+    first = seen[0]  # nothing has moved: π_θ, π_θold, π_ref and the policy that sampled are the same
     assert first["ratio_max"] < 1.0001 and first["kl_log_ratio_max"] < 1e-4 and first["sampler_gap_max"] < 1e-4
 
 
@@ -1309,7 +1309,7 @@ def test_all_ranks_decide_alike_whether_answers_are_voted_on(setup, monkeypatch)
 
 
 def test_the_weights_of_the_rewards_are_the_constants(constants):
-    text, problem = "<answer>72</answer>", {"question": "?", "answer": "72"}
+    text, problem = "<answer>72</answer>", {"question": "?", "answer": "72", "kind": "math"}
     assert rewards_of([text] * 2, problem)[0] == [2.75, 2.75]  # 2 + 0.5 + 0.5 · 2/4
     constants(REWARDS=main.REWARDS | {"correctness": 0.0, "tag_count": 4.0})
     assert rewards_of([text], problem)[0] == [2.5]

@@ -74,7 +74,7 @@ def step(state):
     """A step of Algorithm 1: its metrics."""
     learnt = main.grpo_step(state)
     state.step += 1
-    return main.record_step(state, learnt)
+    return main.record_step(state, *learnt)
 
 
 def gradient(checkpoint, questions, **settings):
@@ -85,8 +85,8 @@ def gradient(checkpoint, questions, **settings):
     advantages = torch.tensor(llms.share(questions), dtype=torch.float64).flatten()  # [N]
     old = rollout.logp.double() + 0.3 * (rollout.ids[:, -rollout.mask.shape[1] :] % 5 - 2) * rollout.mask  # [N, T]
     ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE) + 0.1 if state.reference else None
-    targets = main.Targets(torch.zeros_like(old), old) if state.critic else None
-    means, maxima = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets)
+    targets = (torch.zeros_like(old), old) if state.critic else None
+    measured = main.backward(state, rollout, advantages, old, ref, main.grpo_loss, targets)
     networks = {"policy": state.policy, "critic": state.critic} if state.critic else {"policy": state.policy}
     gradients = {
         f"{network}.{name}": llms.full_tensor(weight.grad).clone()
@@ -94,7 +94,7 @@ def gradient(checkpoint, questions, **settings):
         for name, weight in module.named_parameters()
         if weight.grad is not None
     }
-    return gradients | {f"measured.{name}": torch.tensor(value).double() for name, value in (means | maxima).items()}
+    return gradients | {f"measured.{name}": torch.tensor(value).double() for name, value in measured.items()}
 
 
 def in_bf16(checkpoint):
@@ -118,8 +118,11 @@ def dpo(checkpoint):
     right = llms.share([[0.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
     right = torch.tensor(right)
     batch = main.Batch([], rollout, {"correctness": right}, right)
-    coefficients, _, metrics = main.preference(state, batch, None, None)
-    return {"coefficients": torch.tensor(llms.gather(coefficients.tolist())), "loss": torch.tensor(metrics["dpo/loss"])}
+    coefficients = main.preference(state, batch, None, None)
+    return {
+        "coefficients": torch.tensor(llms.gather(coefficients.tolist())),
+        "loss": torch.tensor(batch.metrics["dpo/loss"]),
+    }
 
 
 def ten_steps(checkpoint, folder):

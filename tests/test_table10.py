@@ -74,10 +74,10 @@ class Step:
         self.monkeypatch.setattr(rldatasets, "written_out", lambda problem: "worked")
         self.monkeypatch.setattr(main, "score", lambda *inputs: {"correctness": self.rewards})
         if algorithm == "grpo":
-            learnt = main.grpo_step(self.state)
+            batch, _, _ = main.grpo_step(self.state)
         else:
-            learnt = main.other_step(self.state, main.TABLE_10[algorithm])
-        self.metrics.append(learnt.metrics)
+            batch, _, _ = main.other_step(self.state, main.TABLE_10[algorithm])
+        self.metrics.append(batch.metrics)
         return seen["W"]
 
 
@@ -166,8 +166,9 @@ def test_any_split_into_micro_batches_gives_the_critic_and_the_policy_the_same_g
         llms.limit_memory(budget, 100)
         seen = {}
         state.optimizer.step = lambda seen=seen: seen.update(V=state.critic.value_head.weight.grad.clone())
-        A, targets, _ = main.ppo_advantages(state, toy.batch(), None, logp_ref)
-        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
+        batch = toy.batch()
+        A = main.ppo_advantages(state, batch, None, logp_ref)
+        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, batch.targets)
         results.append((seen["V"], measured["value_loss"], measured["loss"]))
         state.critic.value_head.weight.grad = None  # the optimizer of this test does not know the critic
     for V, value_loss, loss in results:
@@ -183,7 +184,7 @@ def test_the_critic_learns_from_outputs_without_advantage_too(toy, constants):
     state.critic.value_head.double()
     state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
     values, returns = torch.zeros(toy.rollout.mask.shape), torch.ones(toy.rollout.mask.shape)
-    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, main.Targets(values, returns))
+    main.update(state, toy.rollout, torch.zeros(4), None, None, main.ppo_loss, (values, returns))
     assert state.critic.value_head.bias.item() > 0  # from V = 0 up to the returns, 1
 
 
@@ -194,7 +195,7 @@ def with_critic(toy):
     state.critic.value_head.double()
     state.optimizer = torch.optim.SGD([*state.policy.parameters(), *state.critic.parameters()], lr=1.0)
     shape = toy.rollout.mask.shape
-    return state, main.Targets(torch.zeros(shape), torch.ones(shape))
+    return state, (torch.zeros(shape), torch.ones(shape))
 
 
 def test_the_gradient_of_the_critic_is_clipped_by_itself_and_that_of_the_policy_is_recorded(toy, constants):
@@ -209,8 +210,8 @@ def test_the_gradient_of_the_critic_is_clipped_by_itself_and_that_of_the_policy_
 
         state.optimizer.step = step
         A = tensor([2.0, -2.0, -2.0, 2.0])
-        means = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
-        assert means["grad_norm"] == pytest.approx(seen["policy", 1e9])  # as it was before the clipping
+        measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
+        assert measured["grad_norm"] == pytest.approx(seen["policy", 1e9])  # as it was before the clipping
     assert 0.02 < seen["policy", 1e9] and 0.02 < seen["critic", 1e9] != pytest.approx(seen["policy", 1e9])
     assert seen["policy", 0.01] == pytest.approx(0.01, rel=1e-3) == seen["critic", 0.01]
 
@@ -221,8 +222,8 @@ def test_a_gradient_of_the_critic_that_is_not_finite_leaves_out_the_update(toy, 
     state.critic.value_head.weight.register_hook(lambda gradient: gradient * float("nan"))
     before = [weight.clone() for network in (state.policy, state.critic) for weight in network.parameters()]
     A = tensor([1.0, -1.0, -1.0, 1.0])
-    means = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets).means
-    assert means["skipped_updates"] == 1 and means["grad_norm"] > 0
+    measured = main.update(state, toy.rollout, A, None, None, main.ppo_loss, targets)
+    assert measured["skipped_updates"] == 1 and measured["grad_norm"] > 0
     after = [weight for network in (state.policy, state.critic) for weight in network.parameters()]
     assert all(map(torch.equal, before, after))
 
@@ -236,20 +237,20 @@ def test_dpo_without_a_right_and_a_wrong_output_learns_nothing(toy):
 def test_an_output_that_is_masked_is_in_no_pair_of_dpo(toy, constants):
     constants(MASK_TRUNCATED=True)  # right: 0 and 3, wrong: 1 and 2
     toy.rollout = toy.rollout._replace(truncated=tensor([False, True, False, False]))
-    GC, _, _ = main.preference(toy.state, toy.batch(), None, None)
+    GC = main.preference(toy.state, toy.batch(), None, None)
     assert GC[0] > 0 and GC[2] == -GC[0] and not GC[[1, 3]].any()
 
 
 def test_dpo_pairs_outputs_of_the_same_question_only(toy):
     toy.rewards = tensor([[1.0, 1.0], [0.0, 1.0]])  # two questions: rows 0, 1 and rows 2, 3
-    GC, _, _ = main.preference(toy.state, toy.batch(), None, None)
+    GC = main.preference(toy.state, toy.batch(), None, None)
     assert GC[:2].tolist() == [0.0, 0.0] and GC[3] > 0 and GC[2] == -GC[3]
 
 
 def test_right_is_the_right_answer_whatever_else_is_rewarded(toy):
     batch = toy.batch()  # right: 0 and 3
     batch.rewards = tensor([[2.5, 0.5, 0.5, 3.0]])
-    assert main.is_right(toy.state, batch, None, None).GC.tolist() == RIGHT
+    assert main.is_right(toy.state, batch, None, None).tolist() == RIGHT
     assert [rows.tolist() for rows in main.right_and_wrong(batch)] == [[0, 3], [1, 2]]
 
 
@@ -262,7 +263,9 @@ def test_a_pair_of_dpo_by_hand(toy, monkeypatch):
     toy.rewards = tensor([[1.0, 0.0]])
     logp = {toy.state.policy: tensor([[0.4, 0.0], [-0.2, 0.0]]), toy.state.reference: torch.zeros(2, 2)}
     monkeypatch.setattr(llms, "log_probs", lambda model, rollout, temperature: logp[model])
-    GC, _, extra = main.preference(toy.state, toy.batch(), None, None)
+    batch = toy.batch()
+    GC = main.preference(toy.state, batch, None, None)
+    extra = batch.metrics
     assert extra["dpo/margin"] == pytest.approx(0.2) and extra["dpo/loss"] == pytest.approx(0.598139, abs=1e-6)
     # β σ(-0.2) = 0.5 · 0.450166, times N/P = 2
     assert GC.tolist() == pytest.approx([0.450166, -0.450166], abs=1e-6)
@@ -272,7 +275,7 @@ def test_dpo_has_a_beta_of_its_own(toy, constants):
     coefficients = []
     for beta, beta_dpo in ((0.5, 0.5), (9.0, 0.5), (0.5, 0.25)):
         constants(BETA=beta, BETA_DPO=beta_dpo)
-        coefficients.append(main.preference(toy.state, toy.batch(), None, None).GC)
+        coefficients.append(main.preference(toy.state, toy.batch(), None, None))
     assert torch.equal(coefficients[0], coefficients[1]) and (coefficients[0] - coefficients[2]).abs().max() > 0.01
 
 
@@ -296,7 +299,9 @@ def test_with_no_values_and_one_reward_at_the_end_ppos_advantage_is_the_reward(t
     toy.state.critic = llms.Critic(toy.state.policy)
     toy.state.critic.value_head.double()
     toy.rewards = tensor([[3.0, -1.0, 0.5, 2.0]])
-    A, (values, returns), _ = main.ppo_advantages(toy.state, toy.batch(), None, None)
+    batch = toy.batch()
+    A = main.ppo_advantages(toy.state, batch, None, None)
+    values, returns = batch.targets
     assert_close(A, (toy.rewards.view(4, 1) * toy.rollout.mask).to(A))
     assert not values.any() and torch.equal(returns, A)
 
@@ -306,7 +311,9 @@ def test_the_critic_learns_the_reward_and_the_advantage_is_what_it_did_not_expec
     toy.state.critic = llms.Critic(toy.state.policy)
     toy.state.critic.value_head.double()
     nn.init.constant_(toy.state.critic.value_head.bias, 0.25)  # V of every token
-    A, (values, returns), _ = main.ppo_advantages(toy.state, toy.batch(), None, None)
+    batch = toy.batch()
+    A = main.ppo_advantages(toy.state, batch, None, None)
+    values, returns = batch.targets
     mask, rewards = toy.rollout.mask, tensor(RIGHT)[:, None]
     assert_close(values, (0.25 * mask).to(A))
     assert_close(returns, (rewards * mask).to(A))
@@ -321,7 +328,7 @@ def test_the_kl_in_ppos_rewards_is_that_of_the_old_policy_where_it_is_known(toy,
     mask, recorded = toy.rollout.mask, toy.rollout.logp
     to_come = mask.flip(1).cumsum(1).flip(1) * mask  # the tokens from t on
     for logp_old, kl in ((None, 1.0), (recorded + 1.0 * mask, 2.0)):
-        A, _, _ = main.ppo_advantages(toy.state, toy.batch(), logp_old, recorded - 1.0 * mask)
+        A = main.ppo_advantages(toy.state, toy.batch(), logp_old, recorded - 1.0 * mask)
         assert_close(A, (-0.5 * kl * to_come).to(A))
 
 
@@ -474,7 +481,7 @@ def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, monke
         llms.start_clock()
         learnt = main.grpo_step(then)
         then.step += 1
-        again = main.record_step(then, learnt)
+        again = main.record_step(then, *learnt)
         assert {key: again[key] for key in ("reward", "loss", "kl", "grad_norm")} == {
             key: row[key] for key in ("reward", "loss", "kl", "grad_norm")
         }

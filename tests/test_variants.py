@@ -429,8 +429,8 @@ def test_tis_limits_high_weights_only(constants, method):
 def test_an_infinite_weight_is_recorded_as_such_and_not_as_0(setup):
     state, rollout = setup(CORRECTION="sequence_tis", BETA=0.0)
     older = rollout._replace(logp=torch.where(rollout.mask, rollout.logp - 50.0, 0.0))  # 50 nats a token: e^100 for two
-    _, maxima = main.backward(state, older, torch.ones(12), None, None, main.grpo_loss, None)
-    assert maxima["correction_max"] == INF
+    measured = main.backward(state, older, torch.ones(12), None, None, main.grpo_loss, None)
+    assert measured["correction_max"] == INF
 
 
 def test_a_weight_beyond_the_numbers_of_fp32_is_limited_or_left_out(constants):
@@ -568,7 +568,7 @@ def test_refill_keeps_the_groups_with_right_and_wrong_outputs_and_counts_all(set
     assert [record["length"] for record in batch.dropped] == [4, 4, 7, 7]  # 37 in all
     assert batch.metrics == {"refill/draws": 2, "refill/mixed": 0.75}
     state.step = 1
-    row = main.record_step(state, main.Learnt(batch, torch.ones(4), []))
+    row = main.record_step(state, batch, torch.ones(4), [])
     assert (row["accuracy"], row["length"], row["zero_std_groups"]) == (0.375, 37 / 8, 0.25)
     assert row["zero_advantage"] == 0.5 and row["skipped_updates"] == 0
 
@@ -685,8 +685,9 @@ def test_distillation_has_the_gradient_of_k2_to_the_teacher(setup):
         for weight in state.reference.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     state.teacher, N = state.reference, len(rollout.texts)
-    GC, _, metrics = main.from_teacher(state, batch_with(rollout), None, None)
-    assert metrics["distill/kl"] > 1e-4
+    batch = batch_with(rollout)
+    GC = main.from_teacher(state, batch, None, None)
+    assert batch.metrics["distill/kl"] > 1e-4
     gradients = []
     for A, ref, loss in (
         (GC, None, main.ppo_loss),
@@ -781,8 +782,8 @@ def test_clip_shares_of_cispo_count_both_signs(constants):
     one = torch.ones(1, 1)
     for objective, expected in (("grpo", (0, 0)), ("cispo", (1, 1))):
         constants(OBJECTIVE=objective)
-        low = main.diagnostics(one * math.log(0.5), 0 * one, None, None, one, one.bool())[0]["clip_low"]
-        high = main.diagnostics(one * math.log(1.5), 0 * one, None, None, -one, one.bool())[0]["clip_high"]
+        low = main.diagnostics(one * math.log(0.5), 0 * one, None, None, one, one.bool())["clip_low"]
+        high = main.diagnostics(one * math.log(1.5), 0 * one, None, None, -one, one.bool())["clip_high"]
         assert (low, high) == expected
 
 
@@ -790,9 +791,9 @@ def test_clip_shares_of_gspo_are_of_whole_outputs(constants):
     constants(OBJECTIVE="gspo")
     mask = torch.ones(2, 2).bool()
     logp = torch.log(tensor([[1.5, 1 / 1.5], [1.5, 1.5]]))  # the ratios of the outputs are 1 and 1.5
-    means, maxima = main.diagnostics(logp, 0 * logp, None, None, torch.ones(2, 1), mask)
-    assert (means["clip_high"] * mask).tolist() == [[False, False], [True, True]]
-    assert (maxima["ratio_max"] * mask).max().item() == pytest.approx(1.5)
+    measured = main.diagnostics(logp, 0 * logp, None, None, torch.ones(2, 1), mask)
+    assert (measured["clip_high"] * mask).tolist() == [[False, False], [True, True]]
+    assert (measured["ratio_max"] * mask).max().item() == pytest.approx(1.5)
 
 
 def test_what_is_recorded_of_importance_weights(constants):
@@ -800,9 +801,9 @@ def test_what_is_recorded_of_importance_weights(constants):
     old, sampled = double([[1.0, 0.0], [-1.0, 0.0]]), torch.zeros(2, 2).double()
     for k, name in ((0, "sampler_gap"), (1, "staleness_gap")):
         constants(CORRECTION="sequence_tis", CORRECTION_MAX=2.0, STALENESS=k)
-        means, maxima = main.diagnostics(old, old, None, sampled, torch.ones(2, 1), mask)
-        mean = {key: (x * mask).sum().item() / 3 for key, x in means.items()}  # as `backward` adds them up
-        largest = {key: (x * mask).max().item() for key, x in maxima.items()}
+        measured = main.diagnostics(old, old, None, sampled, torch.ones(2, 1), mask)
+        mean = {key: (x * mask).sum().item() / 3 for key, x in measured.items()}  # as `backward` adds them up
+        largest = {key: (x * mask).max().item() for key, x in measured.items()}
         assert mean["correction_limited"] == pytest.approx(2 / 3)
         assert largest["correction_max"] == pytest.approx(math.e)
         assert mean["correction"] == pytest.approx((2 * math.e + 1 / math.e) / 3)
@@ -812,9 +813,9 @@ def test_what_is_recorded_of_importance_weights(constants):
 def test_a_recorded_weight_is_that_of_the_old_policy_in_the_second_update_too(constants):
     constants(CORRECTION="tis", CORRECTION_MAX=2.0)
     one = torch.ones(1, 1)
-    means, maxima = main.diagnostics(one * 0.5, one * 0.1, None, 0 * one, one, one.bool())
-    assert means["correction"].item() == pytest.approx(math.exp(0.1)) == maxima["correction_max"].item()
-    assert not means["correction_limited"].any() and means["sampler_gap"].item() == pytest.approx(0.1)
+    measured = main.diagnostics(one * 0.5, one * 0.1, None, 0 * one, one, one.bool())
+    assert measured["correction"].item() == pytest.approx(math.exp(0.1)) == measured["correction_max"].item()
+    assert not measured["correction_limited"].any() and measured["sampler_gap"].item() == pytest.approx(0.1)
 
 
 def test_the_loss_has_the_dtype_of_the_log_probabilities(constants):
@@ -854,7 +855,9 @@ def test_what_is_recorded_of_the_distance_to_the_teacher(setup):
     for _ in range(2):  # one way and the other, so that once the largest is negative
         distance = llms.log_probs(state.teacher, rollout, 1.0) - llms.log_probs(state.policy, rollout, 1.0)
         distance = distance[rollout.mask]
-        extra = main.from_teacher(state, batch_with(rollout), None, None).metrics
+        batch = batch_with(rollout)
+        main.from_teacher(state, batch, None, None)
+        extra = batch.metrics
         assert extra["distill/kl"] == pytest.approx(-distance.mean().item(), rel=1e-4)
         assert extra["distill/max"] == pytest.approx(distance.abs().max().item(), rel=1e-4)
         state.policy, state.teacher = state.teacher, state.policy
