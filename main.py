@@ -571,7 +571,9 @@ def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targ
 
 def in_loss(rollout):
     """Which outputs count in the loss: [N]. All, or with MASK_TRUNCATED those that were not cut."""
-    return ~(rollout.truncated & MASK_TRUNCATED)
+    if MASK_TRUNCATED:
+        return ~rollout.truncated
+    return torch.ones_like(rollout.truncated)
 
 
 def part(x, rows, T):
