@@ -3,14 +3,15 @@ r"""The rules: what a completion answers, whether that is right, its rewards, an
 Completions and problems are plain text and dicts; no model is known here. What to call, in the order of the sections:
     extract_answer(completion)         its answer, or None
     math_equal(prediction, gold)       do two answers mean the same?
-    right(answer, problem)             is an answer right? Table CHECKERS, by kind of problem
+    right(answer, problem)             is an answer right? Tables READINGS and CHECKERS, by kind of problem
     step_rewards(completion, problem)  a reward for each reasoning step
     rewards(completion, problem)       {name: number}, table REWARDS; `score` does this for many completions
     compare(groups, problems)          rewards that compare the completions of a problem, table GROUP_REWARDS
     step_metrics, eval_metrics         what a row of metrics.jsonl says about outputs
 
 To add a reward, write a function under `@reward` or `@group_reward`, and give it a weight in main.py.
-To add a puzzle, write a maker in rldatasets.py and a checker here, and add an entry to the table beside each.
+To add a puzzle, write a maker in rldatasets.py, and here what an answer says (READINGS) or a checker (CHECKERS), and
+add an entry to the table beside each.
 Which answers are equal and which are not: see the tables SAME and DIFFERENT in tests/test_evaluator.py.
 """
 # What the linter warns of is wanted here: programs are run (S102) and may raise anything (BLE001), pipes stay open
@@ -78,8 +79,10 @@ def after_hashes(text):
 
 def after_thinking(completion):
     """The completion without its thoughts: up to </think>, and from a <think> that is never closed on."""
-    cut = r"(?:\A|(?<=</think>))\s*<think>(?!.*</think>).*"
-    return re.sub(rf"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?</think>|{cut}", "", completion)
+    # before the last </think> every <think> is closed, after it none is: so the searches are quick
+    before, end_tag, after = completion.rpartition("</think>")
+    before = re.sub(r"(?s)\A(?:(?!<think>).)*?</think>|<think>.*?</think>", "", before + end_tag)
+    return before + re.sub(r"(?s)\A\s*<think>.*", "", after)
 
 
 def outside_reasoning(completion):
@@ -374,8 +377,9 @@ UNIT_NAMES = "|".join(name for name in (*UNITS, *UNITS.values()) if re.fullmatch
 UNIT = rf"\s?(?:{UNIT_NAMES}|{WORD})(?![A-Za-z])(?:\s?\^\s?\{{?[23]\b\}}?)?"  # cm, feet, cm^2
 # what is counted: a word in the plural, one with another plural, or any word after 1; `18 factorial` counts nothing
 PLURALS = any_of("""
-    people [a-z]*children women feet teeth fish sheep mice geese deer cattle dice money change water candy fruit bread
-    staff luggage furniture homework salmon shrimp trout bison offspring aircraft old each left apiece
+    people [a-z]*children women feet teeth fish sheep mice geese deer cattle dice money change water candy fruit
+    bread profit yen yuan baht won rand staff luggage furniture homework salmon shrimp trout bison offspring
+    aircraft old each left apiece
 """)
 NO_NOUNS = "minus|plus|times(?!\\W*$)|less|halves|\\w*wards"
 NOUN = rf"(?:(?!(?:{NO_NOUNS})\b)[A-Za-z][A-Za-z-]+s|{PLURALS}|(?<=\b1[ ])[a-z]+)\b"
@@ -757,7 +761,8 @@ class Reading(NamedTuple):
 
 def reading(text):
     """A text read as mathematics, or None if it cannot be read."""
-    if len(text) > LONGEST or re.search(r"\d \([^()]*=", text) or contradicts(text):  # the second: 36 (= 12*3)
+    is_repeated = re.search(r"\d \([^()]*=", text)  # 36 (= 12*3)
+    if len(text) > LONGEST or is_repeated or contradicts(text):
         return None
     units = unit_names(" ".join(TRAILING_UNITS.findall(text)))
     tokens = tokenize(TRAILING_UNITS.sub(unless_counted, text))  # 8 cm^2 is 8
@@ -810,9 +815,8 @@ def math_equal(prediction, gold):
     target = exact_number(wanted)
     if target is None or exact_number(predicted) is not None:
         return False
-    if predicted and not re.search(
-        r"[A-Za-z]{4}|\b(?:is|are|was|has)\b", prediction
-    ):  # it is a formula, not a sentence
+    is_sentence = re.search(r"[A-Za-z]{4}|\b(?:is|are|was|has)\b", prediction)
+    if predicted and not is_sentence:  # it is a formula
         return False
     words = re.sub(r"(?<=[A-Za-z] )(?:in|am)\b", "", prediction)  # in: inches after a number, not after a word
     return stated(prediction) == target and wanted.units <= unit_names(words)
@@ -942,12 +946,13 @@ CHANGED = re.compile(rf"""(?xi)  # words that change a number, LaTeX and code
 BEFORE = any_of("""
     are were be been have had get got make made take took taken sell sold spend spent pay paid buy bought eat ate
     eaten run ran drive drove leave left leaving lose lost win won find found give gave given drink drank catch
-    caught see saw seen write wrote hold held teach taught send sent bring brought become became draw drew keep kept
-    throw threw lead build built sleep slept grow grew ride rode do go went meet met cost earn receive save use read
-    score weigh pick walk collect gain plant travel carry raise produce play contain jump gather charge watch bake
-    purchase owe want require hit reach put cut add equal making having needing costing worth just then so therefore
-    hence answer total difference altogether all another additional extra still for with at on in about around away
-    off out up down together him her them me you it the their our my your that's profit day week month year hour
+    caught see saw seen write wrote hold held teach taught send sent bring brought become became draw drew keep
+    kept throw threw lead build built sleep slept grow grew ride rode do go went meet met cost earn receive save
+    use read score weigh pick walk collect gain plant travel carry raise produce play contain jump gather charge
+    watch bake purchase owe want require hit reach put cut add equal making having needing costing worth just
+    think then so therefore hence answer total difference altogether all another additional extra still for with
+    at on in about around away off out up down together him her them me you it the their our my your that's profit
+    day week month year hour
 """)
 QUANTITY = any_of("""
     age amount answer area average balance bill change cost distance earnings gain height income length loss mean
@@ -958,9 +963,9 @@ SAME = any_of("equals? comes? came amounts? adds?(?:\\sup)? sums? out")
 LEAD = rf"(?:[a-z']+(?:ed|s|ly)|(?<=\w\s)(?-i:[A-Z][a-z]+)|{BEFORE}|{QUANTITY}\sof|{SAME}\sto)"
 AFTER = any_of(r"""
     in for on per a an to from of at after each total by during worth are were when every and long old tall wide
-    deep high away left altogether remaining overall now today together daily weekly more fewer less farther longer
-    faster cheaper heavier taller older younger that who which with because since so through this last next out over
-    the before until while as all is\sthe
+    deep high away left altogether remaining overall now today together daily weekly more fewer less farther
+    longer faster cheaper heavier taller older younger that who which with because since so through this last next
+    out over the remain before until while as all is\sthe
 """)
 CLAUSE_END = re.compile(r"[;:()?!]|[,.](?=\s|$)|\s-+\s")
 SIDE = r"(?:[\d+\-*/()% ]|[.,](?=\d))*"  # of an equation between numbers
@@ -1359,8 +1364,10 @@ def ask(handle, name, /, *args, **kwargs):
     returned, result = receive()
     if returned:
         return result
-    # anywhere but in `next`, a StopIteration could end a loop of the test early
-    raise RuntimeError if result is StopIteration and name != "next" else result
+    # only a kind, not an object that the program has made; and a StopIteration could end a loop of the test early
+    if isinstance(result, type) and (name == "next" or result is not StopIteration):
+        raise result
+    raise RuntimeError
 
 
 def answer(name, args, kwargs):

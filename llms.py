@@ -280,9 +280,12 @@ def end_of_turn(tokenizer):
         return None
     said = "So it is 42."
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": said}]
-    after = apply_template(tokenizer, messages).rpartition(said)[2]
+    try:
+        _, found, after = apply_template(tokenizer, messages).rpartition(said)
+    except ModelError:  # some templates write prompts only
+        return None
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+    return ids[0] if found and ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def opening(tokenizer, prompt):
@@ -345,7 +348,7 @@ class Rollout(NamedTuple):
     logp: Tensor = None  # [N, T]  log π of each token as sampled (τ = 0: at 1); None if the policy did not sample it
     entropy: Tensor = None  # [N, T]  the entropy of π for each token, in nats
     truncated: Tensor = None  # [N]  True where no end token came within the limit
-    texts: list = None  # [N]  the completions, without their end token
+    texts: list = None  # [N]  the completions, without their end token; with <think> where the prompt ends in it
     group_size: int = 1  # G
 
     def rows(self, index):

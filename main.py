@@ -1432,7 +1432,7 @@ def load_checkpoint(state):
         state.reference = llms.frozen_copy(state.policy)  # to be filled
     llms.load_checkpoint(tensors, state.networks(), state.optimizer, state.generator)
     if "STEPS" in changed and SCHEDULE != "constant" and state.updates:
-        say(report.rate_note(state.run, learning_rate(state.updates)))
+        say(report.rate_note(learning_rate(state.updates)))
 
 
 # ==== The constants as settings =====================================================================================
@@ -1532,8 +1532,8 @@ OF_TYPE = {  # a constant of yours that is not here may have any of these types
     "SAVE_EVERY SHOW_EVERY",
     float: "LORA_ALPHA TEMPERATURE EPSILON_LOW EPSILON_HIGH DELTA BETA CORRECTION_MAX LEARNING_RATE MAX_GRAD_NORM "
     "BETA_DPO GAMMA LAMBDA EVAL_TEMPERATURE",
-    str: "MODEL TEMPLATE_OPTIONS DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR CORRECTION "
-    "REWARD_MODEL JUDGE SCHEDULE TEACHER",
+    str: "MODEL TEMPLATE_OPTIONS DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR "
+    "CORRECTION REWARD_MODEL JUDGE SCHEDULE TEACHER",
     dict: "REWARDS",
 }
 TYPES = {name: kind for kind, names in OF_TYPE.items() for name in names.split()}
@@ -1919,18 +1919,17 @@ def note_lost_rewards(state):
     prompt = prompt_ids(state.tokenizer, problem)
     rollout = llms.rollout_from_texts(state.policy, state.tokenizer, [prompt], [text], MAX_NEW_TOKENS)
     output = rollout.texts[0]
-    earned = evaluator.rewards(output, problem)
-    lost = []
-    for name, value in evaluator.rewards(text, problem).items():
-        if REWARDS.get(name) and earned.get(name, 0) < value:
-            lost.append(name)
-    if lost:
+    by_name, _ = evaluator.score([text, output], [problem, problem], 1, note)
+    lost = [name for name, (worth, earned) in by_name.items() if REWARDS.get(name) and earned < worth]
+    if not lost:
+        return
+    reason = f"it is longer than --max_new_tokens {MAX_NEW_TOKENS}"
+    if not rollout.truncated[0]:
         written = evaluator.after_thinking(output).lstrip()
         same = len(os.path.commonprefix([text, written]))
-        reason = (
-            f"after {text[:same][-20:]!r} its tokens go on with {written[same:][:20]!r}, not with {text[same:][:20]!r}"
-        )
-        say(f"note: out of reach, even for a worked solution: {', '.join(lost)}; {reason}.")
+        before = text[:same][-20:]
+        reason = f"after {before!r} its tokens go on with {written[same:][:20]!r}, not with {text[same:][:20]!r}"
+    say(f"note: out of reach for the first worked solution: {', '.join(lost)}; {reason}.")
 
 
 # ==== A run =========================================================================================================
@@ -2087,17 +2086,17 @@ def run_training(actions):
     training = Training(state, tests, only_try=actions.test)
     with report.only_writer(run) if llms.RANK == 0 else nullcontext():
         begin(state)
-        if state.step == 0 and llms.RANK == 0:
-            note_lost_rewards(state)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, training.ask_to_stop)
         if state.step == 0:
+            if llms.RANK == 0:
+                note_lost_rewards(state)
             training.before_first_step()
         training.bar = tqdm(total=last_step(), initial=state.step, desc=run.name, unit="step", disable=llms.NO_BAR)
         with training.bar, training.writer:
             try:
                 stopped = train(state, training.after_step)
-            except llms.ModelError as error:  # it has diverged
+            except llms.ModelError as error:  # it has diverged, or a judge meets a text that is too long
                 raise RunError(error) from error
         if stopped:
             say(report.stopped_line(run, state.step, llms.WORLD, llms.LOCAL_WORLD))
@@ -2125,6 +2124,8 @@ def run_evaluation(actions):
     """Test one model, or two on the same questions with their paired difference."""
     tests = check_data(training=False)
     names = [actions.evaluate]
+    if report.is_run(actions.evaluate):
+        llms.TODAY = report.first_day(actions.evaluate, llms.TODAY)
     if actions.against:
         names.append(actions.against)
     llms.limit_memory(TOKEN_BUDGET, CACHE_TOKENS)

@@ -582,16 +582,22 @@ def program(question, reference, prelude, setup, tests, names):
     """A program to write: a completion is run after the prelude; the tests after the setup, in another process.
 
     Of the names in the tests, `functions` keeps those that the reference defines: a right completion has them too.
-    What the reference imports, the tests import too: they may use `sys`.
+    Of what the reference imports, the tests import what they use: `sys`, for example.
     """
     body = ast.parse(reference).body
     functions = [node.name for node in body if getattr(node, "name", None) in names]
-    imports = [ast.unparse(node) for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    setup = imports + setup
     if not functions or "assert" not in "".join(tests):
         raise ValueError("it needs tests that assert, and they must call a function of the reference program")
     symbols = symtable.symtable("\n".join(setup + tests), "tests", "exec").get_symbols()
     unknown = {symbol.get_name() for symbol in symbols if not symbol.is_local()}.difference(functions, dir(builtins))
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported = {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            if imported & unknown:
+                setup = [ast.unparse(node), *setup]
+                unknown -= imported
+    if any("import *" in line for line in setup):  # nobody knows what that defines
+        unknown = set()
     if unknown:
         raise ValueError(f"its tests use what nobody defines: {', '.join(sorted(unknown))}")
     return {
@@ -612,7 +618,7 @@ def program(question, reference, prelude, setup, tests, names):
 FORMATS = {
     ("question", "answer"): gsm8k,  # answer: a worked solution, then `#### 72`
     ("query", "response"): metamath,  # response: a worked solution, then `The answer is: 72`
-    ("problem",): mathematics,  # with `answer` (text or whole number), or `solution` with \boxed{72}
+    ("problem",): mathematics,  # with `answer` (text or number), or `solution` with \boxed{72}
     # a function to complete, its body, a test with `def check(candidate)`, its name
     ("prompt", "canonical_solution", "test", "entry_point"): humaneval,
     ("text", "code"): mbpp,  # with `test_list`: ["assert …", …]
@@ -755,7 +761,7 @@ def first_line(error):
 
 
 def readable(stream, unreadable=None):
-    """The problems of a stream, without the rows that cannot be read; their DataErrors are added to a list, if given."""
+    """The problems of a stream, without the rows that cannot be read; their errors are added to a list, if given."""
     for problem in stream:
         if not isinstance(problem, DataError):
             yield problem

@@ -314,11 +314,10 @@ def health_notes(row, settings, on_gpu):
     return notes
 
 
-def rate_note(run, rate):
+def rate_note(rate):
     """What another number of steps does to the learning rate of a run that is resumed."""
-    rates = [row["lr"] for row in read_lines(run / "metrics.jsonl", ("step", "lr")) if "lr" in row]
     return (
-        f"note: the learning rate was {rates[-1]:.2g} and becomes {rate:.2g}, since it falls to 0 at the new last step."
+        f"note: with another --steps the learning rate jumps to {rate:.2g}, since it falls to 0 at the new last step."
     )
 
 

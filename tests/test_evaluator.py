@@ -430,7 +430,7 @@ def test_words_that_are_not_known_to_leave_a_number_as_it_is_make_it_another(sai
         "18 apples", "a total of 18", "18 red apples", "18 in total", "18 apples in all", "She has 18 left", "18 people",
         "He earned 18 dollars last week", "It took them 18 hours to build", "18 more", "Total: 18", "They sold 18 tickets each",
         "Wendy polished 18 glasses", "Tom is currently 18 years old", "18 more than Bob", "18 apples over the summer",
-        "He runs 18 m/s", "18 m/s", "18 hours/month", "18 pages/person", "18 times", "18 T-shirts", "18 deer", "18 is the answer",
+        "He runs 18 m/s", "$18 profit", "18 yen", "I think 18", "18 m/s", "18 hours/month", "18 pages/person", "18 times", "18 T-shirts", "18 deer", "18 is the answer",
         "Therefore, the total cost is $18", "18 years old", "It costs $18 per day", "18 eggs for breakfast", "1/2 * 36 = 18", "18 miles per hour", "18 hours a day",
     ],
 )  # fmt: skip
@@ -678,7 +678,7 @@ def test_random_calculations_are_read_as_python_reads_them():
 
 
 PIECES = (  # noqa: SIM905
-    "( [ { \\frac{ \\sqrt{ ^ 2^ - + 1+ x+ x 9 1, 1,000, | \\{ \\boxed{ \\text{a} <reasoning> </reasoning> <answer> </answer> #### = 1= % ! 5! \\pm "
+    "( [ { \\frac{ \\sqrt{ ^ 2^ - + 1+ x+ x 9 1, 1,000, | \\{ \\boxed{ \\text{a} <think> x<think> </think> <reasoning> </reasoning> <answer> </answer> #### = 1= % ! 5! \\pm "
     "\\begin{pmatrix} & \\\\ ** __ \\sin \\log_ _{ \\left( / 1/ 1\\frac12 . e9 1e9 9**9** 0.\\overline{3} ² ½ × << <<1+1=2>> 1+1=2 wait kill \\ $ \0 one "
     "hundred and or x< \\in 5cm/ ```python \ud800 ١ knight 1e999999 9!"
 ).split(" ")

@@ -625,11 +625,18 @@ def test_what_the_template_writes_after_a_turn_ends_an_output_and_a_written_one_
     assert written.texts == ["42"] and not written.truncated.any()
 
 
-def test_a_template_that_breaks_on_an_answer_names_no_end(checkpoint):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 1 / 0 }}{% endif %}{% endfor %}",
+        "<|im_start|>{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}<|im_end|>{{ m.content | upper }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_write_what_the_assistant_says_names_no_end(checkpoint, template):
     _, tokenizer = llms.load(checkpoint("qwen2"))
-    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ 1 / 0 }}{% endif %}{% endfor %}"
-    with pytest.raises(llms.ModelError, match="the chat template of .* fails"):
-        llms.end_of_turn(tokenizer)
+    tokenizer.chat_template = template
+    assert llms.end_of_turn(tokenizer) is None
 
 
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM, REFUSES, LLAMA_2, THINKS])

@@ -1475,14 +1475,25 @@ def test_a_reward_that_the_tokens_put_out_of_reach_is_named_with_the_reason(setu
     main.note_lost_rewards(state)
     said = capsys.readouterr().out
     lost = "correctness, integer, strict_format, soft_format, tag_count"
-    assert said.startswith(f"note: out of reach, even for a worked solution: {lost}; after ") and said.count("\n") == 1
+    assert (
+        said.startswith(f"note: out of reach for the first worked solution: {lost}; after ") and said.count("\n") == 1
+    )
     assert "its tokens go on with '\\n" in said and "not with '<answer>" in said
 
 
 def test_a_limit_that_cuts_every_worked_solution_is_noticed_too(setup, capsys):
     state, _ = setup(MAX_NEW_TOKENS=20)
     main.note_lost_rewards(state)
-    assert "out of reach" in capsys.readouterr().out
+    assert "tag_count; it is longer than --max_new_tokens 20." in capsys.readouterr().out
+
+
+def test_a_reward_that_raises_does_not_end_the_look_at_what_is_out_of_reach(setup, monkeypatch):
+    def broken(completion, problem):
+        raise KeyError("cost")
+
+    monkeypatch.setattr(evaluator, "REWARDS", {"broken": broken})
+    state, _ = setup()
+    main.note_lost_rewards(state)
 
 
 def test_options_of_the_template_are_pairs():

@@ -791,10 +791,10 @@ def test_a_run_that_is_lengthened_says_what_becomes_of_a_falling_learning_rate(f
     _, flags, _ = finished
     falling = [*flags, "--steps", "2", "--warmup", "0", "--schedule", "linear", "--run", "falling"]
     assert inside(*falling)[0] == 0
-    assert "learning rate was" not in inside("--resume", "runs/falling")[1]
+    assert "learning rate jumps" not in inside("--resume", "runs/falling")[1]
     code, out, err = inside("--resume", "runs/falling", "--steps", "8")
     assert code == 0, err
-    note = "note: the learning rate was 0.0005 and becomes 0.00075, since it falls to 0 at the new last step.\n"
+    note = "note: with another --steps the learning rate jumps to 0.00075, since it falls to 0 at the new last step.\n"
     assert out.count(note) == 1
     rates = [row["lr"] for row in lines(Path("runs/falling/metrics.jsonl")) if "lr" in row]
     assert rates[1:3] == pytest.approx([0.0005, 0.00075])

@@ -1221,6 +1221,20 @@ def test_a_lie_passes_no_test(case):
     assert evaluator.run_tests(f"{lies}\n{code}", problem(test, "assert f")) == (0.5, True)
 
 
+@pytest.mark.parametrize(
+    "test", ["assert all(map(lambda x: f(x) == 9, [1, 2]))", "for x in map(f, [1, 2]):\n    assert x == 9"]
+)
+def test_an_exception_that_the_program_has_made_ends_no_loop_of_a_test(test):
+    code = """
+import __main__ as m
+def f(x):
+    handle = m.ask("x", "StopIteration")
+    m.send([False, handle])
+    m.receive()
+"""
+    assert evaluator.run_tests(code, problem(test))[0] == 0
+
+
 def test_a_mutated_argument_is_only_the_programs_own_copy():
     code = "def f(xs):\n    xs.clear()\n    return xs"
     assert passes(code, "xs = [2, 1]", "assert f(xs) == sorted(xs)", "assert len(xs) == 0") == 0
