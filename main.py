@@ -1371,9 +1371,9 @@ def output_metrics(state, batch, records):
         kept = {name: metrics[name] for name in ("length", "length_max", "truncated")}
         return {"stage": "cold start"} | kept
     if state.step == COLD_START + 1:
-        note = report.silence(records, evaluator.TAGS)
-        if note:
-            say(note)
+        advice = report.silence(records, evaluator.TAGS)
+        if advice:
+            say(advice)
     return metrics
 
 
