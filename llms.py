@@ -754,41 +754,53 @@ def check_finite(logits):
 # ---- memory, micro-batches, time -----------------------------------------------------------------------------------
 
 # How many tokens are computed at once: in a micro-batch, padding included; in the KV cache. See `limit_memory`.
-LIMITS = {"token_budget": 10**9, "cache_tokens": 10**9}
+# copies_kept: 1 while `sample` keeps its copies of models, caches and graphs for the next time; 0 once memory ran out.
+LIMITS = {"token_budget": 10**9, "cache_tokens": 10**9, "copies_kept": 1}
 LEAST_LIMIT = 1024  # they are not halved below it
 
 
 def limit_memory(token_budget, cache_tokens):
     """Set how many tokens are computed at once."""
-    LIMITS.update(token_budget=token_budget, cache_tokens=cache_tokens)
+    LIMITS.update(token_budget=token_budget, cache_tokens=cache_tokens, copies_kept=1)
 
 
 def retry_with_less_memory(name):
     """Decorator of a function that computes LIMITS[name] tokens at once.
 
-    If the GPU's memory is too small, the limit is halved and the function is called again. With several ranks, or at
-    the least limit, OutOfMemoryError says what may help.
+    If the GPU's memory is too small, the function is called again: first without the copies that `sample` keeps, then
+    with half of the limit. With several ranks, or at the least limit, the error stays.
     """
 
     def decorator(function):
         @functools.wraps(function)
         def run(*inputs, **named):
             while True:
+                if not LIMITS["copies_kept"]:
+                    free_copies()
                 limit = LIMITS[name]
                 try:
                     return function(*inputs, **named)
-                except torch.OutOfMemoryError as error:
-                    if WORLD > 1 or limit <= LEAST_LIMIT:
-                        advice = "a smaller one, --lora_rank 32 or --gradient_checkpointing may help"
-                        raise torch.OutOfMemoryError(f"out of memory with --{name} {limit}: {advice}") from error
+                except torch.OutOfMemoryError:
+                    if WORLD > 1 or (limit <= LEAST_LIMIT and not LIMITS["copies_kept"]):
+                        raise
                 # here the error is gone, and the tensors that it held
-                LIMITS[name] = max(limit // 2, LEAST_LIMIT)
-                free_copies()
-                tqdm.write(f"note: out of memory with --{name} {limit}; trying again with {LIMITS[name]}.")
+                change = "and keeping nothing from one sampling to the next"
+                if LIMITS["copies_kept"]:
+                    LIMITS["copies_kept"] = 0
+                else:
+                    LIMITS[name] = max(limit // 2, LEAST_LIMIT)
+                    change = f"with {LIMITS[name]}"
+                tqdm.write(f"note: out of memory with --{name} {limit}; trying again {change}.")
 
         return run
 
     return decorator
+
+
+def out_of_memory():
+    """What to say where memory has run out for good, in one line."""
+    limits = f"--token_budget {LIMITS['token_budget']} and --cache_tokens {LIMITS['cache_tokens']}"
+    return f"out of memory with {limits}: a smaller model, --lora_rank 32 or --gradient_checkpointing may help"
 
 
 def split_rows(rollout, rows):
@@ -931,6 +943,8 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     def sample_outputs():
         # the same size on all ranks: it decides whether sharded weights are copied, which all must do together
         columns = most_tokens if model.device.type == "cpu" else round_up(most_tokens, COLUMN_BLOCK)
+        if model in DECODING:  # sizes only grow
+            columns = max(columns, DECODING[model].size.columns)
         prompts_at_once = max(1, LIMITS["cache_tokens"] // (columns * group_size))
         at_once = min(prompts_at_once, max(counts)) * group_size
         slots = max(2, at_once)  # 2: see `decode_gpu`
@@ -1046,6 +1060,11 @@ class Size(NamedTuple):
     columns: int  # of the cache: tokens in a slot
     max_new_tokens: int  # of an output
 
+    def grown(self, old):
+        """This size, or the old one where it is larger; the cache, slots × columns, is never larger than each was."""
+        slots = max(self.slots, old.slots) if self.columns == old.columns else self.slots
+        return self._replace(outputs=max(self.outputs, old.outputs), slots=slots)
+
 
 class DecodingBatch:
     """N outputs: a row for each in the tables, and a slot of the KV cache for each of those that are sampled now.
@@ -1120,7 +1139,8 @@ class DecodingBatch:
         """Read each prompt once, copy its keys and values to the slots of its outputs, sample their first tokens."""
         # an output of one token: nothing of it is read, the prompt's last token predicts it
         packed = PackedBatch([(prompt, [[0]]) for prompt in prompts], self.model.device, keep_kv=True)
-        hidden = packed.read(self.model.base_model)[packed.predictors]  # [Q, D]
+        with autocast(self.model):
+            hidden = packed.read(self.model.base_model)[packed.predictors]  # [Q, D]
         logits = head_logits(hidden, *head_weights(self.model))  # [Q, V]
         self.cache.write_prompts(packed, self.active, group_size)
         n = len(prompts) * group_size
@@ -1152,7 +1172,8 @@ class DecodingBatch:
         position = self.position[outputs]  # [n]
         token = self.tokens[outputs, self.length[outputs] - 1]  # [n]
         self.cache.begin_step(position, width)
-        hidden = run_trunk(self.model.base_model, self.cache, token[:, None], position[:, None])
+        with autocast(self.model):
+            hidden = run_trunk(self.model.base_model, self.cache, token[:, None], position[:, None])
         logits = head_logits(hidden[:, -1], *head_weights(self.model))  # [n, V]
         self.append_tokens(outputs, logits)
 
@@ -1232,16 +1253,15 @@ def frozen_copy(model):
     """A copy that no gradient and no update reaches: the reference.
 
     With LoRA it has the adapter as it is now. It uses the frozen weights of the policy itself, unless they are sharded.
-    Without LoRA its linear layers are in bf16 on a GPU, which computes in bf16 anyway.
+    Without LoRA its linear layers are in bf16 where the policy computes in bf16 anyway.
     """
     gc.collect()  # free the old reference: FSDP keeps it alive through a reference cycle
     if model in SHARDED:
         reference = copy_with(model, torch.Tensor.cpu)
     else:
         reference = copy_with(model)
-    if has_bf16(model.device) and not lora_layers(reference):
-        for layer in linear_layers(reference).values():  # rounded once, here, and not at every use
-            layer.to(torch.bfloat16)
+    if in_bf16(model.device) and not lora_layers(reference):
+        round_linear_layers(reference)
     return shard(reference.requires_grad_(False))
 
 
@@ -1363,8 +1383,6 @@ def read_checkpoint(folder):
 
 def load_checkpoint(saved, networks, optimizer, generator):
     """Fill networks, optimizer and generator with the tensors of a checkpoint."""
-    if any(name.startswith("adam/") for name in saved):
-        make_adam_state(optimizer)
     tensors = named_tensors(networks, optimizer, generator)
     different = tensors.keys() ^ saved.keys()
     if different:
@@ -1377,14 +1395,14 @@ def load_checkpoint(saved, networks, optimizer, generator):
     generator.set_state(tensors["generator"])  # a copy of its state was filled
 
 
-def make_adam_state(optimizer):
-    """AdamW's state as after its first step, to be filled. Its load_state_dict would not share tensors over ranks."""
+def reset_adam(optimizer):
+    """AdamW's state as before its first step, which would make it: so too little memory for it shows at once."""
     for group in optimizer.param_groups:
         for weight in group["params"]:
             optimizer.state[weight] = {
                 "step": torch.zeros((), device=weight.device),
-                "exp_avg": torch.empty_like(weight),
-                "exp_avg_sq": torch.empty_like(weight),
+                "exp_avg": torch.zeros_like(weight, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(weight, requires_grad=False),
             }
 
 
@@ -1726,9 +1744,10 @@ def fill(tensor, values):
     tensor.copy_(values)
 
 
-# ==== On a GPU only =================================================================================================
+# ==== On a GPU, or in bf16 ==========================================================================================
 # There the model computes in bf16, while its weights stay in fp32. A copy of it samples, all in bf16, and its decode
-# steps are recorded as CUDA graphs. On a CPU the model itself samples, in fp32; if it is sharded, a whole copy of it.
+# steps are recorded as CUDA graphs. On a CPU the model itself samples, in fp32. A whole copy samples there if the model
+# is sharded, or if PRECISION is bf16.
 
 # decode steps; then the CPU waits for the GPU, and looks which outputs have ended
 STEPS_BETWEEN_LOOKS = 16
@@ -1736,45 +1755,98 @@ STEPS_BETWEEN_LOOKS = 16
 COLUMN_BLOCK = 256
 
 
+PRECISION = "auto"  # fp32, bf16, or auto: bf16 on a GPU that has it, else fp32
+
+
+def in_bf16(device):
+    """Does a model whose weights are in fp32 compute in bf16 on this device?"""
+    if PRECISION == "auto":
+        return has_bf16(device)
+    return PRECISION == "bf16"
+
+
 def has_bf16(device):
     """Is it a GPU that computes in bf16?"""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def check_bf16():
+    """Refuse bf16 on a GPU without it, and say so where a CPU is slower in it; some CPUs only emulate it."""
+    if torch.cuda.is_available():
+        if not has_bf16(torch.device("cuda")):
+            raise ModelError(f"--precision bf16: {device_name()} does not compute in bf16")
+    elif bf16_rate() < 1 and RANK == 0:
+        tqdm.write(f"note: this CPU multiplies bf16 numbers at {bf16_rate():.2g} times the rate of fp32.")
+
+
+@functools.cache
+def bf16_rate():
+    """The rate of this CPU for products of bf16 matrices, divided by that for fp32: measured, in a moment."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        x @ x  # the first one takes longer
+        start = time.perf_counter()
+        for _ in range(5):
+            x @ x
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] / seconds[1]
+
+
 def compute_dtype(model):
-    """What a model's matrices are multiplied in: bf16 if the GPU has it, else the precision of its weights."""
-    return torch.bfloat16 if has_bf16(model.device) else model.dtype
+    """What a GPU multiplies a model's matrices in, and a CPU those of the head, where bf16 sums would be too coarse."""
+    return torch.bfloat16 if model.device.type == "cuda" and in_bf16(model.device) else model.dtype
 
 
 def autocast(model):
-    """The precision of a forward pass: bf16 if the GPU has it (the weights stay in fp32), else as the weights are."""
+    """The precision of a forward pass: where weights are in fp32, matrices may be multiplied in bf16."""
+    enabled = in_bf16(model.device) and model.dtype == torch.float32
     # no cache: with it, the gradients of a weight that is used several times would be added up in bf16
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16(model.device), cache_enabled=False)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-# {model: the last DecodingBatch of a copy of it, with its CUDA graphs}
+# {model: the DecodingBatch of a copy of it, with its CUDA graphs}
 DECODING = weakref.WeakKeyDictionary()
 
 
 def decoding_batch(model, size, ends):
-    """A DecodingBatch of the model itself; on a GPU, or if the model is sharded, of a whole copy in its compute_dtype.
+    """A DecodingBatch of the model itself; on a GPU, in bf16, or if the model is sharded, of a whole copy.
 
-    The copy is kept for the next call, which gives it the new weights. It is made again for a larger batch or other end
-    tokens. Adapters are not merged into it: in bf16, what they have learnt would be rounded away.
+    The copy is kept for the next call, which gives it the new weights. For a larger batch or other end tokens only the
+    tables and the cache are made again. Adapters are not merged into the copy: in bf16, what they have learnt would be
+    rounded away.
     """
-    if model.device.type == "cpu" and model not in SHARDED:
+    if model.device.type == "cpu" and model not in SHARDED and not in_bf16(model.device):
         return DecodingBatch(model, size, ends)
-    if model not in DECODING or not DECODING[model].serves(size, ends):
-        free_copies()  # first: there is no memory for two copies
-        dtype = compute_dtype(model)
-        copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
-        if copied.device.type == "cuda":
-            use_fused_norms(copied)
-        DECODING[model] = DecodingBatch(copied, size, ends)
+    if model not in DECODING:
+        if WORLD > 1:
+            free_copies()  # several ranks cannot try again where memory is too small for the copies of two models
+        DECODING[model] = DecodingBatch(copy_to_sample(model), size, ends)
+    elif not DECODING[model].serves(size, ends):
+        DECODING[model] = DecodingBatch(DECODING[model].model, size.grown(DECODING[model].size), ends)
     decoding = DECODING[model]
     for weight, new in zip(decoding.model.parameters(), model.parameters()):
         weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
     return decoding
+
+
+def copy_to_sample(model):
+    """A whole, frozen copy: all of it in compute_dtype on a GPU; on a CPU in bf16 its linear layers only."""
+    if model.device.type == "cpu" and in_bf16(model.device):
+        copied = copy_with(model, torch.clone)
+        round_linear_layers(copied)
+        return copied.requires_grad_(False)
+    dtype = compute_dtype(model)
+    copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
+    if copied.device.type == "cuda":
+        use_fused_norms(copied)
+    return copied
+
+
+def round_linear_layers(model):
+    """Put the linear layers of a frozen copy into bf16: so they are rounded once, and not at every use."""
+    for layer in linear_layers(model).values():
+        layer.to(torch.bfloat16)
 
 
 def free_copies():
@@ -1836,4 +1908,6 @@ def record(decoding, kind):
     except RuntimeError as error:
         torch.cuda.set_stream(stream)  # the failed recording leaves another one set
         decoding.recordable = False
-        tqdm.write(f"note: sampling without CUDA graphs, which is slower: {str(error).splitlines()[0]}")
+        # torch's allocator takes the recording for unfinished, and frees less: see CUDAGraph::capture_end
+        reason = str(error).splitlines()[0]
+        tqdm.write(f"note: sampling without CUDA graphs, which is slower and may need more memory: {reason}")

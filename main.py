@@ -98,6 +98,7 @@ RUN = ""  # name of the run's folder under runs/; empty: model, data set and a n
 SEED = 0  # random seed of the question order and of all sampling
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
+PRECISION = "auto"  # auto | fp32 | bf16: of matrix products; auto: bf16 on a GPU that has it. Weights stay in fp32
 GRADIENT_CHECKPOINTING = False  # compute activations again in the backward pass: slower, far less memory
 COLD_START = 0  # SFT steps on worked solutions before Algorithm 1, if the model does not write the tags (try 50)
 # -- Algorithm 1
@@ -311,7 +312,7 @@ def cold_start(state, after_step):
         stopped = after_step(state, record_step(state, *learnt))
         if stopped:
             return stopped
-    state.optimizer.state.clear()  # AdamW begins again
+    llms.reset_adam(state.optimizer)
     if state.critic:  # V_ψ starts from π_θinit too
         state.critic.trunk.load_state_dict(state.policy.base_model.state_dict())
     return 0
@@ -521,8 +522,6 @@ def update(state, rollout, advantages, logp_old, logp_ref, loss_function=grpo_lo
 @llms.retry_with_less_memory("token_budget")
 def backward(state, rollout, advantages, logp_old, logp_ref, loss_function, targets):
     """Leave the gradient of the whole rollout in .grad; returns the losses and diagnostics, {name: number}.
-
-    If the GPU's memory is too small, it begins again with half of the token budget.
 
     The denominators are those of the whole update, over all micro-batches and ranks. So the gradients of micro-batches
     add up to the gradient of the full batch, but for rounding.
@@ -1352,7 +1351,8 @@ def record_step(state, batch, advantages, updates):
     row |= update_metrics(updates) | batch.metrics
     for name in "questions prompts_skipped rows_skipped tokens updates".split():
         row[name] = getattr(state, name)
-    row |= llms.LIMITS
+    for name in ("token_budget", "cache_tokens"):
+        row[name] = llms.LIMITS[name]
     row["memory"] = llms.peak_memory()
     row["seconds"] = time.perf_counter() - llms.CLOCK["start"]
     row |= {"seconds/update": 0.0} | llms.SECONDS
@@ -1532,7 +1532,7 @@ OF_TYPE = {  # a constant of yours that is not here may have any of these types
     "SAVE_EVERY SHOW_EVERY",
     float: "LORA_ALPHA TEMPERATURE EPSILON_LOW EPSILON_HIGH DELTA BETA CORRECTION_MAX LEARNING_RATE MAX_GRAD_NORM "
     "BETA_DPO GAMMA LAMBDA EVAL_TEMPERATURE",
-    str: "MODEL TEMPLATE_OPTIONS DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR "
+    str: "MODEL PRECISION TEMPLATE_OPTIONS DATASET EVAL_DATASET RUN ALGORITHM SUPERVISION ADVANTAGE OBJECTIVE KL DENOMINATOR "
     "CORRECTION REWARD_MODEL JUDGE SCHEDULE TEACHER",
     dict: "REWARDS",
 }
@@ -1676,6 +1676,9 @@ def choose_settings(actions, flags):
     put_in_force(values)
     check_settings(training=not actions.evaluate)
     llms.TEMPLATE_OPTIONS = template_options()
+    llms.PRECISION = PRECISION
+    if PRECISION == "bf16":
+        llms.check_bf16()
 
 
 def template_options():
@@ -1694,7 +1697,7 @@ def refuse_changes(run, known, flags):
         may_change = name in MAY_CHANGE and (name != "STEPS" or known["ITERATIONS"] == 1)
         if value != known[name] and not may_change:
             flag = f"--{name.lower()} {as_flag(known[name])}"
-            raise SettingsError(f"{run} was made with {flag}: a resumed run keeps its settings")
+            raise SettingsError(f"{run} was made with {flag}, not {as_flag(value)}: a resumed run keeps its settings")
 
 
 def steps_of_curriculum(values, flags):
@@ -1975,7 +1978,9 @@ def new_optimizer(networks):
         trained += [weight for weight in network.parameters() if weight.requires_grad]
     betas = (0.9, 0.99)  # 0.999, the usual one, would remember longer than most runs last
     fused = torch.cuda.is_available() or None
-    return torch.optim.AdamW(trained, LEARNING_RATE, betas, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(trained, LEARNING_RATE, betas, weight_decay=0.0, fused=fused)
+    llms.reset_adam(optimizer)
+    return optimizer
 
 
 def prompt_limit(policy, tokenizer):
@@ -2171,11 +2176,13 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError:
+        return report_error(1, llms.out_of_memory())
     except RuntimeError as error:
         reason = str(error).strip()
         if llms.lost_another_rank(error):
             return report_error(1, f"lost the other ranks, see their output; --resume goes on: {reason}")
-        if isinstance(error, (RunError, torch.OutOfMemoryError)):
+        if isinstance(error, RunError):
             return report_error(1, reason)
         raise
 

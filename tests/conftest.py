@@ -64,11 +64,12 @@ def reward_model(checkpoint, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def constants():
-    """Set constants of main.py for one test: constants(MU=3). They and the limits of llms.py go back by themselves."""
-    before, limits = main.settings(), dict(llms.LIMITS)
+    """Set constants of main.py for one test: constants(MU=3). They and what llms.py has of them go back by themselves."""
+    before, limits, precision = main.settings(), dict(llms.LIMITS), llms.PRECISION
     yield lambda **values: main.__dict__.update(values)
     main.__dict__.update(before)
     llms.LIMITS.update(limits)
+    llms.PRECISION = precision
 
 
 PROBLEMS = [

@@ -29,7 +29,7 @@ SHAPE, GPU = "Qwen2.5-1.5B", torch.device("cuda")
 VOCABULARY = benchmark.SHAPES[SHAPE][-1]
 ENDS = list(range(1000, 1560))  # so many end tokens that a random model's outputs have about 270 tokens
 MORE_ENDS = list(range(1000, 3000))  # about 75 tokens
-WORDS, DEFAULTS, LIMITS, HAS_BF16 = benchmark.Words(), main.settings(), dict(llms.LIMITS), llms.has_bf16
+WORDS, DEFAULTS, LIMITS = benchmark.Words(), main.settings(), dict(llms.LIMITS)
 LORA = "--lora_rank 32 --gradient_checkpointing --learning_rate 2e-5 --group_size 16 --cache_tokens 131072"  # README
 TINY = "--model model --dataset arithmetic --questions_per_step 8 --group_size 8 --max_new_tokens 64 --eval_questions 8"
 
@@ -67,7 +67,7 @@ def trained(steps, **values):
     with tempfile.TemporaryDirectory() as folder:
         state, rows = new_state(folder), []
         main.train(state, lambda state, row: rows.append(row | memory()))
-    budgets = {"token_budget": main.TOKEN_BUDGET, "cache_tokens": main.CACHE_TOKENS}
+    budgets = {"token_budget": main.TOKEN_BUDGET, "cache_tokens": main.CACHE_TOKENS, "copies_kept": 1}
     assert llms.LIMITS == budgets, f"out of memory: the limits are {llms.LIMITS}"
     return state, rows
 
@@ -108,7 +108,7 @@ def cap(size):
 
 def put_back():
     """Undo what a check may have changed, and free its memory."""
-    llms.has_bf16 = HAS_BF16
+    llms.PRECISION = "auto"
     llms.LIMITS.update(LIMITS)
     torch.cuda.set_sync_debug_mode("default")
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -124,7 +124,7 @@ def setting():
     block = torch.empty(2**26, device=GPU)
     segments = [part for part in torch.cuda.memory_snapshot() if part["total_size"] >= block.nbytes]
     assert all(part["is_expandable"] for part in segments), "segments of memory cannot grow"
-    assert llms.has_bf16(GPU) and not torch.backends.cuda.cudnn_sdp_enabled(), "no bf16, or cuDNN"
+    assert llms.in_bf16(GPU) and not torch.backends.cuda.cudnn_sdp_enabled(), "no bf16, or cuDNN"
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}"
     return f"{llms.device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB, {versions}"
 
@@ -218,7 +218,7 @@ def renewal():
 
 def full_precision():
     """In fp32 sampling is the plain loop, and log π and its gradient are those of all logits."""
-    llms.has_bf16 = lambda device: False
+    llms.PRECISION = "fp32"
     model, seed, results = policy(MORE_ENDS), torch.Generator().manual_seed, []
     with torch.no_grad():
         model.model.norm.weight.mul_(3)  # a random model is almost uniform: sharpen it, so that mistakes show
@@ -312,7 +312,7 @@ def speed():
 
 def in_parts():
     """The token budget that is left of 8192 with too little memory, and how far the gradient is from the whole."""
-    llms.has_bf16 = lambda device: False  # bf16 would round the gradient of every part
+    llms.PRECISION = "fp32"  # bf16 would round the gradient of every part
     settings(BETA=0.0, TOKEN_BUDGET=8192)
     state, advantages, gradients = new_state(), torch.randn(16), []
     prompts = [prompt for prompt in benchmark.questions(2, VOCABULARY) for _ in range(8)]

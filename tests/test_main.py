@@ -546,7 +546,7 @@ def test_out_of_memory_halves_the_budget_and_does_the_update_again(setup, monkey
     assert llms.LIMITS["token_budget"] == 50 and main.TOKEN_BUDGET == 200  # a constant is never changed
     llms.LIMITS["token_budget"] = 17
     monkeypatch.setattr(llms, "token_logprobs", lambda *given: limited(None, torch.zeros(200)))
-    with pytest.raises(torch.OutOfMemoryError, match="out of memory with --token_budget 17"):
+    with pytest.raises(torch.OutOfMemoryError):
         llms.log_probs(state.policy, rollout, main.TEMPERATURE)
 
 
@@ -563,7 +563,7 @@ def test_out_of_memory_while_sampling_halves_the_cache(setup, monkeypatch):
 
     monkeypatch.setattr(llms, "decoding_batch", limited)
     assert len(sample(state).texts) == 12
-    assert seen == [1000, 500, 250] and llms.LIMITS["cache_tokens"] == 250
+    assert seen == [1000, 1000, 500, 250] and llms.LIMITS["cache_tokens"] == 250
 
 
 def test_masking_truncated_outputs_takes_them_out_of_the_gradient(setup):
@@ -1143,14 +1143,14 @@ def test_a_run_that_ran_out_of_memory_is_resumed_with_the_limits_it_found(setup,
     monkeypatch.setattr(llms, "token_logprobs", limited)
     questions = PROBLEMS * 4
     train(state, questions, after_step=lambda state, metrics: state.step == 2)
-    assert llms.LIMITS == {"token_budget": 200, "cache_tokens": main.CACHE_TOKENS}
+    assert llms.LIMITS == {"token_budget": 200, "cache_tokens": main.CACHE_TOKENS, "copies_kept": 0}
     save(state)
     monkeypatch.setattr(llms, "token_logprobs", token_logprobs)  # there is enough memory now
     whole = [row["loss"] for row in train(state, questions[state.position :])[2:]]
     fresh, _ = setup(STEPS=4, TOKEN_BUDGET=400)
     assert llms.LIMITS["token_budget"] == 400
     main.load_checkpoint(fresh)
-    assert llms.LIMITS["token_budget"] == 200
+    assert llms.LIMITS["token_budget"] == 200 and llms.LIMITS["copies_kept"] == 0
     resumed = train(fresh, questions[fresh.position :], run=fresh.run / "resumed")
     assert [row["loss"] for row in resumed] == whole and {row["token_budget"] for row in resumed} == {200}
     assert all(torch.equal(one, other) for one, other in zip(tensors(state).values(), tensors(fresh).values()))
@@ -1448,7 +1448,7 @@ def test_a_comment_names_every_method_of_its_table_and_no_other():
         choices = main.CONSTANTS[name].choices()
         assert set(choices) == methods and len(choices) == len(methods)
     others = {name for name, constant in main.CONSTANTS.items() if constant.choices()} - tables.keys()
-    assert others == {"SUPERVISION", "DENOMINATOR", "SCHEDULE"}  # which have no table
+    assert others == {"SUPERVISION", "DENOMINATOR", "SCHEDULE", "PRECISION"}  # which have no table
     assert set(main.CONSTANTS["DENOMINATOR"].choices()) == set(DENOMINATORS)
 
 
@@ -1600,3 +1600,23 @@ def test_a_function_of_the_paper_stands_near_its_first_use(name):
     definition = functions[name]
     first = min(uses)
     assert max(definition.lineno - first, first - definition.end_lineno) <= 150
+
+
+def test_adams_state_is_there_before_the_first_step_which_it_does_not_change(setup):
+    state, rollout = setup()
+    plain = torch.optim.AdamW(
+        [weight.detach().clone().requires_grad_() for weight in state.policy.parameters()],
+        main.LEARNING_RATE,
+        (0.9, 0.99),
+        weight_decay=0.0,
+    )
+    size = sum(weight.numel() for weight in state.policy.parameters())
+    before = sum(x.numel() for held in state.optimizer.state.values() for x in held.values() if x.dim())
+    assert before == 2 * size
+    for weight, other in zip(state.policy.parameters(), plain.param_groups[0]["params"]):
+        weight.grad = torch.ones_like(weight)
+        other.grad = torch.ones_like(weight)
+    for optimizer in (state.optimizer, plain):
+        optimizer.step()
+    for weight, other in zip(state.policy.parameters(), plain.param_groups[0]["params"]):
+        assert torch.equal(weight, other)

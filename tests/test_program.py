@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from matplotlib.figure import Figure
 
@@ -845,3 +846,29 @@ def test_the_line_numbers_in_the_readme_are_those_of_the_functions_they_name():
     for function, name, number in links:
         assert scripts[name][int(number) - 1].startswith(f"def {function}(")
     assert len(text.split()) <= 3000
+
+
+@pytest.mark.parametrize("where", ["sample", "backward", "new_state", "frozen_copy"])
+def test_running_out_of_memory_ends_in_one_line_wherever_it_happens(finished, inside, monkeypatch, where):
+    _, flags, _ = finished
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    owner = llms if hasattr(llms, where) else main
+    monkeypatch.setattr(owner, where, out_of_memory)
+    code, _, err = inside(*flags, "--steps", "1", "--run", "small")
+    assert code == 1 and err.count("\n") == 1
+    assert "main.py: error: out of memory with --token_budget" in err and "--gradient_checkpointing may help" in err
+
+
+def test_a_run_in_bf16_on_a_cpu_begins_with_a_kl_of_0_and_keeps_its_precision(finished, inside):
+    _, flags, _ = finished
+    code, _, err = inside(*flags, "--precision", "bf16", "--steps", "2", "--run", "b")
+    assert code == 0, err
+    rows = [row for row in lines(Path("runs/b/metrics.jsonl")) if "reward" in row]
+    assert rows[0]["kl"] == 0 and all(0 < row["sampler_gap"] < 0.01 for row in rows)
+    code, _, err = inside("--resume", "runs/b", "--precision", "fp32", "--steps", "3")
+    assert code == 2 and "--precision 'bf16', not 'fp32'" in err
+    code, _, err = inside("--resume", "runs/b", "--steps", "3")
+    assert code == 0, err

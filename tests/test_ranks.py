@@ -101,13 +101,13 @@ def in_bf16(checkpoint):
     """The gradient where everything computes in bf16, as on a GPU: by autocast, with a reference held in bf16."""
     state, questions = fresh_state(checkpoint, torch.float32, QUESTIONS_PER_STEP=3), QUESTIONS["unequal"]
     rollout = sample(state, llms.share([[5] * 3, [6] * 4, [7] * 5]))
-    before, llms.has_bf16 = llms.has_bf16, lambda device: True
+    before, llms.PRECISION = llms.PRECISION, "bf16"
     state.reference = llms.frozen_copy(state.policy)
     ref = llms.log_probs(state.reference, rollout, main.TEMPERATURE)
     assert {weight.dtype for weight in state.reference.parameters()} == {torch.float32, torch.bfloat16}
     A = torch.tensor(llms.share(questions)).flatten()
     main.backward(state, rollout, A, None, ref, main.grpo_loss, None)
-    llms.has_bf16 = before
+    llms.PRECISION = before
     return {name: llms.full_tensor(weight.grad).clone() for name, weight in state.policy.named_parameters()}
 
 

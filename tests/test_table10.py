@@ -475,7 +475,7 @@ def test_a_cold_start_is_a_run_of_sft_and_then_a_run_from_its_model(setup, monke
     then, _ = setup(ALGORITHM="grpo", LEARNING_RATE=1e-3, STEPS=2, LORA_RANK=rank, BETA=0.04)
     then.policy.load_state_dict(sft.policy.state_dict())
     then.reference = llms.frozen_copy(then.policy)
-    then.optimizer.state.clear()
+    llms.reset_adam(then.optimizer)
     then.stream = iter((SOLVED * 20)[9:])
     for row in rows[3:]:
         llms.start_clock()
