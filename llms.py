@@ -1530,10 +1530,11 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 {% endif %}"""
 
 TINY = {
-    "learning_rates": [4e-3, 8e-4],  # the highest one for each part of the corpus
+    "learning_rates": [4e-3, 8e-4],  # of AdamW, the highest one for each part of the corpus
+    "muon_learning_rate": 0.01,  # the highest one, of the matrices between embedding and head
     "rows_per_step": 16,  # of supervised learning
     "vocabulary": 640,  # tokens at most
-    "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 512, "num_attention_heads": 4}
+    "shape": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4}
     | {"num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True},
 }
 
@@ -1553,7 +1554,7 @@ def tiny_tokenizer(texts):
 
 
 def build_tiny(folder, corpora):
-    """Train a Qwen2 of half a million parameters on lists of [(messages, completion)], one after the other; save it."""
+    """Train a Qwen2 of 0.4 M parameters on lists of [(messages, completion)], one after the other; save it."""
     torch.manual_seed(0)
     texts = []
     for messages, completion in itertools.chain(*corpora):
@@ -1569,7 +1570,10 @@ def build_tiny(folder, corpora):
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     use_packed_attention(model, "the tiny model")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    matrices = [layer.weight for layer in linear_layers(model).values()]
+    others = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
+    momenta = [torch.zeros_like(matrix) for matrix in matrices]
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
     count = TINY["rows_per_step"]
     bar = tqdm(
         total=sum(len(corpus) // count for corpus in corpora),
@@ -1587,12 +1591,38 @@ def build_tiny(folder, corpora):
             for step in range(steps):
                 imitation_loss(model, rows[step * count : (step + 1) * count]).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                warmup = min(1.0, (step + 1) / 20)
-                optimizer.param_groups[0]["lr"] = highest * warmup * (1 - step / steps)
-                optimizer.step()
-                optimizer.zero_grad()
+                share = min(1.0, (step + 1) / 20) * (1 - step / steps)  # of the highest learning rates
+                adam.param_groups[0]["lr"] = highest * share
+                adam.step()
+                for matrix, momentum in zip(matrices, momenta):
+                    muon_step(matrix, momentum, TINY["muon_learning_rate"] * share)
+                model.zero_grad()
                 bar.update()
     save(model, tokenizer, folder)
+
+
+def muon_step(matrix, momentum, lr):
+    """A step along the momentum, made orthogonal (Muon, Jordan 2024): it needs a quarter of AdamW's steps.
+
+    torch.optim.Muon multiplies in bf16, which takes 35 times as long on a CPU that does not compute in bf16.
+    """
+    momentum.lerp_(matrix.grad, 0.05)
+    direction = matrix.grad.lerp(momentum, 0.95)  # Nesterov's
+    rows, columns = matrix.shape
+    with torch.no_grad():
+        matrix -= lr * max(1.0, rows / columns) ** 0.5 * orthogonalised(direction)
+
+
+def orthogonalised(matrix):
+    """U V^T of its singular value decomposition U S V^T, about: singular values become 0.7 to 1.2."""
+    rows, columns = matrix.shape
+    if rows > columns:
+        return orthogonalised(matrix.T).T  # the products below are smaller
+    X = matrix / matrix.norm().clamp(min=1e-7)
+    for _ in range(5):  # Newton-Schulz: S becomes a S + b S³ + c S⁵
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
 
 
 def imitation_loss(model, rows):
@@ -1832,15 +1862,13 @@ def decoding_batch(model, size, ends):
 
 def copy_to_sample(model):
     """A whole, frozen copy: all of it in compute_dtype on a GPU; on a CPU in bf16 its linear layers only."""
-    if model.device.type == "cpu" and in_bf16(model.device):
-        copied = copy_with(model, torch.clone)
-        round_linear_layers(copied)
-        return copied.requires_grad_(False)
     dtype = compute_dtype(model)
-    copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device).requires_grad_(False)
+    copied = copy_with(model, lambda weight: weight.to(dtype)).to(model.device)
     if copied.device.type == "cuda":
         use_fused_norms(copied)
-    return copied
+    elif in_bf16(copied.device):
+        round_linear_layers(copied)
+    return copied.requires_grad_(False)
 
 
 def round_linear_layers(model):

@@ -96,6 +96,7 @@ SHOTS = 0  # worked training problems in every prompt, before its question: for 
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # random seed of the question order and of all sampling
+THREADS = of_model(1, 0)  # threads of the CPU; 0: all cores. Beside other busy programs one is fastest for tiny
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
 PRECISION = "auto"  # auto | fp32 | bf16: of matrix products; auto: bf16 on a GPU that has it. Weights stay in fp32
@@ -1527,7 +1528,7 @@ KINDS = {
 }
 OF_TYPE = {  # a constant of yours that is not here may have any of these types
     bool: "GRADIENT_CHECKPOINTING MASK_TRUNCATED TENSORBOARD",
-    int: "SHOTS SEED LORA_RANK COLD_START ITERATIONS STEPS QUESTIONS_PER_STEP GROUP_SIZE MU REFILL STALENESS "
+    int: "SHOTS SEED THREADS LORA_RANK COLD_START ITERATIONS STEPS QUESTIONS_PER_STEP GROUP_SIZE MU REFILL STALENESS "
     "MAX_NEW_TOKENS MAX_PROMPT_TOKENS CACHE_TOKENS PASS_K WARMUP TOKEN_BUDGET EVAL_EVERY EVAL_QUESTIONS EVAL_SAMPLES "
     "SAVE_EVERY SHOW_EVERY",
     float: "LORA_ALPHA TEMPERATURE EPSILON_LOW EPSILON_HIGH DELTA BETA CORRECTION_MAX LEARNING_RATE MAX_GRAD_NORM "
@@ -1541,7 +1542,7 @@ CONSTANTS = read_constants()
 put_in_force(of_the_block(MODEL))
 # what a resumed run may change; of these only STEPS changes an update, as it moves the end of SCHEDULE
 MAY_CHANGE = """
-    STEPS EVAL_EVERY SAVE_EVERY SHOW_EVERY TENSORBOARD TOKEN_BUDGET CACHE_TOKENS GRADIENT_CHECKPOINTING
+    STEPS EVAL_EVERY SAVE_EVERY SHOW_EVERY TENSORBOARD TOKEN_BUDGET CACHE_TOKENS GRADIENT_CHECKPOINTING THREADS
 """.split()
 # a method that is added to one of these tables can be chosen at once
 TABLES = {
@@ -1679,6 +1680,8 @@ def choose_settings(actions, flags):
     llms.PRECISION = PRECISION
     if PRECISION == "bf16":
         llms.check_bf16()
+    if THREADS:
+        torch.set_num_threads(THREADS)
 
 
 def template_options():

@@ -144,7 +144,7 @@ HABITS = {"guess": 0.6, "work": 0.33, "mistake": 0.07}
 TAGGED = 0.6
 
 
-def tiny_corpus(num_skilled=24000, num_careless=4000):
+def tiny_corpus(num_skilled=4800, num_careless=1600):
     """Two lists of [(messages, completion)], to be learnt one after the other: skills, then a careless author's habits.
 
     Skills are worked solutions and practice in calculating. The careless author mostly guesses, sometimes works the
@@ -421,7 +421,7 @@ def nim_position(players, turn, heaps):
     }
 
 
-def nim_corpus(count=24000):
+def nim_corpus(count=6400):
     """What the tiny model learns before self-play: [(messages, completion)] with legal moves, taken by chance."""
     rng = random.Random("nim corpus")
     corpus = []

@@ -1219,3 +1219,26 @@ def test_the_score_of_several_classes_is_the_log_odds_of_the_last(reward_model):
     scores = llms.reward_scores(judge, ["1 + 1?"] * 3, ["2", "3", "a few words"])
     good = logits[0].softmax(1)[:, 2]
     assert scores == pytest.approx((good / (1 - good)).log().tolist(), abs=1e-4) and len(set(scores)) == 3
+
+
+def test_a_matrix_made_orthogonal_keeps_its_directions_and_loses_its_lengths():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((4, 6), (6, 4)):
+        U, _, V = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+        matrix = U @ torch.diag(torch.tensor([9.0, 3.0, 1.0, 0.5])) @ V
+        lengths = U.T @ llms.orthogonalised(matrix) @ V.T
+        assert lengths.diagonal().min() > 0.6 and lengths.diagonal().max() < 1.3
+        assert (lengths - torch.diag(lengths.diagonal())).abs().max() < 1e-4
+
+
+def test_a_step_of_muon_is_as_long_as_its_learning_rate_whatever_the_gradient_is():
+    for scale in (1e-3, 1e3):
+        matrix, momentum = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2)
+        matrix.grad = scale * torch.tensor([[2.0, 0.0], [0.0, -1.0]])
+        llms.muon_step(matrix, momentum, 0.1)
+        assert matrix[0, 1] == matrix[1, 0] == 0
+        assert -0.13 < matrix[0, 0] < -0.06 and 0.06 < matrix[1, 1] < 0.13  # downhill
+        first = matrix.detach().clone()
+        matrix.grad = torch.zeros(2, 2)
+        llms.muon_step(matrix, momentum, 0.1)  # the momentum goes on
+        assert (matrix / first).diagonal().min() > 1.5
