@@ -1815,7 +1815,7 @@ def bf16_rate():
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(512, 512, dtype=dtype)
         seconds = []
-        for _ in range(10):
+        for _ in range(30):
             start = time.perf_counter()
             x @ x
             seconds.append(time.perf_counter() - start)
