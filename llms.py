@@ -1401,8 +1401,8 @@ def reset_adam(optimizer):
         for weight in group["params"]:
             optimizer.state[weight] = {
                 "step": torch.zeros((), device=weight.device),
-                "exp_avg": torch.zeros_like(weight, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(weight, requires_grad=False),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
             }
 
 

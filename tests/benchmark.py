@@ -156,6 +156,44 @@ def bandwidth_share(model, rows, longest, tokens_per_second):
     return (weights + cache) * tokens_per_second / rows / limit
 
 
+def precisions(shape, count=4, group_size=8, longest=64):
+    """Seconds of sampling and of an update in fp32 and in bf16, in turns, the sampler's gap and shares of the limit."""
+    main.__dict__.update(TOKEN_BUDGET=2048, BETA=0.0, GROUP_SIZE=group_size, MAX_NEW_TOKENS=longest)
+    model = ours(shape)
+    state = main.new_state(model, Words())
+    prompts = questions(count, SHAPES[shape][-1])
+    found = {"fp32": [], "bf16": []}
+    for _ in range(4):  # the first is a warm-up
+        for llms.PRECISION, rows in found.items():
+            began = clock()
+            rollout = sample(state, prompts)
+            sampled = clock()
+            logp = llms.log_probs(model, rollout, main.TEMPERATURE)
+            gap = (logp - rollout.logp).abs()[rollout.mask].mean().item()
+            scored = clock()
+            main.update(state, rollout, torch.randn(len(rollout.mask)), None, None)
+            rows.append((sampled - began, clock() - scored, gap))
+    llms.PRECISION = "auto"
+    print(f"\n{count} × {group_size} outputs of {longest} tokens, fp32 and bf16 in turns")
+    print(f"{'':6}{'sampling':>12}{'update':>12}{'sampler_gap':>14}{'of the limit':>14}")
+    computed = count * PROMPT + count * group_size * longest
+    for name, rows in found.items():
+        sampling, updating, gap = (statistics.median(column) for column in zip(*rows[1:]))
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        share = 6 * sum(weight.numel() for weight in model.parameters()) * computed / updating / matrix_limit(dtype)
+        print(f"{name:6}{sampling:10.2f} s{updating:10.2f} s{gap:14.6f}{100 * share:12.0f} %", flush=True)
+
+
+def matrix_limit(dtype, size=2048, repeats=20):
+    """Operations per second of plain products of square matrices."""
+    a = torch.randn(size, size, dtype=dtype)
+    a @ a
+    began = clock()
+    for _ in range(repeats):
+        a @ a
+    return repeats * 2 * size**3 / (clock() - began)
+
+
 def update_share(shape, rows=128, tokens=700):
     """The arithmetic of an update, forward and backward, over that of plain bf16 matrix products in the same time."""
     main.__dict__.update(TOKEN_BUDGET=16_384, BETA=0.0, MAX_PROMPT_TOKENS=PROMPT)
@@ -455,7 +493,7 @@ def race(goal=0.9, seeds=(0, 1, 2)):
 
 
 def run():
-    sections = ("rollout", "update", "step", "growth", "memory", "lora", "fits", "race")
+    sections = ("rollout", "update", "precision", "step", "growth", "memory", "lora", "fits", "race")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("section", nargs="*", choices=[[], *sections], help="what to measure; all of it by default")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)  # the child process
@@ -478,6 +516,8 @@ def run():
         packing(shape)
         if on_gpu:
             update_share(shape)
+    if "precision" in chosen and not on_gpu:
+        precisions(shape)
     if "step" in chosen:
         compare_steps(
             "a GRPO step, ragged lengths",
