@@ -1811,16 +1811,15 @@ def check_bf16():
 
 def bf16_rate():
     """The rate of this CPU for products of bf16 matrices, divided by that for fp32: measured, in a moment."""
-    best = []  # seconds
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def seconds(dtype):
         x = torch.ones(512, 512, dtype=dtype)
-        seconds = []
+        start = time.perf_counter()
         for _ in range(30):
-            start = time.perf_counter()
             x @ x
-            seconds.append(time.perf_counter() - start)
-        best.append(min(seconds))
-    return best[0] / best[1]
+        return time.perf_counter() - start
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 def compute_dtype(model):
