@@ -350,7 +350,7 @@ def test_each_model_keeps_the_copy_that_samples_and_its_cache_only_grows(checkpo
         models.append(model)
     copies, make = [], llms.copy_to_sample
     monkeypatch.setattr(llms, "copy_to_sample", lambda model: copies.append(model) or make(model))
-    llms.LIMITS["cache_tokens"] = 8 * 40
+    llms.LIMITS["cache_tokens"] = 8 * 21  # 8 slots of 21 columns, 4 of 40
     kept = []
     for longest in (9, 28, 9, 28):  # tokens of the longest prompt: the cache has 21 or 40 columns
         for model in models:
@@ -360,7 +360,7 @@ def test_each_model_keeps_the_copy_that_samples_and_its_cache_only_grows(checkpo
     assert [decoding.size.columns for decoding in kept] == [21, 21, 40, 40, 40, 40, 40, 40]
     assert kept[2:4] == kept[4:6] == kept[6:]  # its recorded graphs can be used again
     assert kept[0] is not kept[2]
-    assert all(decoding.size.slots * decoding.size.columns <= 8 * 40 for decoding in kept)
+    assert all(decoding.size.slots * decoding.size.columns <= 8 * 21 for decoding in kept)
 
 
 def test_the_cache_of_a_grown_batch_is_never_larger_than_each_was():
@@ -890,11 +890,16 @@ def test_in_bf16_all_fits_together(checkpoint, monkeypatch, rank):
         assert gap.abs().mean() < most
 
 
-def test_bf16_is_chosen_for_a_cpu_only_by_its_flag_which_says_what_it_costs(monkeypatch, capsys):
+def test_bf16_is_chosen_for_a_cpu_only_by_its_flag_which_says_what_it_costs(checkpoint, monkeypatch, capsys):
     cpu = torch.device("cpu")
     assert not llms.in_bf16(cpu)
     monkeypatch.setattr(llms, "PRECISION", "bf16")
     assert llms.in_bf16(cpu)
+    model = llms.load(checkpoint("qwen2"))[0]
+    assert llms.compute_dtype(model) == torch.float32  # of the head
+    for one, enabled in ((model, True), (llms.copy_with(model, torch.Tensor.bfloat16), False)):
+        with llms.autocast(one):
+            assert torch.is_autocast_enabled("cpu") == enabled
     monkeypatch.setattr(llms, "bf16_rate", lambda: 0.6123)
     llms.check_bf16()
     assert capsys.readouterr().out == "note: this CPU multiplies bf16 numbers at 0.61 times the rate of fp32.\n"

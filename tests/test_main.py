@@ -1620,3 +1620,12 @@ def test_adams_state_is_there_before_the_first_step_which_it_does_not_change(set
         optimizer.step()
     for weight, other in zip(state.policy.parameters(), plain.param_groups[0]["params"]):
         assert torch.equal(weight, other)
+
+
+def test_the_tiny_model_has_one_thread_and_others_have_all(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    for command, expected in (("", [1]), ("--model x", []), ("--threads 3", [3]), ("--threads 0", [])):
+        calls.clear()
+        main.choose_settings(*main.parse(command.split()))
+        assert calls == expected, command

@@ -867,7 +867,7 @@ def test_a_run_in_bf16_on_a_cpu_begins_with_a_kl_of_0_and_keeps_its_precision(fi
     code, _, err = inside(*flags, "--precision", "bf16", "--steps", "2", "--run", "b")
     assert code == 0, err
     rows = [row for row in lines(Path("runs/b/metrics.jsonl")) if "reward" in row]
-    assert rows[0]["kl"] == 0 and all(0 < row["sampler_gap"] < 0.01 for row in rows)
+    assert llms.PRECISION == "bf16" and rows[0]["kl"] == 0 and all(0 < row["sampler_gap"] < 0.01 for row in rows)
     code, _, err = inside("--resume", "runs/b", "--precision", "fp32", "--steps", "3")
     assert code == 2 and "--precision 'bf16', not 'fp32'" in err
     code, _, err = inside("--resume", "runs/b", "--steps", "3")
