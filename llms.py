@@ -18,7 +18,7 @@ and without packing, is tests/reference.py: 62 lines. Here a "checkpoint" is alw
     load_judge, judge_group               a language model that compares outputs
     tiny_folder                           the model that needs no download, trained on the spot
     distributed, shard, gather, share     several GPUs, one process each
-    decoding_batch, decode_gpu            what only a GPU needs: a copy that samples, bf16, CUDA graphs
+    decoding_batch, decode_gpu            a copy that samples; on a GPU bf16 and CUDA graphs
 
 How a batch lies in memory, with P columns for prompts and T for completions:
 
@@ -768,24 +768,26 @@ def retry_with_less_memory(name):
     """Decorator of a function that computes LIMITS[name] tokens at once.
 
     If the GPU's memory is too small, the function is called again: first without the copies that `sample` keeps, then
-    with half of the limit. With several ranks, or at the least limit, the error stays.
+    with half of the limit. With several ranks, or at the least limit, the error is raised.
     """
 
     def decorator(function):
         @functools.wraps(function)
         def run(*inputs, **named):
             while True:
-                if not LIMITS["copies_kept"]:
+                if DECODING and not LIMITS["copies_kept"]:
                     free_copies()
+                kept = len(DECODING)
                 limit = LIMITS[name]
                 try:
                     return function(*inputs, **named)
                 except torch.OutOfMemoryError:
-                    if WORLD > 1 or (limit <= LEAST_LIMIT and not LIMITS["copies_kept"]):
+                    if WORLD > 1 or (limit <= LEAST_LIMIT and not kept):
                         raise
                 # here the error is gone, and the tensors that it held
-                change = "and keeping nothing from one sampling to the next"
-                if LIMITS["copies_kept"]:
+                free_copies()
+                change = "without what sampling keeps"
+                if kept:
                     LIMITS["copies_kept"] = 0
                 else:
                     LIMITS[name] = max(limit // 2, LEAST_LIMIT)
@@ -795,12 +797,6 @@ def retry_with_less_memory(name):
         return run
 
     return decorator
-
-
-def out_of_memory():
-    """What to say where memory has run out for good, in one line."""
-    limits = f"--token_budget {LIMITS['token_budget']} and --cache_tokens {LIMITS['cache_tokens']}"
-    return f"out of memory with {limits}: a smaller model, --lora_rank 32 or --gradient_checkpointing may help"
 
 
 def split_rows(rollout, rows):
@@ -943,8 +939,6 @@ def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, g
     def sample_outputs():
         # the same size on all ranks: it decides whether sharded weights are copied, which all must do together
         columns = most_tokens if model.device.type == "cpu" else round_up(most_tokens, COLUMN_BLOCK)
-        if model in DECODING:  # sizes only grow
-            columns = max(columns, DECODING[model].size.columns)
         prompts_at_once = max(1, LIMITS["cache_tokens"] // (columns * group_size))
         at_once = min(prompts_at_once, max(counts)) * group_size
         slots = max(2, at_once)  # 2: see `decode_gpu`
@@ -1059,11 +1053,6 @@ class Size(NamedTuple):
     slots: int  # of the cache
     columns: int  # of the cache: tokens in a slot
     max_new_tokens: int  # of an output
-
-    def grown(self, old):
-        """This size, or the old one where it is larger; the cache, slots × columns, is never larger than each was."""
-        slots = max(self.slots, old.slots) if self.columns == old.columns else self.slots
-        return self._replace(outputs=max(self.outputs, old.outputs), slots=slots)
 
 
 class DecodingBatch:
@@ -1602,7 +1591,7 @@ def build_tiny(folder, corpora):
 
 
 def muon_step(matrix, momentum, lr):
-    """A step along the momentum, made orthogonal (Muon, Jordan 2024): it needs a quarter of AdamW's steps.
+    """A step along the momentum, made orthogonal (Muon, Jordan 2024): training needs a quarter of AdamW's steps.
 
     torch.optim.Muon multiplies in bf16, which takes 35 times as long on a CPU that does not compute in bf16.
     """
@@ -1775,7 +1764,7 @@ def fill(tensor, values):
 
 
 # ==== On a GPU, or in bf16 ==========================================================================================
-# There the model computes in bf16, while its weights stay in fp32. A copy of it samples, all in bf16, and its decode
+# On a GPU the model computes in bf16, while its weights stay in fp32. A copy of it samples, all in bf16, and its decode
 # steps are recorded as CUDA graphs. On a CPU the model itself samples, in fp32. A whole copy samples there if the model
 # is sharded, or if PRECISION is bf16.
 
@@ -1814,6 +1803,7 @@ def bf16_rate():
 
     def seconds(dtype):
         x = torch.ones(512, 512, dtype=dtype)
+        x @ x  # the first one takes longer
         start = time.perf_counter()
         for _ in range(30):
             x @ x
@@ -1823,7 +1813,7 @@ def bf16_rate():
 
 
 def compute_dtype(model):
-    """What a GPU multiplies a model's matrices in, and a CPU those of the head, where bf16 sums would be too coarse."""
+    """The dtype of the head's products, and of a GPU's copy that samples. On a CPU it is not bf16: the sums were, too."""
     return torch.bfloat16 if model.device.type == "cuda" and in_bf16(model.device) else model.dtype
 
 
@@ -1852,7 +1842,7 @@ def decoding_batch(model, size, ends):
             free_copies()  # several ranks cannot try again where memory is too small for the copies of two models
         DECODING[model] = DecodingBatch(copy_to_sample(model), size, ends)
     elif not DECODING[model].serves(size, ends):
-        DECODING[model] = DecodingBatch(DECODING[model].model, size.grown(DECODING[model].size), ends)
+        DECODING[model] = DecodingBatch(DECODING[model].model, size, ends)
     decoding = DECODING[model]
     for weight, new in zip(decoding.model.parameters(), model.parameters()):
         weight.copy_(full_tensor(new, weight.dtype))  # in place: CUDA graphs read these weights
@@ -1877,7 +1867,7 @@ def round_linear_layers(model):
 
 
 def free_copies():
-    """Forget what sampling on a GPU keeps for the next time: a copy of the model, its KV cache, CUDA graphs."""
+    """Forget what `sample` keeps for the next time: copies of models, their KV caches, CUDA graphs."""
     DECODING.clear()
     torch.cuda.empty_cache()  # does nothing without a GPU
 

@@ -96,7 +96,7 @@ SHOTS = 0  # worked training problems in every prompt, before its question: for 
 EVAL_DATASET = ""  # the questions to test on, several with commas; empty: the test split of DATASET
 RUN = ""  # name of the run's folder under runs/; empty: model, data set and a number
 SEED = 0  # random seed of the question order and of all sampling
-THREADS = of_model(1, 0)  # threads of the CPU; 0: all cores. Beside other busy programs one is fastest for tiny
+THREADS = of_model(1, 0)  # threads of the CPU; 0: as torch chooses. Beside other programs one is best for tiny
 LORA_RANK = 0  # LoRA rank r; 0 trains all weights
 LORA_ALPHA = 64.0  # LoRA α: the adapter is scaled by α/r; use a learning rate of 1e-5 or more
 PRECISION = "auto"  # auto | fp32 | bf16: of matrix products; auto: bf16 on a GPU that has it. Weights stay in fp32
@@ -1421,7 +1421,7 @@ def load_checkpoint(state):
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
-    for name, limit in about.get("limits", {}).items():  # halved where memory ran out
+    for name, limit in about.get("limits", {}).items():  # where memory ran out
         if name.upper() not in changed:
             llms.LIMITS[name] = limit
     for saved in about["queue"]:
@@ -1677,11 +1677,11 @@ def choose_settings(actions, flags):
     put_in_force(values)
     check_settings(training=not actions.evaluate)
     llms.TEMPLATE_OPTIONS = template_options()
+    if THREADS:
+        torch.set_num_threads(THREADS)
     llms.PRECISION = PRECISION
     if PRECISION == "bf16":
         llms.check_bf16()
-    if THREADS:
-        torch.set_num_threads(THREADS)
 
 
 def template_options():
@@ -1735,6 +1735,7 @@ def check_settings(training=True):
     a_name = RUN == Path(RUN).name and RUN != ".." and len(os.fsencode(RUN)) < 256
     require(a_name, "RUN", "a name without folders")
     longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
+    require(THREADS <= os.cpu_count(), "THREADS", f"at most {os.cpu_count()}, the number of cores")
     require(TOKEN_BUDGET >= longest, "TOKEN_BUDGET", f"at least max_prompt_tokens + max_new_tokens = {longest}")
     require(QUESTIONS_PER_STEP >= llms.WORLD, "QUESTIONS_PER_STEP", f"at least {llms.WORLD}, one for each rank")
     installed = importlib.util.find_spec("tensorboard")
@@ -2180,7 +2181,8 @@ def main(argv=None):
         print("main.py: interrupted", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
-        return report_error(1, llms.out_of_memory())
+        smaller = "a smaller model, --token_budget or --cache_tokens, --lora_rank 32 or --gradient_checkpointing"
+        return report_error(1, f"out of memory: {smaller} may help")
     except RuntimeError as error:
         reason = str(error).strip()
         if llms.lost_another_rank(error):
