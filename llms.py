@@ -1607,7 +1607,7 @@ def orthogonalised(matrix):
     rows, columns = matrix.shape
     if rows > columns:
         return orthogonalised(matrix.T).T  # the products below are smaller
-    X = matrix / matrix.norm().clamp(min=1e-7)
+    X = matrix / matrix.norm()
     for _ in range(5):  # Newton-Schulz: S becomes a S + b S³ + c S⁵
         A = X @ X.T
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X

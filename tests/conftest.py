@@ -64,7 +64,7 @@ def reward_model(checkpoint, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def constants():
-    """Set constants of main.py for one test: constants(MU=3). They and what llms.py has of them go back by themselves."""
+    """Set constants of main.py for one test: constants(MU=3). They, and llms.py's, go back by themselves."""
     before, limits, precision = main.settings(), dict(llms.LIMITS), llms.PRECISION
     yield lambda **values: main.__dict__.update(values)
     main.__dict__.update(before)

@@ -1232,3 +1232,11 @@ def test_a_step_of_muon_is_as_long_as_its_learning_rate_whatever_the_gradient_is
         matrix.grad = torch.zeros(2, 2)
         llms.muon_step(matrix, momentum, 0.1)  # the momentum goes on
         assert (matrix / first).diagonal().min() > 1.5
+
+
+def test_a_step_of_muon_on_a_tall_matrix_is_longer_and_follows_nesterovs_momentum(monkeypatch):
+    monkeypatch.setattr(llms, "orthogonalised", lambda direction: direction)
+    matrix, momentum = torch.zeros(4, 1, requires_grad=True), torch.zeros(4, 1)
+    matrix.grad = torch.ones(4, 1)
+    llms.muon_step(matrix, momentum, 1.0)  # momentum 0.05; direction 0.05 × 1 + 0.95 × 0.05 = 0.0975; √4 times as far
+    assert torch.allclose(matrix, torch.full((4, 1), -0.195))
