@@ -1813,7 +1813,10 @@ def bf16_rate():
 
 
 def compute_dtype(model):
-    """The dtype of the head's products, and of a GPU's copy that samples. On a CPU it is not bf16: the sums were, too."""
+    """The dtype of the head's products, and of the copy that samples on a GPU.
+
+    It is never bf16 on a CPU, which would round the logits to bf16 as well.
+    """
     return torch.bfloat16 if model.device.type == "cuda" and in_bf16(model.device) else model.dtype
 
 

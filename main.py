@@ -1421,7 +1421,7 @@ def load_checkpoint(state):
         raise SettingsError(f"the checkpoint of {state.run} belongs to other settings: {', '.join(differ)} differ")
     for name, value in about["counters"].items():
         setattr(state, name, value)
-    for name, limit in about.get("limits", {}).items():  # where memory ran out
+    for name, limit in about.get("limits", {}).items():  # found where memory ran out
         if name.upper() not in changed:
             llms.LIMITS[name] = limit
     for saved in about["queue"]:
@@ -1734,8 +1734,8 @@ def check_settings(training=True):
         require(settings()[name] <= 1, name, "from 0 to 1")
     a_name = RUN == Path(RUN).name and RUN != ".." and len(os.fsencode(RUN)) < 256
     require(a_name, "RUN", "a name without folders")
-    longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
     require(THREADS <= os.cpu_count(), "THREADS", f"at most {os.cpu_count()}, the number of cores")
+    longest = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
     require(TOKEN_BUDGET >= longest, "TOKEN_BUDGET", f"at least max_prompt_tokens + max_new_tokens = {longest}")
     require(QUESTIONS_PER_STEP >= llms.WORLD, "QUESTIONS_PER_STEP", f"at least {llms.WORLD}, one for each rank")
     installed = importlib.util.find_spec("tensorboard")

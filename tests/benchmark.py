@@ -164,7 +164,8 @@ def precisions(shape, count=4, group_size=8, longest=64):
     prompts = questions(count, SHAPES[shape][-1])
     found = {"fp32": [], "bf16": []}
     for _ in range(4):  # the first is a warm-up
-        for llms.PRECISION, rows in found.items():
+        for precision, rows in found.items():
+            llms.PRECISION = precision
             began = clock()
             rollout = sample(state, prompts)
             sampled = clock()
@@ -178,15 +179,17 @@ def precisions(shape, count=4, group_size=8, longest=64):
     print(f"{'':6}{'sampling':>12}{'update':>12}{'sampler_gap':>14}{'of the limit':>14}")
     computed = count * PROMPT + count * group_size * longest
     for name, rows in found.items():
-        sampling, updating, gap = (statistics.median(column) for column in zip(*rows[1:]))
+        medians = [statistics.median(column) for column in zip(*rows[1:])]
+        sampling, updating, gap = medians
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
-        share = 6 * sum(weight.numel() for weight in model.parameters()) * computed / updating / matrix_limit(dtype)
+        weights = sum(weight.numel() for weight in model.parameters())
+        share = 6 * weights * computed / updating / matrix_limit(dtype, 2048)
         print(f"{name:6}{sampling:10.2f} s{updating:10.2f} s{gap:14.6f}{100 * share:12.0f} %", flush=True)
 
 
-def matrix_limit(dtype, size=2048, repeats=20):
+def matrix_limit(dtype, size, device="cpu", repeats=20):
     """Operations per second of plain products of square matrices."""
-    a = torch.randn(size, size, dtype=dtype)
+    a = torch.randn(size, size, dtype=dtype, device=device)
     a @ a
     began = clock()
     for _ in range(repeats):
@@ -205,12 +208,7 @@ def update_share(shape, rows=128, tokens=700):
         began = clock()
         main.update(state, rollout, torch.randn(rows).cuda(), None, None)
         seconds.append(clock() - began)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    a @ a
-    began = clock()
-    for _ in range(20):
-        a @ a
-    limit = 20 * 2 * 8192**3 / (clock() - began)
+    limit = matrix_limit(torch.bfloat16, 8192, "cuda")
     weights = sum(weight.numel() for weight in state.policy.parameters())
     computed = rows // 16 * PROMPT + rows * (tokens - PROMPT)  # every prompt once
     share = 6 * weights * computed / statistics.median(seconds) / limit
